@@ -1,0 +1,42 @@
+# `make demo` and `make test` each work as the first command on a fresh machine: they create .venv and install.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= outputs/demo
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast quality style clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## create .venv and install the package with everything the other commands need
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --constraint constraints.txt torch
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## train on the built-in example, evaluate, draw a picture (under 5 minutes on two cores)
+	$(PY) scripts/demo.py --output_dir $(OUTPUT)
+
+test: $(STAMP)  ## run every test
+	$(PY) -m pytest
+
+test-fast: $(STAMP)  ## run the tests that take under two minutes together
+	$(PY) -m pytest -m 'not slow'
+
+quality: $(STAMP)  ## check formatting, lint and types; changes nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+style: $(STAMP)  ## fix formatting and what lint can fix
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the environment, caches and outputs
+	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
