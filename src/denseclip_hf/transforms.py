@@ -1,0 +1,295 @@
+"""The training augmentation of DenseCLIP, paired for picture and mask (paper, section 4.1; mmsegmentation's recipe).
+
+Letter key: H, W the crop; h, w the picture as stored. Pictures are 8-bit RGB, masks hold one class id per pixel.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+# The first box and ten redraws, as in the original recipe.
+MAX_CROP_DRAWS = 11
+# PIL stores the hue circle in 255 steps, OpenCV's 8-bit HSV in 180.
+PIL_HUE_STEPS, OPENCV_HUE_STEPS = 255, 180
+MAX_HUE_SHIFT, MAX_BRIGHTNESS_SHIFT, GAIN_RANGE = 18, 32, (0.5, 1.5)
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Random generator of one sample in one epoch, whichever worker or process draws it (all three non-negative)."""
+    return np.random.default_rng([seed, epoch, index])
+
+
+def reduce_labels(mask: np.ndarray, ignore_index: int = 255) -> np.ndarray:
+    """Shift class ids by one: 0 becomes `ignore_index`, n becomes n − 1, `ignore_index` stays. Returns a new array."""
+    ignored = (mask == 0) | (mask == ignore_index)
+    return np.where(ignored, ignore_index, mask.astype(np.int64) - 1)
+
+
+def rescaled_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
+    """
+    Largest (height, width) with the same aspect ratio whose long side is at most `max(scale)` and whose short side
+    is at most `min(scale)`, in pixels, rounded half up.
+    """
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def nearest_indices(start: int, stop: int, size: int, new_size: int) -> np.ndarray:
+    """Source positions of the pixels `start … stop − 1` when `size` pixels become `new_size`, as OpenCV's nearest."""
+    # Dividing twice reproduces OpenCV's rounding where a position falls on a whole number.
+    return np.minimum(np.floor(np.arange(start, stop) * (1 / (new_size / size))).astype(np.intp), size - 1)
+
+
+def resize_region(
+    image: Image.Image,
+    new_size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    extent: tuple[float, float] | None = None,
+) -> Image.Image:
+    """
+    The part `box` = (top, left, bottom, right) of `image` resized to `new_size` = (height, width), computed alone.
+
+    Bilinear with half-pixel centres and without antialiasing, as OpenCV resizes; fractions are cut off, so values
+    are up to one grey level below the rounded result. `extent` = (height, width) is the part of `image`, in its
+    pixels, that `new_size` stands for (default: all of it).
+    """
+    top, left, bottom, right = box
+    height, width = extent or (image.height, image.width)
+    step_y, step_x = height / new_size[0], width / new_size[1]
+    matrix = (step_x, 0, left * step_x, 0, step_y, top * step_y)
+    return image.transform((right - left, bottom - top), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+def crop_is_varied(labels: np.ndarray, cat_max_ratio: float = 0.75, ignore_index: int = 255) -> bool:
+    """
+    Whether a crop shows more than one labelled class, the largest on strictly less than `cat_max_ratio` of the
+    labelled pixels. `labels`: integer array of any shape, in class ids after `do_reduce_labels`.
+    """
+    labelled = labels[labels != ignore_index]
+    counts = np.bincount(labelled) if labelled.size else np.zeros(1, dtype=np.int64)
+    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
+
+
+def _linear_table(gain: float, shift: float) -> np.ndarray:
+    return np.clip(np.arange(256) * gain + shift, 0, 255).astype(np.uint8)
+
+
+def _apply_tables(image: Image.Image, tables: Sequence[np.ndarray]) -> Image.Image:
+    return image.point(np.concatenate(tables).tolist())
+
+
+def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """
+    Random brightness (±32 grey levels), contrast and saturation (×0.5…1.5) and hue (−18…17 of OpenCV's 180 steps),
+    each with probability 0.5; contrast comes before or after saturation and hue by a coin. RGB to RGB, 8 bit.
+
+    Saturation and hue share one pass through PIL's HSV, whose 255 hue steps are finer than OpenCV's 180.
+    """
+    apply_brightness, contrast_first, apply_contrast, apply_saturation, apply_hue = rng.random(5) < 0.5
+    shift = rng.uniform(-MAX_BRIGHTNESS_SHIFT, MAX_BRIGHTNESS_SHIFT)
+    contrast, saturation = rng.uniform(*GAIN_RANGE, size=2)
+    hue_shift = rng.integers(-MAX_HUE_SHIFT, MAX_HUE_SHIFT)
+
+    identity = np.arange(256, dtype=np.uint8)
+    before = _linear_table(1, shift) if apply_brightness else identity
+    contrast_table = _linear_table(contrast, 0) if apply_contrast else identity
+    if contrast_first:
+        before = contrast_table[before]
+    image = _apply_tables(image, [before] * 3)
+    if apply_saturation or apply_hue:
+        steps = round(hue_shift * PIL_HUE_STEPS / OPENCV_HUE_STEPS) if apply_hue else 0
+        hue_table = (np.arange(256) + steps) % PIL_HUE_STEPS
+        saturation_table = _linear_table(saturation, 0) if apply_saturation else identity
+        image = _apply_tables(image.convert("HSV"), [hue_table, saturation_table, identity]).convert("RGB")
+    return image if contrast_first else _apply_tables(image, [contrast_table] * 3)
+
+
+@dataclass
+class TrainTransform:
+    """
+    Random resize, random crop, horizontal flip, photometric distortion, normalisation and padding of one sample.
+
+    The crop is chosen on the mask before the picture is touched, and only its pixels are resampled.
+
+    Args:
+        crop_size: side, or (height, width), of what comes out, in pixels.
+        scale: (long, short) sides in pixels that a ratio of 1 resizes to; the aspect ratio is kept.
+        ratio_range: lowest and highest factor on `scale`, drawn uniformly.
+        cat_max_ratio: a crop is redrawn, up to ten times, while one class fills this share of its labelled pixels
+            or only one class is labelled; 1 takes the first crop.
+        flip_probability: probability of a left-right flip.
+        photometric: whether to apply [`photometric_distortion`].
+        do_reduce_labels: shift raw ids by one, 0 becoming `ignore_index` (ADE20K).
+        ignore_index: label of pixels without a class, and of the padding.
+        image_mean, image_std: per channel, for values in 0…1; CLIP's by default.
+        fast_jpeg: let the JPEG decoder shrink a picture by 2, 4 or 8 where that still leaves more pixels than the
+            resized picture has. Faster on large pictures; unlike the original recipe (and the evaluation) such
+            pictures are then antialiased. The result remains the same on every run.
+    """
+
+    crop_size: int | tuple[int, int] = 512
+    scale: tuple[int, int] = (2048, 512)
+    ratio_range: tuple[float, float] = (0.5, 2.0)
+    cat_max_ratio: float = 0.75
+    flip_probability: float = 0.5
+    photometric: bool = True
+    do_reduce_labels: bool = False
+    ignore_index: int = 255
+    image_mean: Sequence[float] = tuple(OPENAI_CLIP_MEAN)
+    image_std: Sequence[float] = tuple(OPENAI_CLIP_STD)
+    fast_jpeg: bool = False
+
+    def __post_init__(self):
+        side = self.crop_size
+        self._crop: tuple[int, int] = (side, side) if isinstance(side, int) else (side[0], side[1])
+        if min(self._crop) < 1 or min(self.scale) < 1:
+            raise ValueError(f"crop_size {self.crop_size} and scale {self.scale} must be positive numbers of pixels.")
+        if not 0 < self.ratio_range[0] <= self.ratio_range[1]:
+            raise ValueError(f"ratio_range {self.ratio_range} must be (lowest, highest), both above 0.")
+        mean, std = (np.array(v, dtype=np.float32)[:, None] * 255 for v in (self.image_mean, self.image_std))
+        # (3, 256): the normalised value of each grey level, so that normalising is one look-up per channel.
+        self._normalised: np.ndarray = ((np.arange(256, dtype=np.float32) - mean) / std).astype(np.float32)
+
+    def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """
+        Augment one sample; `mask` is not changed, and with `fast_jpeg` an undecoded JPEG may be decoded smaller.
+
+        Args:
+            image: RGB picture, (w, h) pixels; a JPEG that PIL has opened but not decoded is decoded here.
+            mask: (h, w) integer array of raw class ids.
+            rng: source of every random draw, see [`sample_rng`].
+
+        Returns:
+            `pixel_values`, float32 of shape (3, H, W), normalised, 0 in the padding; `labels`, int64 of shape (H, W).
+
+        Raises:
+            ValueError: if picture and mask differ in size, or the picture cannot be decoded.
+        """
+        if image.size != mask.shape[::-1]:
+            raise ValueError(
+                f"{_name(image)}: the picture is {image.width}x{image.height} pixels and its mask "
+                f"{mask.shape[1]}x{mask.shape[0]}; save both at the same size."
+            )
+        ratio = rng.uniform(*self.ratio_range)
+        new_size = rescaled_size(
+            mask.shape[0], mask.shape[1], (int(self.scale[0] * ratio), int(self.scale[1] * ratio))
+        )
+        box, crop_labels = self._random_crop(mask, new_size, rng)
+        flip = rng.random() < self.flip_probability
+        crop = self._crop_image(image, new_size, box)
+        if self.photometric:
+            crop = photometric_distortion(crop, rng)
+        pixels = np.asarray(crop)  # (crop height, crop width, 3)
+        if flip:
+            pixels, crop_labels = pixels[:, ::-1], crop_labels[:, ::-1]
+        return self._normalise_and_pad(pixels, crop_labels)
+
+    def _random_crop(self, mask, new_size, rng) -> tuple[tuple[int, int, int, int], np.ndarray]:
+        """The box (top, left, bottom, right) in the resized picture, and the labels in it."""
+        for _ in range(MAX_CROP_DRAWS):
+            top, left = (rng.integers(max(n - c, 0) + 1) for n, c in zip(new_size, self._crop, strict=True))
+            bottom, right = min(top + self._crop[0], new_size[0]), min(left + self._crop[1], new_size[1])
+            rows = nearest_indices(top, bottom, mask.shape[0], new_size[0])
+            columns = nearest_indices(left, right, mask.shape[1], new_size[1])
+            labels = mask[rows[:, None], columns]
+            if self.do_reduce_labels:
+                labels = reduce_labels(labels, self.ignore_index)
+            if self.cat_max_ratio >= 1 or crop_is_varied(labels, self.cat_max_ratio, self.ignore_index):
+                break
+        return (top, left, bottom, right), labels
+
+    def _crop_image(self, image: Image.Image, new_size: tuple[int, int], box) -> Image.Image:
+        extent = None
+        try:
+            # `draft` returns None for other formats and for pictures already decoded.
+            drafted = image.draft(image.mode, new_size[::-1]) if self.fast_jpeg else None
+            if drafted is not None:
+                _, (_, _, width, height) = drafted
+                extent = (height, width)
+            image.load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{_name(image)} cannot be decoded ({error}); save it anew or remove it.") from error
+        return resize_region(image if image.mode == "RGB" else image.convert("RGB"), new_size, box, extent)
+
+    def _normalise_and_pad(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
+        height, width = labels.shape
+        pixel_values = np.zeros((3, *self._crop), dtype=np.float32)
+        padded_labels = np.full(self._crop, self.ignore_index, dtype=np.int64)
+        padded_labels[:height, :width] = labels
+        for channel, table in enumerate(self._normalised):
+            pixel_values[channel, :height, :width] = table[pixels[..., channel]]
+        return {"pixel_values": torch.from_numpy(pixel_values), "labels": torch.from_numpy(padded_labels)}
+
+
+class AugmentedDataset(torch.utils.data.Dataset):
+    """
+    Applies a [`TrainTransform`] to the samples of `dataset`, the same way for any number of workers.
+
+    The draws of a sample depend on (seed, epoch, index) alone. The epoch lies in shared memory, so that persistent
+    workers see it change. accelerate calls `set_epoch` at the start of an epoch, but not on several processes nor
+    when it resumes within an epoch: give the Trainer an [`EpochCallback`] for those.
+
+    Args:
+        dataset: index-addressed samples with `image` (RGB PIL picture) and `mask` (integer array).
+        transform: called with (image, mask, generator).
+        seed: non-negative; another seed gives other draws.
+    """
+
+    def __init__(self, dataset: Any, transform: TrainTransform, seed: int = 0):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw as in epoch `epoch` (from 0) from the next iterator on."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.dataset[index]
+        return self.transform(sample["image"], sample["mask"], sample_rng(self.seed, int(self._epoch), index))
+
+
+class AugmentedStream(torch.utils.data.IterableDataset):
+    """
+    [`AugmentedDataset`] for a streaming dataset, which has no indices: a checksum of the mask stands in for them.
+    """
+
+    def __init__(self, dataset: Any, transform: TrainTransform, seed: int = 0):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw (and shuffle, where the stream does) as in epoch `epoch` (from 0) from the next iterator on."""
+        self._epoch.fill_(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for sample in self.dataset:
+            key = zlib.crc32(sample["mask"].tobytes())
+            yield self.transform(sample["image"], sample["mask"], sample_rng(self.seed, int(self._epoch), key))
+
+
+class EpochCallback(TrainerCallback):
+    """Tells an [`AugmentedDataset`] or [`AugmentedStream`] each epoch that a Trainer begins or resumes."""
+
+    def __init__(self, dataset: AugmentedDataset | AugmentedStream):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Within an epoch that is resumed, `state.epoch` is a fraction above the number of finished epochs.
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+def _name(image: Image.Image) -> str:
+    return getattr(image, "filename", "") or "a picture without a file name"
