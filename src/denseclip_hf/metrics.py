@@ -1,0 +1,362 @@
+"""Segmentation metrics that keep counts instead of masks: mean IoU and its relatives, and boundary IoU.
+
+Shapes: K classes, H × W pixels. A confusion matrix is (K, K): rows are reference classes, columns predicted ones.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+LabelMap: TypeAlias = torch.Tensor | np.ndarray | Sequence[Sequence[int]]
+
+
+def confusion_matrix(
+    prediction: LabelMap, reference: LabelMap, num_labels: int, ignore_index: int = 255
+) -> torch.Tensor:
+    """Count how often each reference class was predicted as each class.
+
+    Matrices of several images, or of several processes, add up to the matrix of the whole set.
+
+    Args:
+        prediction (integers of any shape): Predicted class ids, 0 … K-1.
+        reference (integers of the same shape): True class ids, 0 … K-1 or `ignore_index`.
+        num_labels (`int`): K.
+        ignore_index (`int`, *optional*, defaults to 255): Reference value of the pixels to leave out.
+
+    Returns:
+        `torch.Tensor` of shape `(num_labels, num_labels)`: int64 counts, on the device of `prediction`.
+
+    Raises:
+        ValueError: If the shapes differ, a map is not made of integers, or a class id is out of range.
+    """
+    predicted, labelled, valid = _checked(prediction, reference, num_labels, ignore_index)
+    pairs = labelled[valid] * num_labels + predicted[valid]
+    return torch.bincount(pairs, minlength=num_labels**2).view(num_labels, num_labels)
+
+
+def scores_from_confusion_matrix(matrix: torch.Tensor | np.ndarray) -> dict[str, Any]:
+    """Turn a confusion matrix into scores between 0 and 1.
+
+    A score that would divide zero by zero is NaN and is left out of its mean: IoU and Dice of a class absent from
+    both maps, accuracy of a class without reference pixels, precision of a class never predicted, and F-score where
+    precision or recall is NaN or both are 0. Accuracy of a class is its recall.
+
+    Args:
+        matrix (integers of shape `(num_labels, num_labels)`): Rows are reference classes, columns predicted ones.
+
+    Returns:
+        `dict` with the floats `overall_accuracy`, `mean_iou`, `mean_accuracy`, `mean_dice`, `mean_fscore`,
+        `mean_precision`, and for each mean a list of K floats (`per_category_iou` and so on).
+    """
+    counts = torch.as_tensor(matrix).cpu().double()
+    correct, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    precision, recall = correct / predicted, correct / labelled
+    per_category = {
+        "iou": correct / (labelled + predicted - correct),
+        "accuracy": recall,
+        "dice": 2 * correct / (labelled + predicted),
+        "fscore": 2 * precision * recall / (precision + recall),
+        "precision": precision,
+    }
+    scores: dict[str, Any] = {"overall_accuracy": (correct.sum() / labelled.sum()).item()}
+    scores |= {f"mean_{name}": values.nanmean().item() for name, values in per_category.items()}
+    return scores | {f"per_category_{name}": values.tolist() for name, values in per_category.items()}
+
+
+def boundary_counts(
+    prediction: LabelMap,
+    reference: LabelMap,
+    num_labels: int,
+    ignore_index: int = 255,
+    boundary_width: float = 0.02,
+) -> torch.Tensor:
+    """Count the pixels of each class's contour band in both maps, in the prediction and in the reference.
+
+    Args:
+        prediction (integers of shape `(H, W)`): Predicted class ids, 0 … K-1.
+        reference (integers of shape `(H, W)`): True class ids, 0 … K-1 or `ignore_index`.
+        num_labels (`int`): K.
+        ignore_index (`int`, *optional*, defaults to 255): Reference value of the pixels to leave out.
+        boundary_width (`float`, *optional*, defaults to 0.02): Width of the band as a share of the image diagonal;
+            the band is at least one pixel wide.
+
+    Returns:
+        `torch.Tensor` of shape `(3, num_labels)`: int64 counts of intersection, prediction and reference.
+
+    Raises:
+        ValueError: As [`confusion_matrix`] does, and if the maps are not two-dimensional.
+    """
+    predicted, labelled, valid = _checked(prediction, reference, num_labels, ignore_index)
+    if predicted.ndim != 2:
+        raise ValueError(
+            f"Contours need maps of shape (height, width), but these have shape {tuple(predicted.shape)}."
+        )
+    distance = max(1, round(boundary_width * float(np.hypot(*predicted.shape))))
+    in_prediction = _contour_band(predicted, valid, distance) & valid
+    in_reference = _contour_band(labelled, valid, distance) & valid
+    in_both = in_prediction & in_reference & (predicted == labelled)
+    bands = ((in_both, labelled), (in_prediction, predicted), (in_reference, labelled))
+    return torch.stack([torch.bincount(classes[band], minlength=num_labels) for band, classes in bands])
+
+
+def _checked(
+    prediction: LabelMap, reference: LabelMap, num_labels: int, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both maps as int64 on the prediction's device, and the mask of pixels that count."""
+    predicted = _integers(prediction, "prediction")
+    labelled = _integers(reference, "reference").to(predicted.device)
+    if predicted.shape != labelled.shape:
+        raise ValueError(
+            f"Prediction and reference must have the same size, but the prediction is "
+            f"{_size(predicted)} and the reference {_size(labelled)}."
+        )
+    valid = labelled != ignore_index
+    _check_range(predicted, num_labels, "The prediction", "")
+    _check_range(labelled[valid], num_labels, "The reference", f" other than ignore_index={ignore_index}")
+    return predicted, labelled, valid
+
+
+def _integers(label_map: LabelMap, name: str) -> torch.Tensor:
+    if isinstance(label_map, torch.Tensor):
+        is_integer = not (label_map.is_floating_point() or label_map.is_complex())
+        dtype: Any = label_map.dtype
+    else:
+        label_map = np.asarray(label_map)
+        is_integer = label_map.dtype.kind in "iub"
+        dtype = label_map.dtype
+    if not is_integer:
+        raise ValueError(f"The {name} must hold integer class ids, but its dtype is {dtype}.")
+    # astype copies, so read-only and byte-swapped arrays are welcome too
+    return label_map.long() if isinstance(label_map, torch.Tensor) else torch.from_numpy(label_map.astype(np.int64))
+
+
+def _check_range(values: torch.Tensor, num_labels: int, name: str, exception: str) -> None:
+    if values.numel() == 0:
+        return
+    lowest, highest = (value.item() for value in values.aminmax())
+    if lowest < 0 or highest >= num_labels:
+        raise ValueError(
+            f"{name} must hold class ids from 0 to {num_labels - 1}{exception}, but its values go from {lowest} to "
+            f"{highest}."
+        )
+
+
+def _size(label_map: torch.Tensor) -> str:
+    return "×".join(map(str, label_map.shape)) or "a single number"
+
+
+def _contour_band(label_map: torch.Tensor, valid: torch.Tensor, distance: int) -> torch.Tensor:
+    """(H, W) → (H, W) mask of pixels with another class, or the image's edge, at most `distance` steps away."""
+    # one pass for all classes: the window around a pixel holds another class where its minimum and maximum differ
+    values = label_map.float()
+    highest = _window_maximum(values.masked_fill(~valid, -torch.inf), distance)
+    lowest = -_window_maximum((-values).masked_fill(~valid, -torch.inf), distance)
+    band = highest != lowest
+    band[:distance], band[-distance:], band[:, :distance], band[:, -distance:] = True, True, True, True
+    return band
+
+
+def _window_maximum(values: torch.Tensor, distance: int) -> torch.Tensor:
+    """Maximum over the (2 · distance + 1)² square around each pixel, one axis after the other."""
+    window = 2 * distance + 1
+    rows = F.max_pool2d(values[None], (1, window), stride=1, padding=(0, distance))
+    return F.max_pool2d(rows, (window, 1), stride=1, padding=(distance, 0))[0]
+
+
+class _CountingMetric(evaluate.Metric):
+    """What the metrics below share: counts that add up over images, on the device where the predictions are."""
+
+    def __init__(self, num_labels: int, ignore_index: int = 255, do_reduce_labels: bool = False):
+        if num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
+        if do_reduce_labels and 0 <= ignore_index < num_labels:
+            raise ValueError(
+                f"With do_reduce_labels, ignore_index must not be a class id, but {ignore_index} is below "
+                f"num_labels={num_labels}: pass for instance ignore_index=-100."
+            )
+        super().__init__()
+        self.num_labels = num_labels
+        self.ignore_index = ignore_index
+        self.do_reduce_labels = do_reduce_labels
+        self.reset()
+
+    def _info(self) -> evaluate.MetricInfo:
+        label_map = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="",
+            inputs_description="",
+            features=datasets.Features({"predictions": label_map, "references": label_map}),
+        )
+
+    def _build_data_dir(self) -> str:
+        # nothing is cached, so no directory is made
+        return ""
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def _count(self, prediction: LabelMap, reference: LabelMap) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _scores(self, counts: torch.Tensor) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget every image added so far."""
+        self._counts: torch.Tensor | None = None
+        self._num_images = 0
+
+    def add(self, *, prediction: LabelMap, reference: LabelMap) -> None:
+        """Count one image.
+
+        Args:
+            prediction (integers of shape `(H, W)`): Predicted class ids, 0 … K-1; never shifted.
+            reference (integers of shape `(H, W)`): Raw labels. With `do_reduce_labels`, 0 becomes `ignore_index` and
+                n becomes n - 1, in a copy.
+
+        Raises:
+            ValueError: If the sizes differ, a map is not made of integers, or a class id is out of range.
+        """
+        labels = _integers(reference, "reference")
+        if self.do_reduce_labels:
+            ignored = (labels == 0) | (labels == self.ignore_index)
+            labels = (labels - 1).masked_fill(ignored, self.ignore_index)
+        self._accumulate(self._count(prediction, labels), 1)
+
+    def add_batch(self, *, predictions: Iterable[LabelMap], references: Iterable[LabelMap]) -> None:
+        """Count several images, whose sizes may differ from one to the next.
+
+        Args:
+            predictions (list of integer maps of shape `(H, W)`): Predicted class ids, see [`add`].
+            references (list of integer maps of shape `(H, W)`): Raw labels, see [`add`].
+
+        Raises:
+            ValueError: If the lists differ in length, or as [`add`] does; images before the bad one are counted.
+        """
+        predictions, references = list(predictions), list(references)
+        if len(predictions) != len(references):
+            raise ValueError(f"Got {len(predictions)} predictions but {len(references)} references.")
+        for prediction, reference in zip(predictions, references, strict=True):
+            self.add(prediction=prediction, reference=reference)
+
+    def merge(self, other: "_CountingMetric") -> None:
+        """Add the counts of another metric, for instance of another process; `other` keeps its own.
+
+        Raises:
+            ValueError: If the other metric is of another kind or has another number of classes.
+        """
+        if type(other) is not type(self) or other.num_labels != self.num_labels:
+            raise ValueError(
+                f"Only metrics of one kind and one num_labels can be merged: this is {type(self).__name__} with "
+                f"{self.num_labels} classes, the other {type(other).__name__} with {other.num_labels}."
+            )
+        if other._counts is not None:
+            self._accumulate(other._counts.clone(), other._num_images)
+
+    def _accumulate(self, counts: torch.Tensor, num_images: int) -> None:
+        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
+        self._num_images += num_images
+
+    def compute(
+        self, *, predictions: Iterable[LabelMap] | None = None, references: Iterable[LabelMap] | None = None
+    ) -> dict[str, Any]:
+        """Scores of everything added since the last `compute` or `reset`, then start anew.
+
+        Args:
+            predictions, references (*optional*): A last batch to add first, see [`add_batch`].
+
+        Returns:
+            `dict` of floats and of lists with one float per class, NaN where a score is undefined.
+
+        Raises:
+            ValueError: If nothing was added.
+        """
+        if predictions is not None or references is not None:
+            if predictions is None or references is None:
+                raise ValueError("Pass both predictions and references, or neither.")
+            self.add_batch(predictions=predictions, references=references)
+        if self._counts is None:
+            raise ValueError("Nothing to score yet: call add or add_batch before compute.")
+        scores = self._scores(self._counts)
+        self.reset()
+        return scores
+
+
+class MeanIoU(_CountingMetric):
+    """Mean intersection over union and related scores, from one confusion matrix over the whole set.
+
+    Args:
+        num_labels (`int`): Number of classes K.
+        ignore_index (`int`, *optional*, defaults to 255): Label of the pixels to leave out. A class id can be
+            ignored this way as well; with more than 255 classes pass a value that is none.
+        do_reduce_labels (`bool`, *optional*, defaults to `False`): Whether label 0 means "other" and is ignored, and
+            label n stands for class n - 1, as in ADE20K. Predictions are never shifted.
+
+    `compute` returns what [`scores_from_confusion_matrix`] describes.
+
+    Example:
+
+    ```python
+    >>> metric = MeanIoU(num_labels=2)
+    >>> metric.add_batch(predictions=[[[0, 1], [1, 1]]], references=[[[0, 1], [0, 255]]])
+    >>> metric.compute()["per_category_iou"]
+    [0.5, 0.5]
+    ```
+    """
+
+    @property
+    def confusion_matrix(self) -> torch.Tensor:
+        """`torch.Tensor` of shape `(num_labels, num_labels)`: int64 counts so far; rows are reference classes."""
+        if self._counts is None:
+            return torch.zeros(self.num_labels, self.num_labels, dtype=torch.int64)
+        return self._counts.clone()
+
+    def _count(self, prediction: LabelMap, reference: LabelMap) -> torch.Tensor:
+        return confusion_matrix(prediction, reference, self.num_labels, self.ignore_index)
+
+    def _scores(self, counts: torch.Tensor) -> dict[str, Any]:
+        return scores_from_confusion_matrix(counts)
+
+
+class MeanBoundaryIoU(_CountingMetric):
+    """Mean boundary IoU (Cheng et al., "Boundary IoU", CVPR 2021): IoU of the bands inside the masks' contours.
+
+    A class's band are its pixels at most d steps (diagonal ones count as one) from another class or from the image's
+    edge. Ignored pixels count nowhere and make no contour. Counts are summed over the whole set before dividing.
+
+    Args:
+        num_labels (`int`): Number of classes K.
+        ignore_index (`int`, *optional*, defaults to 255): Label of the pixels to leave out.
+        do_reduce_labels (`bool`, *optional*, defaults to `False`): As in [`MeanIoU`].
+        boundary_width (`float`, *optional*, defaults to 0.02): d as a share of the image diagonal, rounded, at least
+            one pixel.
+
+    `compute` returns `mean_boundary_iou` and `per_category_boundary_iou` (K floats, NaN where the class is absent).
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        ignore_index: int = 255,
+        do_reduce_labels: bool = False,
+        boundary_width: float = 0.02,
+    ):
+        if not boundary_width > 0:
+            raise ValueError(f"boundary_width must be positive, got {boundary_width}.")
+        super().__init__(num_labels, ignore_index, do_reduce_labels)
+        self.boundary_width = boundary_width
+
+    def _count(self, prediction: LabelMap, reference: LabelMap) -> torch.Tensor:
+        return boundary_counts(prediction, reference, self.num_labels, self.ignore_index, self.boundary_width)
+
+    def _scores(self, counts: torch.Tensor) -> dict[str, Any]:
+        intersection, predicted, labelled = counts.cpu().double()
+        iou = intersection / (predicted + labelled - intersection)
+        return {"mean_boundary_iou": iou.nanmean().item(), "per_category_boundary_iou": iou.tolist()}
