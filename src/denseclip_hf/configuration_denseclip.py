@@ -1,0 +1,383 @@
+"""Configurations: CLIP's modified ResNet, a CLIP with such an image tower, and DenseCLIP on top of either kind."""
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, GenerationConfig, PreTrainedConfig
+
+
+# What PreTrainedConfig itself understands beside the declared fields; everything else is a misspelt option.
+_BASE_OPTIONS = {
+    "model_type", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "auto_map",
+    "output_attentions", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "per_layer_config",
+    "quantization_config", "is_composition", "use_cache", "custom_pipelines",
+}  # fmt: skip
+
+
+def refuse_unknown_options(config: PreTrainedConfig, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for the first of `options` that is neither a field of `config` nor known to transformers."""
+    generation = GenerationConfig._get_default_generation_params()
+    for name in options:
+        if name in _BASE_OPTIONS or name in generation:
+            continue
+        fields = list(type(config).__dataclass_fields__)
+        close = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "see its docstring for the options it has."
+        raise ValueError(f"`{type(config).__name__}` has no option `{name}`: {hint}")
+
+
+@strict
+class CLIPResNetVisionConfig(PreTrainedConfig):
+    r"""
+    Configuration of CLIP's modified ResNet, `RN50` by default (Radford et al. 2021, section 2.4).
+
+    Args:
+        num_channels (`int`, defaults to 3): channels of the input image.
+        embedding_size (`int`, defaults to 64): width w of the stem; stage i (0-based) has w * 4 * 2^i channels.
+        depths (`list[int]`, defaults to `[3, 4, 6, 3]`): bottleneck blocks of the four stages.
+        num_attention_heads (`int`, defaults to 32): heads of the attention pooling; must divide 32 * w.
+        projection_dim (`int`, defaults to 1024): size D of the image embedding.
+        image_size (`int`, defaults to 224): side in pixels the learned positions belong to, a multiple of 32.
+        batch_norm_eps (`float`, defaults to 1e-5): epsilon of every batch norm.
+    """
+
+    model_type = "clip_resnet_vision_model"
+    base_config_key = "vision_config"
+
+    num_channels: int = 3
+    embedding_size: int = 64
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    num_attention_heads: int = 32
+    projection_dim: int = 1024
+    image_size: int = 224
+    batch_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs):
+        refuse_unknown_options(self, kwargs)
+        super().__post_init__(**kwargs)
+        self._check_architecture()
+
+    @property
+    def hidden_sizes(self) -> list[int]:
+        """Channels of the four stages."""
+        return [self.embedding_size * 4 * 2**stage for stage in range(4)]
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage, which are those of the attention pooling."""
+        return self.hidden_sizes[-1]
+
+    def _check_architecture(self) -> None:
+        if len(self.depths) != 4 or min(self.depths) < 1:
+            raise ValueError(f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.")
+        if self.embedding_size % 2:
+            raise ValueError(f"`embedding_size` is halved in the stem and must be even, got {self.embedding_size}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must divide the {self.hidden_size} channels of "
+                "the last stage (32 * `embedding_size`)."
+            )
+        if self.image_size % 32 or self.image_size < 32:
+            raise ValueError(f"`image_size` must be a positive multiple of the stride 32, got {self.image_size}.")
+
+
+@strict
+class CLIPResNetConfig(CLIPConfig):
+    r"""Configuration of a CLIP whose image tower is CLIP's modified ResNet (`RN50`, `RN101`).
+
+    Args:
+        text_config (`dict` or `CLIPTextConfig`): the text tower.
+        vision_config (`dict` or [`CLIPResNetVisionConfig`]): the image tower.
+        projection_dim (`int`): size D of the shared embedding; equals `vision_config.projection_dim`.
+    """
+
+    model_type = "clip_resnet"
+    sub_configs_defaults = {"vision_config": CLIPResNetVisionConfig, "text_config": CLIPTextConfig}
+
+    vision_config: dict | CLIPResNetVisionConfig | None = None
+    projection_dim: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.projection_dim is None:
+            self.projection_dim = self.vision_config.projection_dim
+        if self.projection_dim != self.vision_config.projection_dim:
+            raise ValueError(
+                f"`projection_dim` ({self.projection_dim}) must equal `vision_config.projection_dim` "
+                f"({self.vision_config.projection_dim}): the attention pooling projects into the shared space itself."
+            )
+
+
+def _text(projection_dim: int) -> dict[str, Any]:
+    return {"projection_dim": projection_dim}
+
+
+# The published models (spec sheets of CLIP and the paper, section 4.1), at the resolution they are trained at.
+PRESETS: dict[str, dict[str, Any]] = {
+    "denseclip-rn50": {
+        "clip_config": {
+            "model_type": "clip_resnet",
+            "text_config": _text(1024),
+            "vision_config": {"image_size": 512, "projection_dim": 1024},
+        },
+    },
+    "denseclip-rn101": {
+        "clip_config": {
+            "model_type": "clip_resnet",
+            "text_config": _text(512),
+            "vision_config": {"image_size": 512, "depths": [3, 4, 23, 3], "projection_dim": 512},
+        },
+    },
+    "denseclip-vit-b16": {
+        "clip_config": {
+            "model_type": "clip",
+            "text_config": _text(512),
+            "vision_config": {"image_size": 640, "patch_size": 16},
+        },
+    },
+}
+
+
+@strict
+class DenseCLIPConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DenseCLIPForSemanticSegmentation`]. The defaults are the published recipe (Rao et al. 2022).
+
+    Args:
+        clip_config (`dict`, `CLIPConfig` or [`CLIPResNetConfig`]): the CLIP underneath. A dict is a ResNet CLIP
+            when its `model_type` is `"clip_resnet"` or its `vision_config` is `"clip_resnet_vision_model"`, else a ViT.
+            `vision_config.image_size` is the training resolution, which the position grid belongs to. By default the
+            ViT-B/16 at 640.
+        class_token_ids (`list[list[int]]`, *optional*): for each of the K labels the token ids `[SOS, …, EOS]`.
+        num_context_tokens (`int`, defaults to 8): learnable vectors N between SOS and the name; 0 is a fixed prompt.
+        prompt_template (`str`, *optional*): sentence with one `{}` that class names are put into before they are
+            tokenised; by default `"{}"` with learnable contexts, `"a photo of a {}."` without.
+        context_init_std (`float`, defaults to 1.0): standard deviation of the contexts' truncated normal start.
+        use_text_guidance (`bool`, defaults to `True`): `False` is the plain CLIP + FPN baseline.
+        context_decoder_hidden_size (`int`, defaults to 256): width of the context decoder.
+        context_decoder_num_layers (`int`, defaults to 3): its layers.
+        context_decoder_num_attention_heads (`int`, defaults to 4): its heads.
+        context_decoder_mlp_ratio (`int`, defaults to 4): its MLP's expansion.
+        context_decoder_dropout (`float`, defaults to 0.1): its dropout.
+        gamma_init (`float`, defaults to 1e-4): start of the per-channel residual scale γ.
+        gamma_learnable (`bool`, defaults to `True`): whether γ is trained.
+        temperature (`float`, defaults to 0.07): τ that divides the score map in its loss.
+        auxiliary_loss_weight (`float`, defaults to 0.4): weight of the score map's loss.
+        score_map_level (`int`, *optional*): which of the four feature maps (0 = stride 4 … 3 = stride 32) the score
+            map joins; by default the one with the score map's own stride (ViT: 2, ResNet: 3).
+        out_indices (`list[int]`, *optional*): ViT blocks (0-based) whose outputs are the feature maps; by default
+            those after a third, a half, two thirds and all of the blocks. Must be `None` for a ResNet.
+        drop_path_rate (`float`, defaults to 0.1): stochastic depth of the ViT's last block, rising linearly from 0.
+        neck_hidden_size (`int`, defaults to 256): channels of the FPN.
+        decode_head_hidden_size (`int`, defaults to 256): channels of the Semantic-FPN head.
+        decode_head_dropout (`float`, defaults to 0.1): channel dropout before the classifier.
+        layer_norm_eps, batch_norm_eps (`float`, default to 1e-5): epsilons of the new norms.
+        initializer_range (`float`, defaults to 0.02): truncated-normal start of the context decoder's linear layers.
+        semantic_loss_ignore_index (`int`, defaults to 255): label that counts as zero loss.
+        inference_mode (`str`, defaults to `"whole"`): `"slide"` makes eval mode average overlapping windows.
+        crop_size (`int` or `list[int]`, *optional*): window (height, width); `image_size` of the CLIP by default.
+        stride (`int` or `list[int]`, *optional*): window step, two thirds of `crop_size` by default.
+        sliding_window_batch_size (`int`, defaults to 4): windows run through the model at a time.
+
+    Raises:
+        ValueError: for a combination that cannot work, with what to change.
+
+    Example:
+
+    ```python
+    >>> from denseclip_hf import DenseCLIPConfig
+
+    >>> classes = {"id2label": {0: "sky"}, "class_token_ids": [[49406, 2390, 49407]]}
+    >>> config = DenseCLIPConfig.from_preset("denseclip-rn50", **classes)
+    >>> config.feature_channels
+    [256, 512, 1024, 2048]
+    ```
+    """
+
+    model_type = "denseclip"
+    sub_configs_defaults = {"clip_config": CLIPConfig}
+    keys_to_ignore_at_inference = ["decode_loss", "auxiliary_loss", "score_maps", "text_embeds", "hidden_states"]
+
+    clip_config: dict | CLIPConfig | None = None
+    class_token_ids: list[list[int]] | None = None
+    num_context_tokens: int = 8
+    prompt_template: str | None = None
+    context_init_std: float | int = 1.0
+    use_text_guidance: bool = True
+    context_decoder_hidden_size: int = 256
+    context_decoder_num_layers: int = 3
+    context_decoder_num_attention_heads: int = 4
+    context_decoder_mlp_ratio: int = 4
+    context_decoder_dropout: float | int = 0.1
+    gamma_init: float | int = 1e-4
+    gamma_learnable: bool = True
+    temperature: float | int = 0.07
+    auxiliary_loss_weight: float | int = 0.4
+    score_map_level: int | None = None
+    out_indices: list[int] | tuple[int, ...] | None = None
+    drop_path_rate: float | int = 0.1
+    neck_hidden_size: int = 256
+    decode_head_hidden_size: int = 256
+    decode_head_dropout: float | int = 0.1
+    layer_norm_eps: float = 1e-5
+    batch_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    semantic_loss_ignore_index: int = 255
+    inference_mode: str = "whole"
+    crop_size: int | list[int] | tuple[int, ...] | None = None
+    stride: int | list[int] | tuple[int, ...] | None = None
+    sliding_window_batch_size: int = 4
+
+    def __post_init__(self, **kwargs):
+        refuse_unknown_options(self, kwargs)
+        if self.clip_config is None:
+            self.clip_config = PRESETS["denseclip-vit-b16"]["clip_config"]
+        if isinstance(self.clip_config, dict):
+            self.clip_config = clip_config_class(self.clip_config)(**self.clip_config)
+        if self.class_token_ids is not None and self.id2label is None and "num_labels" not in kwargs:
+            kwargs["num_labels"] = len(self.class_token_ids)
+        super().__post_init__(**kwargs)
+        if self.id2label is not None and "num_labels" not in kwargs:
+            self.label2id = {label: index for index, label in self.id2label.items()}
+        vision = self.clip_config.vision_config
+        if self.prompt_template is None:
+            self.prompt_template = "{}" if self.num_context_tokens else "a photo of a {}."
+        if self.score_map_level is None:
+            self.score_map_level = 3 if self.has_resnet else 2
+        if self.out_indices is None and not self.has_resnet:
+            n = vision.num_hidden_layers
+            self.out_indices = [max(n // 3, 1) - 1, max(n // 2, 1) - 1, max(2 * n // 3, 1) - 1, n - 1]
+        self.crop_size = _pair(vision.image_size if self.crop_size is None else self.crop_size, "crop_size")
+        self.stride = _pair(
+            [max(s * 2 // 3, 1) for s in self.crop_size] if self.stride is None else self.stride, "stride"
+        )
+        self._check_architecture()
+        self._check_inference()
+        self._check_prompts()
+
+    @classmethod
+    def from_preset(cls, name: str, **options) -> "DenseCLIPConfig":
+        """A published model (`denseclip-rn50`, `denseclip-rn101`, `denseclip-vit-b16`) with `options` on top."""
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **options})
+
+    @property
+    def has_resnet(self) -> bool:
+        """Whether the image tower is CLIP's ResNet rather than its ViT."""
+        return self.clip_config.vision_config.model_type == CLIPResNetVisionConfig.model_type
+
+    @property
+    def image_size(self) -> int:
+        """Training resolution in pixels."""
+        return self.clip_config.vision_config.image_size
+
+    @property
+    def embedding_stride(self) -> int:
+        """Pixels per position of the dense embedding map and of the score map."""
+        return 32 if self.has_resnet else self.clip_config.vision_config.patch_size
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of the feature maps c2 … c5, before the score map joins one of them."""
+        vision = self.clip_config.vision_config
+        return vision.hidden_sizes if self.has_resnet else [vision.hidden_size] * 4
+
+    @property
+    def special_token_ids(self) -> tuple[int, int]:
+        """Ids of SOS and EOS.
+
+        Configs of OpenAI's checkpoints on the Hub carry 0 and 2 from before transformers learnt the real ones; CLIP's
+        vocabulary always ends with SOS, EOS.
+        """
+        text = self.clip_config.text_config
+        if text.eos_token_id == 2 or not isinstance(text.eos_token_id, int) or text.bos_token_id is None:
+            return text.vocab_size - 2, text.vocab_size - 1
+        return text.bos_token_id, text.eos_token_id
+
+    @property
+    def max_class_tokens(self) -> int:
+        """How many tokens `[SOS] name [EOS]` may have beside the contexts."""
+        return self.clip_config.text_config.max_position_embeddings - self.num_context_tokens
+
+    def _check_architecture(self) -> None:
+        vision = self.clip_config.vision_config
+        if not 0 <= self.score_map_level <= 3:
+            raise ValueError(
+                f"`score_map_level` must be 0 (stride 4), 1, 2 or 3 (stride 32), got {self.score_map_level}."
+            )
+        if self.has_resnet and self.out_indices is not None:
+            raise ValueError("`out_indices` names ViT blocks; leave it out for a ResNet, whose four stages are used.")
+        if not self.has_resnet:
+            depth = vision.num_hidden_layers
+            if len(self.out_indices) != 4 or not all(0 <= i < depth for i in self.out_indices):
+                raise ValueError(f"`out_indices` must be four blocks in 0…{depth - 1}, got {list(self.out_indices)}.")
+        if self.context_decoder_hidden_size % self.context_decoder_num_attention_heads:
+            raise ValueError(
+                f"`context_decoder_num_attention_heads` ({self.context_decoder_num_attention_heads}) must divide "
+                f"`context_decoder_hidden_size` ({self.context_decoder_hidden_size})."
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        for name in ("context_decoder_dropout", "decode_head_dropout", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+
+    def _check_inference(self) -> None:
+        if self.inference_mode not in ("whole", "slide"):
+            raise ValueError(f'`inference_mode` must be "whole" or "slide", got {self.inference_mode!r}.')
+        if any(s > c for s, c in zip(self.stride, self.crop_size, strict=True)):
+            raise ValueError(
+                f"`crop_size` {self.crop_size} is smaller than `stride` {self.stride}, so windows would leave pixels "
+                "out: make `stride` at most `crop_size`."
+            )
+        if self.sliding_window_batch_size < 1:
+            raise ValueError(f"`sliding_window_batch_size` must be at least 1, got {self.sliding_window_batch_size}.")
+
+    def _check_prompts(self) -> None:
+        if self.num_context_tokens < 0:
+            raise ValueError(f"`num_context_tokens` must be 0 (fixed prompt) or more, got {self.num_context_tokens}.")
+        if self.prompt_template.count("{}") != 1:
+            raise ValueError(f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.")
+        if self.class_token_ids is None:
+            return
+        if len(self.class_token_ids) != self.num_labels:
+            raise ValueError(
+                f"`class_token_ids` has {len(self.class_token_ids)} entries but `id2label` has {self.num_labels} "
+                "classes: give one list of token ids per class."
+            )
+        sos, eos = self.special_token_ids
+        for index, ids in enumerate(self.class_token_ids):
+            name = f"`class_token_ids[{index}]` ({self.id2label[index]!r})"
+            if len(ids) < 2 or ids[0] != sos or ids[-1] != eos or eos in ids[:-1]:
+                raise ValueError(f"{name} must start with SOS ({sos}) and end with its only EOS ({eos}), got {ids}.")
+            if min(ids) < 0 or max(ids) >= self.clip_config.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} has ids outside the vocabulary of {self.clip_config.text_config.vocab_size}."
+                )
+            if len(ids) > self.max_class_tokens:
+                raise ValueError(
+                    f"{name} has {len(ids)} tokens, but {self.max_class_tokens} fit beside {self.num_context_tokens} "
+                    f"contexts in CLIP's {self.clip_config.text_config.max_position_embeddings} positions: shorten "
+                    "the name or use fewer contexts."
+                )
+
+
+def clip_config_class(clip_config: dict[str, Any]) -> type[CLIPConfig]:
+    """`CLIPResNetConfig` or `CLIPConfig`, whichever the dict `clip_config` describes."""
+    vision = clip_config.get("vision_config")
+    vision_type = vision.get("model_type") if isinstance(vision, dict) else getattr(vision, "model_type", None)
+    is_resnet = "clip_resnet" in (clip_config.get("model_type"), (vision_type or "").removesuffix("_vision_model"))
+    return CLIPResNetConfig if is_resnet else CLIPConfig
+
+
+def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"`{name}` must be one positive number of pixels or a pair (height, width), got {value}.")
+    return pair
+
+
+__all__ = ["CLIPResNetConfig", "CLIPResNetVisionConfig", "CLIPVisionConfig", "DenseCLIPConfig"]

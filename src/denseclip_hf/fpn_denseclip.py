@@ -1,0 +1,80 @@
+"""Feature pyramid neck and Semantic-FPN head (Lin et al. 2017; Kirillov et al. 2019, section 3).
+
+Shapes: B images, C channels, K classes; levels c2 … c5 have strides 4, 8, 16, 32 and go in, p2 … p5 come out.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def resize_bilinear(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize `x` `(B, C, h, w)` to `size` (rows, columns), align_corners False; returned as it is if it fits."""
+    if x.shape[-2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class FPNNeck(nn.Module):
+    """
+    1x1 laterals, nearest top-down additions, 3x3 outputs; no norm and no activation.
+
+    Args:
+        in_channels (`list[int]`): channels of c2 … c5.
+        channels (`int`): channels of every output.
+    """
+
+    def __init__(self, in_channels: list[int], channels: int):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.output_convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """c2 … c5, each `(B, in_channels[i], h_i, w_i)` -> p2 … p5, each `(B, channels, h_i, w_i)`."""
+        levels = [conv(c) for conv, c in zip(self.lateral_convs, features, strict=True)]
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + F.interpolate(levels[i], size=levels[i - 1].shape[-2:], mode="nearest")
+        return [conv(p) for conv, p in zip(self.output_convs, levels, strict=True)]
+
+
+class SemanticFPNScaleHead(nn.Sequential):
+    """One level on its way to the finest: (3x3 convolution, batch norm, ReLU, x2 upsampling) as often as needed."""
+
+    def __init__(self, in_channels: int, channels: int, num_upsamplings: int, eps: float):
+        layers: list[nn.Module] = []
+        for i in range(max(num_upsamplings, 1)):
+            layers.append(nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(channels, eps=eps))
+            layers.append(nn.ReLU(inplace=True))
+            if num_upsamplings:
+                layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+        super().__init__(*layers)
+
+
+class SemanticFPNHead(nn.Module):
+    """
+    Sums the four levels at stride 4 and classifies every position.
+
+    Args:
+        in_channels (`int`): channels of p2 … p5.
+        channels (`int`): channels of the head.
+        num_labels (`int`): K.
+        dropout (`float`): probability of dropping a whole channel before the classifier.
+        eps (`float`): epsilon of the batch norms.
+    """
+
+    def __init__(self, in_channels: int, channels: int, num_labels: int, dropout: float, eps: float):
+        super().__init__()
+        self.scale_heads = nn.ModuleList(SemanticFPNScaleHead(in_channels, channels, i, eps) for i in range(4))
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(channels, num_labels, 1)
+
+    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        """p2 … p5 -> logits `(B, K, H / 4, W / 4)`."""
+        finest, *coarser = [head(p) for head, p in zip(self.scale_heads, levels, strict=True)]
+        for level in coarser:
+            finest = finest + resize_bilinear(level, finest.shape[-2:])
+        return self.classifier(self.dropout(finest))
+
+
+__all__ = ["FPNNeck", "SemanticFPNHead", "resize_bilinear"]

@@ -1,0 +1,105 @@
+"""Bringing a pretrained CLIP into a segmenter, and new classes into a trained one."""
+
+import os
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
+
+from .configuration_denseclip import clip_config_class
+from .modeling_clip_resnet import CLIPResNetModel, resize_position_grid
+from .prompts_denseclip import tokenize_classes
+
+
+POSITION_KEYS = ("vision_model.embeddings.position_embedding.weight", "vision_model.attention_pool.position_embedding")
+
+
+def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
+    """
+    A CLIP model in float32 and its tokenizer, each loaded if it is given by name.
+
+    Raises:
+        ValueError: if the checkpoint is not a CLIP.
+    """
+    if isinstance(clip, (str, os.PathLike)):
+        tokenizer = clip if tokenizer is None else tokenizer
+        config, _ = PreTrainedConfig.get_config_dict(clip)
+        if config.get("model_type") not in ("clip", "clip_resnet"):
+            raise ValueError(
+                f"`{clip}` holds a model of type {config.get('model_type')!r}, not a CLIP: name a directory or Hub "
+                "repository of a `CLIPModel` or a `CLIPResNetModel`."
+            )
+        model_class = CLIPResNetModel if clip_config_class(config) is CLIPResNetModel.config_class else CLIPModel
+        clip = model_class.from_pretrained(clip, dtype=torch.float32)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    return clip, tokenizer
+
+
+def load_clip_weights(model: nn.Module, clip: CLIPModel) -> None:
+    """Copy `clip`'s weights into `model.clip`, its position grid resized to the model's training resolution."""
+    wanted = model.clip.state_dict()
+    weights = {key: value for key, value in clip.state_dict().items() if key in wanted}
+    for key in POSITION_KEYS:
+        if key in weights:
+            side = round((wanted[key].shape[0] - 1) ** 0.5)
+            weights[key] = resize_position_grid(weights[key].float(), (side, side))
+    model.clip.load_state_dict(weights)
+
+
+def clip_report(model: nn.Module, clip: CLIPModel) -> str:
+    """What came from `clip` and what is new, in one message."""
+    millions = {"loaded": 0.0}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        part = "loaded" if part == "clip" else part
+        millions[part] = millions.get(part, 0.0) + parameter.numel() / 1e6
+    loaded = millions.pop("loaded")
+    before, after = clip.config.vision_config.image_size, model.config.image_size
+    stride = model.config.embedding_stride
+    grid = f"{before // stride}x{before // stride} positions" + (
+        f" resized to {after // stride}x{after // stride}" if before != after else ""
+    )
+    new = ", ".join(f"{part} ({count:.2f} M)" for part, count in millions.items())
+    name = clip.config.name_or_path or type(clip).__name__
+    return f"Loaded {loaded:.2f} M parameters from {name} ({grid}). Newly initialised, to be trained: {new}."
+
+
+def replace_classes(model: nn.Module, names: list[str], tokenizer) -> None:
+    """Do what [`DenseCLIPForSemanticSegmentation.set_classes`] says."""
+    config = model.config
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"class names must be at least one and all different, got {names}.")
+    token_ids = tokenize_classes(names, tokenizer, config) if config.use_text_guidance else None
+    rows = {label: index for index, label in config.id2label.items()}
+    kept = [(new, rows[name]) for new, name in enumerate(names) if name in rows]
+    head = model.decode_head
+    head.classifier = _resized_convolution(head.classifier, kept, out_channels=len(names))
+    if config.use_text_guidance:
+        laterals, level = model.neck.lateral_convs, config.score_map_level
+        first = config.feature_channels[level]  # the score map's channels come after the features'
+        columns = [(i, i) for i in range(first)] + [(first + new, first + old) for new, old in kept]
+        laterals[level] = _resized_convolution(laterals[level], columns, in_channels=first + len(names))
+        model.prompts.set_token_ids(token_ids)
+        config.class_token_ids = token_ids
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+@torch.no_grad()
+def _resized_convolution(
+    old: nn.Conv2d, kept: list[tuple[int, int]], in_channels=None, out_channels=None
+) -> nn.Conv2d:
+    """A 1x1 convolution with other channels, that has `old`'s weights where `kept` (new, old) says."""
+    new = nn.Conv2d(in_channels or old.in_channels, out_channels or old.out_channels, 1).to(old.weight)
+    index = torch.tensor(kept, dtype=torch.long, device=old.weight.device).reshape(-1, 2)
+    if in_channels is None:
+        new.weight[index[:, 0]] = old.weight[index[:, 1]]
+        new.bias[index[:, 0]] = old.bias[index[:, 1]]
+    else:
+        new.weight[:, index[:, 0]] = old.weight[:, index[:, 1]]
+        new.bias.copy_(old.bias)
+    return new.requires_grad_(old.weight.requires_grad)
+
+
+__all__ = ["clip_report", "load_clip", "load_clip_weights", "replace_classes"]

@@ -1,0 +1,403 @@
+"""DenseCLIP: language-guided dense prediction with context-aware prompting (Rao et al. 2022, section 3).
+
+Shapes: B images, K classes, D embedding size, H x W pixels, h x w the grid of the score map, M = 1 + h*w.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from .class_embeddings_denseclip import ClassEmbeddingCache
+from .configuration_denseclip import DenseCLIPConfig
+from .fpn_denseclip import FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, resize_bilinear
+from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_image
+from .loading_denseclip import clip_report, load_clip, load_clip_weights, replace_classes
+from .modeling_clip_resnet import CLIPResNetModel, MultiHeadAttention
+from .prompts_denseclip import ContextPrompts, tokenize_classes
+from .sliding_window_denseclip import sliding_window_logits
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DenseCLIPSemanticSegmenterOutput(ModelOutput):
+    """
+    Output of [`DenseCLIPForSemanticSegmentation`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, returned with `labels`): `decode_loss + auxiliary_loss`.
+        decode_loss (`torch.Tensor` of shape `()`, returned with `labels`): cross entropy of the logits.
+        auxiliary_loss (`torch.Tensor` of shape `()`, returned with `labels` and text guidance, not by a sliding
+            window): cross entropy of the score maps over τ, already weighted.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels, height / 4, width / 4)`, or
+            `(batch_size, num_labels, height, width)` from a sliding window): class scores before softmax.
+        score_maps (`torch.Tensor` of shape `(batch_size, num_labels, h, w)`): cosines of every position's embedding
+            with every class's, not divided by τ. Absent without text guidance and from a sliding window.
+        text_embeds (`torch.Tensor` of shape `(batch_size, num_labels, projection_dim)`): t', the class embeddings
+            in the image's context. Absent like `score_maps`.
+        hidden_states (`tuple(torch.Tensor)`, returned with `output_hidden_states=True`): the image encoder's c2 … c5,
+            each `(batch_size, channels, height / s, width / s)`, before the score map joins one of them.
+    """
+
+    loss: torch.Tensor | None = None
+    decode_loss: torch.Tensor | None = None
+    auxiliary_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    score_maps: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class Segmentation(NamedTuple):
+    """What one pass over whole images gives; see [`DenseCLIPSemanticSegmenterOutput`]."""
+
+    logits: torch.Tensor
+    score_maps: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+
+
+class ContextDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer decoder layer: classes attend to each other, then to the image."""
+
+    def __init__(self, config: DenseCLIPConfig):
+        super().__init__()
+        size, heads = config.context_decoder_hidden_size, config.context_decoder_num_attention_heads
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(size, eps=config.layer_norm_eps) for _ in range(3))
+        self.self_attention = MultiHeadAttention(config, size, heads, qkv_bias=False)
+        self.cross_attention = MultiHeadAttention(config, size, heads, qkv_bias=False)
+        self.dropout = nn.Dropout(config.context_decoder_dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(size, size * config.context_decoder_mlp_ratio),
+            nn.GELU(),
+            nn.Dropout(config.context_decoder_dropout),
+            nn.Linear(size * config.context_decoder_mlp_ratio, size),
+        )
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        normed = self.norm1(x)
+        x = x + self.dropout(self.self_attention(normed, normed))
+        x = x + self.dropout(self.cross_attention(self.norm2(x), memory))
+        return x + self.dropout(self.mlp(self.norm3(x)))
+
+
+class ContextDecoder(nn.Module):
+    """Refines class embeddings by what the image shows (post-model prompting, section 3.3)."""
+
+    def __init__(self, config: DenseCLIPConfig):
+        super().__init__()
+        size, embedding, eps = (
+            config.context_decoder_hidden_size,
+            config.clip_config.projection_dim,
+            config.layer_norm_eps,
+        )
+        self.memory_projection = nn.Sequential(
+            nn.LayerNorm(embedding, eps=eps), nn.Linear(embedding, size), nn.LayerNorm(size, eps=eps)
+        )
+        self.text_projection = nn.Sequential(nn.LayerNorm(embedding, eps=eps), nn.Linear(embedding, size))
+        self.layers = nn.ModuleList(ContextDecoderLayer(config) for _ in range(config.context_decoder_num_layers))
+        self.output_projection = nn.Sequential(nn.LayerNorm(size, eps=eps), nn.Linear(size, embedding))
+
+    def forward(self, text_embeds: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """t `(B, K, D)` and `[z_bar, z]` `(B, M, D)` -> the update of t `(B, K, D)`."""
+        memory = self.memory_projection(context)
+        x = self.text_projection(text_embeds)
+        for layer in self.layers:
+            x = layer(x, memory)
+        return self.output_projection(x)
+
+
+def cosine_score_maps(context: torch.Tensor, text_embeds: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Cosines, in float32, of z in `context` `(B, M, D)` with `text_embeds` `(B, K, D)`: `(B, K, h, w)`."""
+    with torch.autocast(context.device.type, enabled=False):
+        z = F.normalize(context[:, 1:].float(), dim=-1)
+        t = F.normalize(text_embeds.float(), dim=-1)
+        return (t @ z.transpose(1, 2)).unflatten(2, grid)  # B, K, h*w -> B, K, h, w
+
+
+def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """
+    Cross entropy of `logits` `(B, K, h, w)`, resized to `labels` `(B, H, W)`, averaged over all B*H*W pixels.
+
+    Ignored pixels count as zero, as in the original: a padded image weighs less and one without labels gives 0.
+    """
+    logits = resize_bilinear(logits, labels.shape[-2:]).float()
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
+
+
+class DenseCLIPPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the loading machinery."""
+
+    config: DenseCLIPConfig
+    config_class = DenseCLIPConfig
+    base_model_prefix = "clip"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = [
+        "CLIPTextEmbeddings", "CLIPEncoderLayer", "BilinearPositionEmbeddings", "CLIPResNetBottleneck",
+        "CLIPResNetAttentionPool", "ContextDecoderLayer", "ContextPrompts",
+    ]  # fmt: skip
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Every initialisation below respects already loaded weights, which is what this switch guards against.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            std = self.config.initializer_range
+            init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.reset_parameters()
+        elif isinstance(module, ContextPrompts):
+            module.initialize()
+        elif isinstance(module, DenseCLIPForSemanticSegmentation):
+            if module.gamma is not None:
+                init.constant_(module.gamma, float(self.config.gamma_init))
+            if module.config.use_text_guidance:
+                init.constant_(module.clip.logit_scale, self.config.clip_config.logit_scale_init_value)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, SemanticFPNScaleHead):
+            for layer in module:
+                if isinstance(layer, nn.Conv2d):
+                    init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
+    """
+    CLIP turned into a semantic segmenter: pixels are matched with class names and the match guides an FPN decoder.
+
+    Args:
+        config ([`DenseCLIPConfig`]): its architecture and class names.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from denseclip_hf import DenseCLIPForSemanticSegmentation
+
+    >>> model = DenseCLIPForSemanticSegmentation.from_clip(
+    ...     "openai/clip-vit-base-patch16", id2label={0: "sky", 1: "road", 2: "car"}
+    ... )
+    ```
+    """
+
+    # The Trainer divides by the accumulation steps itself; our loss is a mean over pixels, not a token count's.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: DenseCLIPConfig):
+        super().__init__(config)
+        self.clip = (CLIPResNetModel if config.has_resnet else CLIPModel)(config.clip_config)
+        adapt_vision_tower(self.clip, config)
+        channels = list(config.feature_channels)
+        self.pyramid = None if config.has_resnet else ViTPyramid(channels[0], config.batch_norm_eps)
+        self.gamma: torch.Tensor | None = None
+        if config.use_text_guidance:
+            self.clip.logit_scale.requires_grad_(False)  # only CLIP's own contrastive loss trains it
+            self.prompts = ContextPrompts(config)
+            self.context_decoder = ContextDecoder(config)
+            gamma = torch.empty(config.clip_config.projection_dim)
+            if config.gamma_learnable:
+                self.gamma = nn.Parameter(gamma)
+            else:
+                del self.gamma
+                self.register_buffer("gamma", gamma)
+            channels[config.score_map_level] += config.num_labels
+        self.neck = FPNNeck(channels, config.neck_hidden_size)
+        self.decode_head = SemanticFPNHead(
+            config.neck_hidden_size,
+            config.decode_head_hidden_size,
+            config.num_labels,
+            config.decode_head_dropout,
+            config.batch_norm_eps,
+        )
+        self._class_embeddings = ClassEmbeddingCache()
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.clip.vision_model.get_input_embeddings()
+
+    def encode_classes(self) -> torch.Tensor:
+        """
+        Class embeddings t `(K, D)`, before an image touches them.
+
+        Computed once and kept while nothing they depend on changes; computed anew in training, where they have a
+        gradient to carry. Gradients are right in eval mode too.
+
+        Raises:
+            ValueError: if the model has no text guidance or no class names.
+        """
+        if not self.config.use_text_guidance:
+            raise ValueError("this model has no text guidance (`use_text_guidance=False`), so no class embeddings.")
+        return self._class_embeddings.get(self.prompts, self.clip, self.training)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> DenseCLIPSemanticSegmenterOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): images, normalised as CLIP's.
+            labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`, *optional*): int64 class ids
+                0 … K-1, or `config.semantic_loss_ignore_index`.
+            output_hidden_states (`bool`, *optional*): also return the image encoder's feature maps.
+
+        Returns:
+            [`DenseCLIPSemanticSegmenterOutput`]
+
+        Raises:
+            ValueError: for labels that do not fit the images or lie outside 0 … K-1 (the latter checked on CPU).
+        """
+        if labels is not None:
+            self._check_labels(pixel_values, labels)
+        if self.config.inference_mode == "slide" and not self.training:
+            segmentation = Segmentation(self._slide(pixel_values))
+        else:
+            segmentation = self._segment(pixel_values)
+        loss = decode_loss = auxiliary_loss = None
+        if labels is not None:
+            decode_loss, auxiliary_loss = self._losses(segmentation, labels)
+            loss = decode_loss if auxiliary_loss is None else decode_loss + auxiliary_loss
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return DenseCLIPSemanticSegmenterOutput(
+            loss=loss,
+            decode_loss=decode_loss,
+            auxiliary_loss=auxiliary_loss,
+            logits=segmentation.logits,
+            score_maps=segmentation.score_maps,
+            text_embeds=segmentation.text_embeds,
+            hidden_states=segmentation.feature_maps if keep_states else None,
+        )
+
+    def window_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Logits `(B, K, H / 4, W / 4)` of `pixel_values` taken whole, whatever `inference_mode` says."""
+        return self._segment(pixel_values).logits
+
+    def _slide(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        return sliding_window_logits(
+            self.window_logits, pixel_values, config.crop_size, config.stride, config.sliding_window_batch_size
+        )
+
+    def _segment(self, pixel_values: torch.Tensor) -> Segmentation:
+        """The method: encode the image, prompt the text, contextualise, score, decode."""
+        features, context, grid = encode_image(self.clip, self.pyramid, pixel_values, self.config)
+        feature_maps = tuple(features)
+        if not self.config.use_text_guidance:
+            return Segmentation(self.decode_head(self.neck(features)), feature_maps=feature_maps)
+        classes = self.encode_classes().expand(len(pixel_values), -1, -1)  # K, D -> B, K, D
+        text_embeds = classes + self.gamma * self.context_decoder(classes, context)
+        score_maps = cosine_score_maps(context, text_embeds, grid)
+        level = self.config.score_map_level
+        joining = resize_bilinear(score_maps, features[level].shape[-2:]).to(features[level].dtype)
+        features[level] = torch.cat([features[level], joining], dim=1)
+        return Segmentation(self.decode_head(self.neck(features)), score_maps, text_embeds, feature_maps)
+
+    def _losses(self, segmentation: Segmentation, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cross entropy of the logits and, weighted, of the score maps over the temperature (section 3.4)."""
+        ignore_index = self.config.semantic_loss_ignore_index
+        decode_loss = pixel_cross_entropy(segmentation.logits, labels, ignore_index)
+        if segmentation.score_maps is None:
+            return decode_loss, None
+        auxiliary_loss = pixel_cross_entropy(segmentation.score_maps / self.config.temperature, labels, ignore_index)
+        return decode_loss, self.config.auxiliary_loss_weight * auxiliary_loss
+
+    def _check_labels(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
+        if labels.dim() != 3 or len(labels) != len(pixel_values) or labels.is_floating_point():
+            raise ValueError(
+                f"`labels` must hold one integer map per image, shape ({len(pixel_values)}, height, width), got "
+                f"{labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        # On an accelerator this would make the host wait; there the data set's own check has to catch it.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            known = labels[labels != self.config.semantic_loss_ignore_index]
+            if known.numel() and (known.min() < 0 or known.max() >= self.config.num_labels):
+                raise ValueError(
+                    f"`labels` has values from {known.min()} to {known.max()}, but the model's classes are "
+                    f"0 … {self.config.num_labels - 1} and {self.config.semantic_loss_ignore_index} is ignored: "
+                    "check the masks, or whether they need `do_reduce_labels`."
+                )
+
+    @classmethod
+    def from_clip(cls, clip, id2label, tokenizer=None, image_size: int | None = None, **config):
+        """
+        A segmenter around a pretrained CLIP, everything else freshly initialised.
+
+        Args:
+            clip (`str`, `os.PathLike` or `CLIPModel`): Hub name, directory or model.
+            id2label (`dict[int, str]` or `list[str]`): the K class names.
+            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): CLIP's; loaded from `clip` if that is a name.
+            image_size (`int`, *optional*): training resolution the position grid is resized to (bilinear); by default
+                the published 640 for a ViT, 512 for a ResNet.
+            config: further options of [`DenseCLIPConfig`].
+
+        Raises:
+            ValueError: if `clip` is no CLIP, or a class name does not fit the text tower.
+        """
+        clip, tokenizer = load_clip(clip, tokenizer)
+        names = list(id2label.values()) if isinstance(id2label, dict) else list(id2label)
+        clip_config = clip.config.to_dict()
+        is_resnet = isinstance(clip, CLIPResNetModel)
+        clip_config["vision_config"]["image_size"] = image_size or (512 if is_resnet else 640)
+        options = {"clip_config": clip_config, "id2label": dict(enumerate(names)), **config}
+        configuration = cls.config_class(**options)
+        if configuration.use_text_guidance and configuration.class_token_ids is None:
+            if tokenizer is None:
+                raise ValueError("class names need CLIP's tokenizer: pass `tokenizer=`.")
+            options["class_token_ids"] = tokenize_classes(names, tokenizer, configuration)
+            configuration = cls.config_class(**options)
+        model = cls(configuration)
+        load_clip_weights(model, clip)
+        logger.warning(clip_report(model, clip))
+        return model
+
+    def set_classes(self, names: list[str], tokenizer) -> None:
+        """
+        Give the model new class names (or sentences), in place.
+
+        Classes it already had, by name, keep what they had learnt in the decoder; the rows and columns of the others
+        start anew and must be trained before `logits` mean anything. Score maps need no training.
+
+        Args:
+            names (`list[str]`): K new class names.
+            tokenizer (`PreTrainedTokenizerBase`): CLIP's.
+
+        Raises:
+            ValueError: for an empty list, a name given twice or one that is too long.
+        """
+        replace_classes(self, list(names), tokenizer)
+
+    def train(self, mode: bool = True):
+        self._class_embeddings.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._class_embeddings.clear()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args, **kwargs):
+        self._class_embeddings.clear()
+        return super().load_state_dict(*args, **kwargs)
+
+
+__all__ = ["DenseCLIPForSemanticSegmentation", "DenseCLIPPreTrainedModel", "DenseCLIPSemanticSegmenterOutput"]
