@@ -1,0 +1,247 @@
+"""Reading one picture and its mask from files or bytes: converted where that loses nothing, refused otherwise."""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps
+
+from .transforms import reduce_labels
+
+
+NAMELESS = "a sample without a file name"
+EXIF_ORIENTATION = 0x0112
+# What Pillow raises for files that are broken in one way or another.
+BROKEN_FILE = (OSError, SyntaxError, EOFError, struct.error, ValueError)
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def name_of(source: Any) -> str:
+    """What to call a picture or mask in a message: its path where it has one."""
+    path = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", None)
+    return str(path) if path else NAMELESS
+
+
+def _open(source: Any) -> Image.Image:
+    """A PIL image, opened but not decoded, from a PIL image, a path or the `{"path", "bytes"}` of `datasets`."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (str, Path)):
+        source = {"path": str(source), "bytes": None}
+    name = name_of(source)
+    try:
+        content = source["bytes"]
+        if content is None:
+            # The file is read whole, so that no handle stays open however many samples are held.
+            content = fsspec.open(source["path"], "rb").open().read() if "://" in name else Path(name).read_bytes()
+        image = Image.open(BytesIO(content))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} is missing; restore the file or remove the sample.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} has more pixels than Pillow decodes ({error}); shrink it together with its mask, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
+        ) from error
+    except BROKEN_FILE as error:
+        raise _broken(name, error) from error
+    image.filename = name  # type: ignore[attr-defined]
+    return image
+
+
+def _broken(name: str, error: BaseException) -> ValueError:
+    return ValueError(f"{name} cannot be read as a picture ({error}); save it anew or remove the sample.")
+
+
+def _decode(image: Image.Image, name: str) -> None:
+    try:
+        image.load()
+    except BROKEN_FILE as error:
+        raise _broken(name, error) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none or the tags are damaged."""
+    # Asking a PNG for EXIF would decode it.
+    if image.format not in ("JPEG", "MPO", "TIFF", "WEBP"):
+        return 1
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except BROKEN_FILE:
+        return 1
+
+
+def read_image(source: Any, decode: bool = True) -> Image.Image:
+    """
+    An RGB picture of 8 bits per channel, turned upright as its EXIF tag says.
+
+    Grey, palette, CMYK and RGBA pictures are converted (alpha is dropped), 16-bit ones scaled from 0…65535 and
+    floating-point ones from 0…1.
+
+    Args:
+        source: path, `{"path": …, "bytes": …}` as `datasets` stores pictures, or PIL image.
+        decode: False leaves an upright 8-bit RGB file opened but not decoded, for
+            `TrainTransform(fast_jpeg=True)`; damage to it then shows only when its pixels are used.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it cannot be read, is larger than Pillow's limit, or has values without a meaning as grey.
+    """
+    image = _open(source)
+    name = name_of(image)
+    orientation = _orientation(image)
+    if image.mode == "RGB" and orientation == 1 and not decode:
+        return image
+    _decode(image, name)
+    if orientation != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in (*SIXTEEN_BIT_MODES, "F"):
+        image = Image.fromarray(_eight_bit(np.asarray(image), name))
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image.filename = name  # type: ignore[attr-defined]
+    return image
+
+
+def _eight_bit(values: np.ndarray, name: str) -> np.ndarray:
+    """Grey values of more than 8 bits as 0…255."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds values that are not numbers (NaN or infinite); save it as an 8-bit picture.")
+    highest = 1 if values.dtype.kind == "f" else 65535
+    if values.min(initial=0) < 0 or values.max(initial=0) > highest:
+        raise ValueError(
+            f"{name} has values from {values.min()} to {values.max()} where 0 to {highest} are expected; "
+            "save it as an 8-bit picture."
+        )
+    return np.round(values * (255 / highest)).astype(np.uint8)
+
+
+def _color_codes(colors: np.ndarray) -> np.ndarray:
+    """One integer for each colour of an (…, 3) array of 8-bit values."""
+    red, green, blue = (colors[..., channel].astype(np.uint32) for channel in range(3))
+    return red << 16 | green << 8 | blue
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """
+    How the pictures and masks of a data set are read. Called by `datasets` on a batch of rows, it decodes them.
+
+    Args:
+        num_labels: K, the number of classes.
+        ignore_index: id of pixels without a class.
+        do_reduce_labels: masks hold 0 for "no class" and 1…K; they are checked for it but returned unshifted.
+        palette: K colours (r, g, b), 0…255: how classes appear in masks that are pictures in colour.
+        ignore_colors: colours of such masks that mean "no class".
+        id_table: class of each stored id (position = stored id, `ignore_index` = no class); None: stored as they are.
+        decode: see [`read_image`].
+    """
+
+    num_labels: int
+    ignore_index: int = 255
+    do_reduce_labels: bool = False
+    palette: Sequence[Sequence[int]] | None = None
+    ignore_colors: Sequence[Sequence[int]] = ()
+    id_table: Sequence[int] | None = None
+    decode: bool = True
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        samples = [self.read(i, m) for i, m in zip(batch["image"], batch["mask"], strict=True)]
+        return {key: [sample[key] for sample in samples] for key in ("image", "mask")}
+
+    def read_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """[`read`] on one row with the columns `image` and `mask`."""
+        return self.read(row["image"], row["mask"])
+
+    def read(self, image: Any, mask: Any) -> dict[str, Any]:
+        """
+        One sample: `image`, an RGB PIL picture of (w, h) pixels, and `mask`, an (h, w) integer array of raw ids.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file cannot be read, the two differ in size, or the mask holds a value or colour that
+                is no class. The message names the file and what to do.
+        """
+        picture, name = read_image(image, self.decode), name_of(mask)
+        labels = self.read_mask(mask)
+        if picture.size != labels.shape[::-1]:
+            raise ValueError(
+                f"{name_of(picture)} is {picture.width}x{picture.height} pixels (upright) but its mask {name} is "
+                f"{labels.shape[1]}x{labels.shape[0]}; save both at the same size."
+            )
+        return {"image": picture, "mask": labels}
+
+    def read_mask(self, source: Any) -> np.ndarray:
+        """The (h, w) integer array of raw ids of a mask: file, bytes, PIL image, or array of ids. See [`read`]."""
+        if isinstance(source, (np.ndarray, list)):
+            return self._checked_ids(np.asarray(source), "a mask given as an array")
+        image = _open(source)
+        name = name_of(image)
+        if image.format == "JPEG":
+            raise ValueError(f"The mask {name} is a JPEG, whose compression changes ids; save masks as PNG.")
+        _decode(image, name)
+        if image.mode in ("RGB", "RGBA"):
+            return self._ids_of_colors(np.asarray(image)[..., :3], name)
+        if image.mode not in ("1", "L", "P", *SIXTEEN_BIT_MODES):
+            raise ValueError(
+                f"The mask {name} has mode {image.mode}; save it as a PNG with one integer id per pixel (or in the "
+                "colours of the palette)."
+            )
+        ids = np.asarray(image)  # of a palette picture: the indices, not the colours
+        return self._checked_ids(ids.astype(np.uint8) if image.mode == "1" else ids, name)
+
+    def _checked_ids(self, ids: np.ndarray, name: str) -> np.ndarray:
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise ValueError(f"The mask {name} has shape {ids.shape} and type {ids.dtype}; give (h, w) integer ids.")
+        if self.id_table is not None:
+            self._refuse_outside(ids, len(self.id_table) - 1, name)
+            # Every id past the table is the void id, which the check has let through.
+            table = np.append(self.id_table, self.ignore_index)
+            dtype = np.uint8 if 0 <= self.ignore_index <= 255 else np.int32
+            return table.astype(dtype)[np.minimum(ids, len(self.id_table))]
+        self._refuse_outside(ids, self.num_labels - (not self.do_reduce_labels), name)
+        return ids
+
+    def _refuse_outside(self, ids: np.ndarray, highest: int, name: str) -> None:
+        """Raise unless every id is the void id or in 0…`highest`."""
+        # Comparing every pixel is only needed when the extremes are outside.
+        if not ids.size or (ids.min() >= 0 and ids.max() <= highest):
+            return
+        void = 255 if self.id_table is not None else self.ignore_index
+        outside = np.unique(ids[((ids < 0) | (ids > highest)) & (ids != void)])
+        if outside.size:
+            values = ", ".join(str(value) for value in outside[:8]) + (" …" if outside.size > 8 else "")
+            raise ValueError(
+                f"The mask {name} holds the ids {values}, but only 0…{highest} and {void} (no class) have a meaning "
+                f"with {self.num_labels} classes; complete the class list, set ignore_index or do_reduce_labels, or "
+                "correct the mask."
+            )
+
+    def _ids_of_colors(self, pixels: np.ndarray, name: str) -> np.ndarray:
+        """Ids, in the raw convention of this data set, of an (h, w, 3) mask in the palette's colours."""
+        if not self.palette:
+            raise ValueError(f"The mask {name} is in colour but no palette is given; add one or save ids instead.")
+        colors = np.array([*self.palette, *self.ignore_colors], dtype=np.uint8)
+        classes = np.arange(len(colors)) + self.do_reduce_labels
+        classes[len(self.palette) :] = 0 if self.do_reduce_labels else self.ignore_index
+        codes = _color_codes(colors)
+        if len(np.unique(codes)) < len(codes):
+            raise ValueError(f"The mask {name} is in colour but two classes share one; give each its own colour.")
+        order = np.argsort(codes)
+        pixel_codes = _color_codes(pixels)
+        positions = order[np.minimum(np.searchsorted(codes[order], pixel_codes), len(codes) - 1)]
+        unknown = pixels[codes[positions] != pixel_codes]
+        if unknown.size:
+            color = tuple(int(value) for value in unknown[0])
+            raise ValueError(
+                f"The mask {name} holds the colour {color}, which is no class of the palette; add it to the palette "
+                "or, if it means no class, to ignore_colors."
+            )
+        return classes[positions]
+
+    def class_ids(self, mask: np.ndarray) -> np.ndarray:
+        """`mask` with `do_reduce_labels` applied, as a new array: 0…K − 1 and `ignore_index`."""
+        return reduce_labels(mask, self.ignore_index) if self.do_reduce_labels else mask.astype(np.int64)
