@@ -1,0 +1,9 @@
+"""The image processor under the name and backend that transformers prefers where torchvision is installed."""
+
+from transformers.image_processing_backends import TorchvisionBackend
+
+from .image_processing_denseclip import DenseCLIPImageProcessorBase
+
+
+class DenseCLIPImageProcessor(DenseCLIPImageProcessorBase, TorchvisionBackend):
+    __doc__ = DenseCLIPImageProcessorBase.__doc__
