@@ -146,10 +146,9 @@ class DenseCLIPConfig(PreTrainedConfig):
     Configuration of [`DenseCLIPForSemanticSegmentation`]. The defaults are the published recipe (Rao et al. 2022).
 
     Args:
-        clip_config (`dict`, `CLIPConfig` or [`CLIPResNetConfig`]): the CLIP underneath. A dict is a ResNet CLIP
-            when its `model_type` is `"clip_resnet"` or its `vision_config` is `"clip_resnet_vision_model"`, else a ViT.
-            `vision_config.image_size` is the training resolution, which the position grid belongs to. By default the
-            ViT-B/16 at 640.
+        clip_config (`dict`, `CLIPConfig` or [`CLIPResNetConfig`]): the CLIP underneath, by default ViT-B/16 at 640. A
+            dict is a ResNet CLIP if its `model_type` is `"clip_resnet"` or its `vision_config` says so, else a ViT.
+            `vision_config.image_size` is the training resolution, which the position grid belongs to.
         class_token_ids (`list[list[int]]`, *optional*): for each of the K labels the token ids `[SOS, …, EOS]`.
         num_context_tokens (`int`, defaults to 8): learnable vectors N between SOS and the name; 0 is a fixed prompt.
         prompt_template (`str`, *optional*): sentence with one `{}` that class names are put into before they are

@@ -70,7 +70,8 @@ def clip_key_table(image: str, text: str, ours: str = "") -> list[tuple[str, str
     ]
 
 
-_DENSECLIP_KEYS = [
+# All keys of the authors' checkpoints; see `clip_key_table` for the towers'.
+ORIGINAL_KEY_TABLE = [
     (r"contexts", "prompts.context_vectors"),
     (r"gamma", "gamma"),
     (r"backbone\.fpn1\.(\d)\.(\w+)", "pyramid.up4.{}.{}"),
@@ -91,6 +92,7 @@ _DENSECLIP_KEYS = [
     (r"decode_head\.conv_seg\.(\w+)", "decode_head.classifier.{}"),
     (r"decode_head\.scale_heads\.(\d)\.(\d)\.(conv|bn)\.(\w+)", "decode_head.scale_heads.{}.{}.{}"),
 ]  # fmt: skip
+ORIGINAL_KEY_TABLE += clip_key_table(r"backbone\.", r"text_encoder\.", "clip.")
 
 
 def _renumber_stem(groups: list[str]) -> list[str]:
@@ -159,8 +161,7 @@ def convert_original_state_dict(state_dict: StateDict, config: DenseCLIPConfig) 
         ValueError: naming keys that are unknown, missing or of another shape than `config` says.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    table = clip_key_table(r"backbone\.", r"text_encoder\.", "clip.")
-    converted = rename(state_dict, [*_DENSECLIP_KEYS, *table])
+    converted = rename(state_dict, ORIGINAL_KEY_TABLE)
     positions = "clip.vision_model.embeddings.position_embedding.weight"
     if positions in converted:
         converted[positions] = converted[positions].clone()

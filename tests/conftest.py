@@ -1,0 +1,98 @@
+"""Shared by all tests: the golden cases and tiny models that build in well under a second."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+from denseclip_hf.conversion import config_from_original, convert_original_state_dict
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SOS, EOS = 98, 99
+
+
+@cache
+def golden_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Description and tensors of a golden case, such as `seg_vit`."""
+    case = json.loads((FIXTURES / f"{name}.json").read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for file in case["files"]:
+        tensors |= load_file(FIXTURES / file)
+    return case, tensors
+
+
+def golden_config(name: str) -> DenseCLIPConfig:
+    case, tensors = golden_case(name)
+    eos = case["model_cfg"]["text_encoder"]["vocab_size"] - 1
+    token_ids = [row[: row.index(eos) + 1] for row in tensors["in/texts"].tolist()]
+    return config_from_original(case["model_cfg"], dict(enumerate("abcde")), token_ids)
+
+
+def golden_model(name: str) -> DenseCLIPForSemanticSegmentation:
+    """Our model with the golden case's weights, in eval mode, taking images whole."""
+    config = golden_config(name)
+    _, tensors = golden_case(name)
+    original = {k.removeprefix("state_dict/"): v for k, v in tensors.items() if k.startswith("state_dict/")}
+    model = DenseCLIPForSemanticSegmentation(config)
+    model.load_state_dict(convert_original_state_dict(original, config), strict=True)
+    model.config.inference_mode = "whole"
+    return model.eval()
+
+
+def tiny_config(kind: str = "vit", num_labels: int = 3, **options) -> DenseCLIPConfig:
+    """A config of either image tower whose model has some ten thousand parameters."""
+    text = {
+        "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 16, "projection_dim": 12,
+        "bos_token_id": SOS, "eos_token_id": EOS,
+    }  # fmt: skip
+    if kind == "vit":
+        vision = {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+            "image_size": 64, "patch_size": 16, "projection_dim": 12,
+        }  # fmt: skip
+        clip = {"model_type": "clip", "text_config": text, "vision_config": vision, "projection_dim": 12}
+    else:
+        vision = {
+            "embedding_size": 4, "depths": [1, 1, 1, 1], "num_attention_heads": 4, "image_size": 64,
+            "projection_dim": 12,
+        }  # fmt: skip
+        clip = {"model_type": "clip_resnet", "text_config": text, "vision_config": vision}
+    sizes = {
+        "num_context_tokens": 4, "context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2,
+        "context_decoder_num_layers": 1, "neck_hidden_size": 8, "decode_head_hidden_size": 8, "crop_size": 64,
+    }  # fmt: skip
+    token_ids = [[SOS, *range(2 + i, 3 + i + i % 3), EOS] for i in range(num_labels)]
+    names = {"id2label": {i: f"class {i}" for i in range(num_labels)}, "class_token_ids": token_ids}
+    return DenseCLIPConfig(**{"clip_config": clip, **sizes, **names, **options})
+
+
+def tiny_model(kind: str = "vit", seed: int = 0, **options) -> DenseCLIPForSemanticSegmentation:
+    """A tiny model in eval mode with seeded weights."""
+    torch.manual_seed(seed)
+    return DenseCLIPForSemanticSegmentation(tiny_config(kind, **options)).eval()
+
+
+@pytest.fixture(params=["vit", "resnet"])
+def kind(request) -> str:
+    """Each of the two image towers."""
+    return request.param
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Two normalised square images at the tiny models' training resolution."""
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    """Labels of `images` for three classes, some ignored."""
+    labels = torch.randint(0, 3, (2, 64, 64), generator=torch.Generator().manual_seed(2))
+    labels[:, :8] = 255
+    return labels

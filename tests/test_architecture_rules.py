@@ -1,0 +1,64 @@
+"""Imports run one way: what a Hub repository carries is flat and imports nothing of the library around it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import denseclip_hf
+
+
+PACKAGE = Path(denseclip_hf.__file__).parent
+HUB_SET = {p.stem for p in PACKAGE.glob("*_denseclip.py")} | {"modeling_clip_resnet"}
+HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
+STANDARD = {"os", "difflib", "dataclasses", "typing", "collections", "itertools", "math", "functools", "contextlib"}
+# Lower layers first; a module may import only from layers before its own.
+LAYERS = [
+    {"configuration_denseclip"},
+    {"modeling_clip_resnet", "fpn_denseclip", "prompts_denseclip"},
+    {"sliding_window_denseclip", "class_embeddings_denseclip", "image_encoder_denseclip", "loading_denseclip"},
+    {"modeling_denseclip"},
+]
+
+
+def imports(path):
+    """`(absolute package names, relative module names)` imported anywhere in `path`."""
+    absolute, relative = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"{path.name} imports from above the package"
+            relative |= {node.module} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            absolute.add(node.module.split(".")[0])
+    return absolute, relative
+
+
+@pytest.mark.parametrize("module", sorted(HUB_SET))
+def test_hub_set_imports_only_itself_and_what_the_hub_has(module):
+    absolute, relative = imports(PACKAGE / f"{module}.py")
+    assert absolute <= HUB_PACKAGES | STANDARD, f"{module} imports {absolute - HUB_PACKAGES - STANDARD}"
+    assert relative <= HUB_SET, f"{module} imports {relative - HUB_SET} of the library around it"
+
+
+@pytest.mark.parametrize("level", range(len(LAYERS)))
+def test_layers_import_downwards(level):
+    below = set().union(*LAYERS[:level])
+    for module in LAYERS[level]:
+        _, relative = imports(PACKAGE / f"{module}.py")
+        assert relative <= below | LAYERS[level] - {module}, (
+            f"{module} imports {relative - below} of its own layer or above"
+        )
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_package_does_not_print_and_does_not_import_scripts(path):
+    absolute, _ = imports(path)
+    assert "scripts" not in absolute
+    calls = [
+        n.func.id
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    ]
+    assert "print" not in calls

@@ -1,0 +1,419 @@
+import copy
+import logging
+
+import pytest
+import torch
+from conftest import EOS, SOS, tiny_config, tiny_model
+from transformers import AutoModelForSemanticSegmentation, CLIPModel
+
+from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
+from denseclip_hf.modeling_clip_resnet import resize_position_grid
+from denseclip_hf.modeling_denseclip import pixel_cross_entropy
+
+
+class Tokenizer:
+    """Words as single ids, for tests that need no real vocabulary."""
+
+    def __call__(self, text):
+        return {"input_ids": [SOS, *(sum(map(ord, word)) % 90 for word in text.split()), EOS]}
+
+
+class CallCounter:
+    """Counts passes through the text tower and the tokens that went through it."""
+
+    def __init__(self, model):
+        self.calls, self.tokens = 0, 0
+        model.clip.text_model.encoder.register_forward_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs, output):
+        self.calls += 1
+        self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
+
+
+def forward(model, images):
+    with torch.no_grad():
+        return model(images)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (75, 101), (32, 32)])
+def test_output_shapes(kind, size):
+    model = tiny_model(kind)
+    output = forward(model, torch.randn(2, 3, *size))
+    stride = model.config.embedding_stride
+    if kind == "vit":  # patches floor, the pyramid multiplies by four
+        assert output.logits.shape == (2, 3, 4 * (size[0] // 16), 4 * (size[1] // 16))
+    else:
+        assert output.logits.shape[:2] == (2, 3)
+        assert abs(output.logits.shape[2] - size[0] / 4) <= 1 and abs(output.logits.shape[3] - size[1] / 4) <= 1
+    assert output.score_maps.shape == (2, 3, size[0] // stride, size[1] // stride)
+    assert output.score_maps.abs().max() <= 1 + 1e-5
+    assert output.text_embeds.shape == (2, 3, 12)
+    assert output.loss is None
+
+
+def test_batch_gives_what_single_images_give(kind, images):
+    model = tiny_model(kind)
+    together = forward(model, images).logits
+    alone = torch.cat([forward(model, image[None]).logits for image in images])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_loss_is_the_sum_of_its_parts(kind, images, labels):
+    output = tiny_model(kind)(images, labels=labels)
+    assert output.loss == output.decode_loss + output.auxiliary_loss
+    assert output.auxiliary_loss > 0
+
+
+def test_pixel_cross_entropy_counts_ignored_pixels_as_zero():
+    logits = torch.zeros(1, 4, 2, 2)
+    labels = torch.tensor([[[0, 255], [255, 255]]])
+    assert pixel_cross_entropy(logits, labels, 255).item() == pytest.approx(torch.log(torch.tensor(4.0)).item() / 4)
+    assert pixel_cross_entropy(logits, torch.full_like(labels, 255), 255) == 0
+
+
+def test_all_ignored_labels_give_finite_gradients(kind, images):
+    model = tiny_model(kind).train()
+    model(images, labels=torch.full((2, 64, 64), 255)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (torch.full((2, 64, 64), 3), "from 3 to 3, but the model's classes are 0 … 2"),
+        (torch.full((2, 64, 64), -1), "from -1"),
+        (torch.zeros(1, 64, 64).long(), r"one integer map per image, shape \(2, height, width\)"),
+        (torch.zeros(2, 64, 64), "torch.float32"),
+        (torch.zeros(2, 1, 64, 64).long(), "one integer map per image"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(bad, sentence, images):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model()(images, labels=bad)
+
+
+def test_too_small_images_are_refused(kind):
+    with pytest.raises(ValueError, match="at least 32 pixels"):
+        tiny_model(kind)(torch.zeros(1, 3, 31, 64))
+
+
+def test_every_trainable_parameter_gets_a_gradient(kind, images, labels):
+    model = tiny_model(kind).train()
+    model(images, labels=labels).loss.backward()
+    without = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not without
+    assert not model.clip.logit_scale.requires_grad
+
+
+def test_baseline_has_no_language(kind, images, labels):
+    model = tiny_model(kind, use_text_guidance=False).train()
+    output = model(images, labels=labels)
+    output.loss.backward()
+    assert output.score_maps is output.text_embeds is output.auxiliary_loss is None
+    assert output.loss == output.decode_loss
+    names = dict(model.named_parameters())
+    assert not any(
+        part in name for name in names for part in ("text", "prompts", "context", "gamma", "attention_pool")
+    )
+    assert all(p.grad is not None for p in names.values())
+    with pytest.raises(ValueError, match="no text guidance"):
+        model.encode_classes()
+
+
+def test_fixed_gamma_and_prompt_have_no_parameters(kind, images):
+    model = tiny_model(kind, gamma_learnable=False, gamma_init=0.5, num_context_tokens=0)
+    assert "gamma" not in dict(model.named_parameters()) and "gamma" in model.state_dict()
+    assert torch.equal(model.gamma, torch.full((12,), 0.5))
+    assert not any("context_vectors" in name for name, _ in model.named_parameters())
+    assert forward(model, images).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_gamma_scales_the_context(gamma, images):
+    model = tiny_model(gamma_init=gamma)
+    output = forward(model, images)
+    moved = (output.text_embeds - model.encode_classes()).abs().max().item()
+    assert moved == 0 if gamma == 0 else moved > 1e-3
+
+
+# Class embeddings: once, and never stale
+
+
+def test_eval_runs_the_text_tower_once(kind, images):
+    model = tiny_model(kind)
+    counter = CallCounter(model)
+    for _ in range(3):
+        forward(model, images)
+    model(images)  # with gradients enabled too
+    model.config.inference_mode = "slide"
+    forward(model, torch.randn(1, 3, 96, 160))
+    with torch.inference_mode():
+        model(images)
+    assert counter.calls == 1
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model.prompts.context_vectors.add_(1.0)
+
+
+def change_data(model):
+    model.prompts.context_vectors.data.add_(1.0)
+
+
+def step_optimizer(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model.encode_classes().sum().backward()
+    optimizer.step()
+
+
+def load_weights(model):
+    state = {k: v + 0.1 * torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+def load_part(model):
+    model.clip.load_state_dict({k: v + 1 if "text_projection" in k else v for k, v in model.clip.state_dict().items()})
+
+
+def replace_parameter(model):
+    model.prompts.context_vectors = torch.nn.Parameter(torch.randn(4, 16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        change_data,
+        step_optimizer,
+        load_weights,
+        load_part,
+        replace_parameter,
+        lambda model: model.double(),
+        lambda model: model.set_classes(["one", "two", "three"], Tokenizer()),
+        lambda model: model.train().eval(),
+    ],
+)
+def test_class_embeddings_are_never_stale(change, images):
+    model = tiny_model()
+    forward(model, images)
+    change(model)
+    with torch.no_grad():
+        expected = model.prompts(model.clip)
+        torch.testing.assert_close(model.encode_classes(), expected, atol=0, rtol=0)
+    assert model.encode_classes().dtype == expected.dtype
+
+
+def test_copies_do_not_share_class_embeddings(images):
+    model = tiny_model()
+    forward(model, images)
+    other = copy.deepcopy(model)
+    change_in_place(other)
+    with torch.no_grad():
+        assert torch.equal(other.encode_classes(), other.prompts(other.clip))
+        assert torch.equal(model.encode_classes(), model.prompts(model.clip))
+
+
+def test_eval_gradients_are_those_of_training(images, labels):
+    model = tiny_model(context_decoder_dropout=0.0, decode_head_dropout=0.0, drop_path_rate=0.0)
+    model(images, labels=labels).loss.backward()
+    kept = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model._class_embeddings.get = lambda prompts, clip, training: prompts(clip)
+    model(images, labels=labels).loss.backward()
+    assert kept.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            torch.testing.assert_close(kept[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_class_embeddings_from_inference_mode_serve_autograd(images, labels):
+    model = tiny_model()
+    with torch.inference_mode():
+        model(images)
+    model(images, labels=labels).loss.backward()
+
+
+def test_autocast_does_not_leak_into_kept_embeddings(images):
+    model = tiny_model()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images)
+    with torch.no_grad():
+        assert torch.equal(model.encode_classes(), model.prompts(model.clip))
+
+
+# Behaviour inside transformers
+
+
+def test_saved_model_loads_bit_equal(kind, images, tmp_path):
+    model = tiny_model(kind)
+    expected = forward(model, images)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is DenseCLIPForSemanticSegmentation
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(forward(loaded, images).logits, expected.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loads_and_runs(kind, dtype, images, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path)
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert forward(model, images.to(dtype)).logits.isfinite().all()
+
+
+def test_another_class_count_loads_with_ignored_mismatches(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = tiny_config(num_labels=5)
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    assert model.decode_head.classifier.weight.shape[0] == 5
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient(kind, images, labels):
+    options = {"context_decoder_dropout": 0.0, "decode_head_dropout": 0.0, "drop_path_rate": 0.5}
+    model = tiny_model(kind, **options).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(images, labels=labels).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)
+
+
+def test_attention_implementations_agree(kind, images):
+    model = tiny_model(kind)
+    outputs = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        model._class_embeddings.clear()
+        outputs.append(forward(model, images))
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-5, rtol=0)
+
+
+def test_stochastic_depth_drops_whole_samples():
+    from denseclip_hf.image_encoder_denseclip import StochasticDepth
+
+    torch.manual_seed(0)
+    module = torch.nn.Identity().train()
+    dropped = StochasticDepth(0.5)(module, None, torch.ones(64, 3, 2))
+    assert all(sample.unique().tolist() in ([0.0], [2.0]) for sample in dropped)
+    assert 16 < sum(sample.any().item() for sample in dropped) < 48
+    assert torch.equal(StochasticDepth(0.5)(module.eval(), None, torch.ones(4, 3, 2)), torch.ones(4, 3, 2))
+
+
+def test_stochastic_depth_rises_linearly():
+    model = tiny_model(drop_path_rate=0.3)
+    layers = model.clip.vision_model.encoder.layers
+    rates = [next(iter(layer.mlp._forward_hooks.values())).rate for layer in layers]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+def test_training_is_random_and_eval_is_not(images):
+    model = tiny_model(drop_path_rate=0.5)
+    assert torch.equal(forward(model, images).logits, forward(model, images).logits)
+    model.train()
+    assert not torch.equal(forward(model, images).logits, forward(model, images).logits)
+
+
+# From CLIP, and new classes
+
+
+def tiny_clip(kind):
+    config = tiny_config(kind).clip_config
+    torch.manual_seed(5)
+    return (CLIPModel if kind == "vit" else CLIPResNetModel)(config)
+
+
+SIZES = {"context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2, "neck_hidden_size": 8}
+
+
+def test_from_clip_keeps_clip_and_resizes_its_positions(kind, images):
+    clip = tiny_clip(kind)
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        clip, ["sky", "road"], tokenizer=Tokenizer(), image_size=128, **SIZES
+    )
+    ours, theirs = model.clip.state_dict(), clip.state_dict()
+    key = {
+        "vit": "vision_model.embeddings.position_embedding.weight",
+        "resnet": "vision_model.attention_pool.position_embedding",
+    }
+    key = key[kind]
+    side = {"vit": 8, "resnet": 4}[kind]
+    assert torch.equal(ours[key], resize_position_grid(theirs[key], (side, side)))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if k != key)
+    assert model.config.id2label == {0: "sky", 1: "road"}
+    assert (model.config.image_size, model.config.crop_size) == (128, [128, 128])
+    assert torch.equal(model.gamma, torch.full((12,), 1e-4))
+    assert forward(model.eval(), images).logits.shape[1] == 2
+
+
+def test_from_clip_by_directory_reports_what_is_new(kind, tmp_path, caplog):
+    tiny_clip(kind).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        DenseCLIPForSemanticSegmentation.from_clip(tmp_path, ["sky"], tokenizer=Tokenizer(), image_size=96, **SIZES)
+    assert "Newly initialised" in caplog.text and "decode_head" in caplog.text and "resized to" in caplog.text
+
+
+def test_from_clip_makes_the_baseline_without_tokenizer(kind):
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        tiny_clip(kind), ["sky"], image_size=64, use_text_guidance=False, **SIZES
+    )
+    assert model.clip.text_model is None
+
+
+def test_from_clip_refuses_what_is_no_clip(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type 'denseclip', not a CLIP"):
+        DenseCLIPForSemanticSegmentation.from_clip(tmp_path, ["sky"])
+
+
+def test_from_clip_needs_a_tokenizer_for_names():
+    with pytest.raises(ValueError, match="pass `tokenizer=`"):
+        DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), ["sky"])
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"), [(["a b c d e f g h i j k l"], "tokens with SOS and EOS"), ([" "], "empty")]
+)
+def test_from_clip_refuses_names_that_do_not_fit(names, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), names, tokenizer=Tokenizer())
+
+
+def test_set_classes_keeps_what_known_classes_learnt(kind, images):
+    model = tiny_model(kind)
+    weight = model.decode_head.classifier.weight.clone()
+    before = forward(model, images)
+    model.set_classes(["new", "class 2", "class 0", "newer"], Tokenizer())
+    assert model.config.id2label == {0: "new", 1: "class 2", 2: "class 0", 3: "newer"}
+    assert torch.equal(model.decode_head.classifier.weight[[1, 2]], weight[[2, 0]])
+    after = forward(model, images)
+    assert after.logits.shape[1] == after.score_maps.shape[1] == 4
+    assert before.logits.shape[1] == 3
+
+
+def test_set_classes_round_trips_through_disk(images, tmp_path):
+    model = tiny_model()
+    model.set_classes(["sky", "road", "car", "tree", "house"], Tokenizer())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+    assert torch.equal(forward(loaded, images).logits, forward(model, images).logits)
+
+
+@pytest.mark.parametrize("names", [[], ["sky", "sky"]])
+def test_set_classes_refuses_nonsense(names):
+    with pytest.raises(ValueError, match="at least one and all different"):
+        tiny_model().set_classes(names, Tokenizer())
+
+
+def test_model_without_class_names_says_so(images):
+    model = tiny_model(class_token_ids=None)
+    with pytest.raises(ValueError, match="no class names yet"):
+        model(images)
