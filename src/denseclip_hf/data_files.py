@@ -23,6 +23,8 @@ SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 def name_of(source: Any) -> str:
     """What to call a picture or mask in a message: its path where it has one."""
+    if isinstance(source, (str, Path)):
+        return str(source)
     path = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", None)
     return str(path) if path else NAMELESS
 
