@@ -1,0 +1,108 @@
+"""Words for the built-in example: a sentence for a scene, and crops of its things with the names of what they show."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .example import CLASSES, IGNORE_INDEX, Scene, Thing
+
+
+STUFF = ("sky", "mountain", "grass", "water", "road")
+UNCOUNTED = ("grass", "water")
+PLURALS = {"person": "people"}
+NUMBERS = {2: "two", 3: "three"}
+PHOTOS = ("a photo of {}.", "a picture of {}.", "{}.", "a drawing of {}.", "a small photo of {}.", "there is {} here.")
+VIEWS = ("{}", "a photo of {}", "a picture of {}", "a view of {}", "a scene with {}")
+# A thing with fewer visible pixels is not worth a word, nor a crop.
+LEAST_AREA = 40
+# The share of a crop's labelled pixels that its subject must fill: nearly all for what has no outline of its own.
+LEAST_SHARE = {True: 0.6, False: 0.22}
+
+
+def with_article(words: str) -> str:
+    """ "car" -> "a car", "orange car" -> "an orange car"; nothing before what is not counted, as grass."""
+    if words.split()[-1] in UNCOUNTED:
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def subject(name: str, adjective: str = "") -> str:
+    """What a caption calls a thing: "a red car", "dry grass", "a person in blue"."""
+    if name == "person" and adjective:
+        return f"a person in {adjective}"
+    return with_article(f"{adjective} {name}".strip())
+
+
+def counted(things: list[Thing]) -> str:
+    """One phrase for things of one class: "a red car", "two cars", "several trees"."""
+    name = things[0].name
+    if len(things) == 1 or name in UNCOUNTED:
+        return subject(name, things[0].adjective)
+    return f"{NUMBERS.get(len(things), 'several')} {PLURALS.get(name, name + 's')}"
+
+
+def listed(phrases: list[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+
+
+def caption(scene: Scene, variant: int = 0) -> str:
+    """A sentence, in lower case, that names everything well visible in the scene.
+
+    "a red car and two trees on a grey road beside blue water in front of a white house under a cloudy sky"; other
+    `variant` numbers word it differently. The same scene and variant give the same sentence.
+    """
+    rng = np.random.default_rng((*scene.key, variant))
+    seen: dict[str, list[Thing]] = {}
+    for thing in scene.things:
+        if thing.area >= LEAST_AREA:
+            seen.setdefault(thing.name, []).append(thing)
+    front = [counted(seen[name]) for name in ("car", "person", "traffic light", "tree") if name in seen]
+    rng.shuffle(front)
+    back = [counted(seen[name]) for name in ("house", "mountain") if name in seen]
+    ground = [counted(seen[name]) for name in ("road", "grass") if name in seen]
+    rng.shuffle(ground)
+    sentence = f"{listed(front)} on {' and '.join(ground)}" if front and ground else listed(front or ground)
+    if "water" in seen:
+        sentence += f" {rng.choice(['beside', 'near', 'by'])} {counted(seen['water'])}"
+    if back:
+        sentence += f" {rng.choice(['in front of', 'before', 'with'])} {listed(back)}"
+    if "sky" in seen:
+        clouds = f" with {counted(seen['cloud'])}" if "cloud" in seen else ""
+        if clouds and rng.random() < 0.4:
+            clouds, sky = "", "a cloudy sky"
+        else:
+            sky = counted(seen["sky"])
+        sentence += f" {rng.choice(['under', 'below'])} {sky}{clouds}"
+    return str(rng.choice(VIEWS)).format(sentence)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square cut from a scene, RGB, and the class name and adjective of what it shows."""
+
+    image: Image.Image
+    name: str
+    adjective: str
+
+
+def crops(scene: Scene) -> Iterator[Crop]:
+    """A crop of every well visible thing of the scene, with some of its surroundings; squares from 20 pixels on."""
+    rng = np.random.default_rng((*scene.key, len(CLASSES)))
+    width, height = scene.image.size
+    for thing in scene.things:
+        stuff = thing.name in STUFF
+        left, top, right, bottom = thing.box
+        side = int(rng.integers(24, 49)) if stuff else round(max(right - left, bottom - top) * rng.uniform(1.05, 1.4))
+        side = min(max(side, 20), width, height)
+        for _ in range(8 if stuff else 1):
+            x = int(rng.integers(left, right)) if stuff else (left + right) // 2
+            y = int(rng.integers(top, bottom)) if stuff else (top + bottom) // 2
+            x, y = min(max(x - side // 2, 0), width - side), min(max(y - side // 2, 0), height - side)
+            window = scene.mask[y : y + side, x : x + side]
+            own = int((window == CLASSES.index(thing.name)).sum())
+            if own >= LEAST_AREA and own >= LEAST_SHARE[stuff] * (window != IGNORE_INDEX).sum():
+                yield Crop(scene.image.crop((x, y, x + side, y + side)), thing.name, thing.adjective)
+                break
