@@ -1,7 +1,10 @@
 """Data sets: every layout and file type that is read, and every refusal with its words."""
 
 import json
+import runpy
+import shutil
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -91,7 +94,7 @@ def test_held_out_share_of_few_samples(tmp_path, count):
 
 
 def test_files_added_later_do_not_move_others():
-    pairs = [(data_layouts.Path(f"{i}.jpg"), data_layouts.Path(f"{i}.png")) for i in range(200)]
+    pairs = [(Path(f"{i}.jpg"), Path(f"{i}.png")) for i in range(200)]
     few, many = (set(data_layouts.hold_out(chosen, 0.2)[1]) for chosen in (pairs[:100], pairs))
     assert few <= many and 20 < len(many) < 60
 
@@ -330,7 +333,7 @@ def save_mask(array, path):
     [
         (lambda p: save_mask(np.full((6, 8), 7, np.uint8), p), r"mask.png holds the ids 7, .* 0…2 and 255"),
         (lambda p: save_mask(np.full((6, 8, 3), 9, np.uint8), p), r"mask.png holds the colour \(9, 9, 9\)"),
-        (lambda p: save_mask(np.zeros((8, 6), np.uint8), p), r"is 8x6 pixels .* mask.png is 6x8"),
+        (lambda p: save_mask(np.zeros((8, 6), np.uint8), p), r"image.png is 8x6 pixels but .*mask.png is 6x8"),
         (lambda p: Image.new("LA", SIZE).save(p), "mask.png has mode LA"),
         (lambda p: truncated(p, "PNG"), "mask.png cannot be read as a picture"),
         (lambda p: p.write_bytes(b"no picture"), "mask.png cannot be read as a picture"),
@@ -490,3 +493,22 @@ def test_a_sample_from_elsewhere_is_read_like_those_of_the_data_set(folder, tmp_
 def test_default_palette_has_a_colour_for_each_class():
     palette = data_layouts.default_palette(150)
     assert len(set(palette)) == 150 and palette == data_layouts.default_palette(150)
+
+
+def test_script_prints_a_table_and_tells_by_its_exit_code(folder, monkeypatch, capsys):
+    script = str(Path(__file__).parents[1] / "scripts" / "check_data.py")
+    for expected, words in ((0, "No problems."), (1, "000.jpg cannot be read"), (1, "no data set that is recognised")):
+        if expected:
+            truncated(folder / "train/images/000.jpg")
+        source = folder / "train" / "masks" if "recognised" in words else folder
+        monkeypatch.setattr("sys.argv", [script, str(source), "--full"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(script, run_name="__main__")
+        printed = capsys.readouterr()
+        assert stop.value.code == expected and words in printed.out + printed.err
+
+
+def test_pictures_inside_an_archive(folder, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "masks"), "zip", folder / "train" / "masks")
+    mask = reader().read_mask({"path": f"zip://001.png::{archive}", "bytes": None})
+    assert np.array_equal(mask, make_mask(1))

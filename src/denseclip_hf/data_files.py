@@ -39,8 +39,7 @@ def _open(source: Any) -> Image.Image:
     try:
         content = source["bytes"]
         if content is None:
-            # The file is read whole, so that no handle stays open however many samples are held.
-            content = fsspec.open(source["path"], "rb").open().read() if "://" in name else Path(name).read_bytes()
+            content = _content(name)
         image = Image.open(BytesIO(content))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} is missing; restore the file or remove the sample.") from error
@@ -53,6 +52,14 @@ def _open(source: Any) -> Image.Image:
         raise _broken(name, error) from error
     image.filename = name  # type: ignore[attr-defined]
     return image
+
+
+def _content(path: str) -> bytes:
+    """A file read whole, so that no handle stays open however many samples are held."""
+    if "://" in path:  # what a stream gives: on the Hub, or inside an archive
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    return Path(path).read_bytes()
 
 
 def _broken(name: str, error: BaseException) -> ValueError:
@@ -171,7 +178,7 @@ class SampleReader:
         labels = self.read_mask(mask)
         if picture.size != labels.shape[::-1]:
             raise ValueError(
-                f"{name_of(picture)} is {picture.width}x{picture.height} pixels (upright) but its mask {name} is "
+                f"{name_of(picture)} is {picture.width}x{picture.height} pixels but its mask {name} is "
                 f"{labels.shape[1]}x{labels.shape[0]}; save both at the same size."
             )
         return {"image": picture, "mask": labels}

@@ -225,7 +225,7 @@ class TrainTransform:
         padded_labels = np.full(self._crop, self.ignore_index, dtype=np.int64)
         padded_labels[:height, :width] = labels
         for channel, table in enumerate(self._normalised):
-            pixel_values[channel, :height, :width] = table[pixels[..., channel]]
+            pixel_values[channel, :height, :width] = np.take(table, pixels[..., channel], mode="clip")
         return {"pixel_values": torch.from_numpy(pixel_values), "labels": torch.from_numpy(padded_labels)}
 
 
