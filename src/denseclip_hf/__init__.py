@@ -1,11 +1,24 @@
 """DenseCLIP (Rao et al. 2022) for transformers. Importing the package registers its classes with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
 from .configuration_denseclip import CLIPResNetConfig, CLIPResNetVisionConfig, DenseCLIPConfig
+from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .metrics import MeanBoundaryIoU, MeanIoU
 from .modeling_clip_resnet import CLIPResNetModel, CLIPResNetVisionModel
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPSemanticSegmenterOutput
+from .training import DenseCLIPTrainer, DenseCLIPTrainingArguments
+
+
+_image_processors: dict[str, type] = {"pil": DenseCLIPImageProcessorPil}
+if is_torchvision_available():  # without it the class would be registered, chosen and fail
+    from .image_processing_denseclip_torchvision import DenseCLIPImageProcessor
+
+    _image_processors["torchvision"] = DenseCLIPImageProcessor
+else:
+    DenseCLIPImageProcessor = DenseCLIPImageProcessorPil  # type: ignore[misc, assignment]
 
 
 __version__ = "0.1.0"
@@ -15,6 +28,7 @@ AutoConfig.register(CLIPResNetConfig.model_type, CLIPResNetConfig)
 AutoConfig.register(DenseCLIPConfig.model_type, DenseCLIPConfig)
 AutoModel.register(CLIPResNetVisionConfig, CLIPResNetVisionModel)
 AutoModel.register(CLIPResNetConfig, CLIPResNetModel)
+AutoImageProcessor.register(DenseCLIPConfig, image_processor_classes=_image_processors)
 AutoModelForSemanticSegmentation.register(DenseCLIPConfig, DenseCLIPForSemanticSegmentation)
 # The pipeline asks this table of names, which `register` does not fill, and warns about every model not in it.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[DenseCLIPConfig.model_type] = DenseCLIPForSemanticSegmentation.__name__
@@ -26,5 +40,10 @@ __all__ = [
     "CLIPResNetVisionModel",
     "DenseCLIPConfig",
     "DenseCLIPForSemanticSegmentation",
+    "DenseCLIPImageProcessor",
     "DenseCLIPSemanticSegmenterOutput",
+    "DenseCLIPTrainer",
+    "DenseCLIPTrainingArguments",
+    "MeanBoundaryIoU",
+    "MeanIoU",
 ]
