@@ -91,18 +91,28 @@ class Crop:
 def crops(scene: Scene) -> Iterator[Crop]:
     """A crop of every well visible thing of the scene, with some of its surroundings; squares from 20 pixels on."""
     rng = np.random.default_rng((*scene.key, len(CLASSES)))
-    width, height = scene.image.size
     for thing in scene.things:
-        stuff = thing.name in STUFF
-        left, top, right, bottom = thing.box
-        side = int(rng.integers(24, 49)) if stuff else round(max(right - left, bottom - top) * rng.uniform(1.05, 1.4))
-        side = min(max(side, 20), width, height)
-        for _ in range(8 if stuff else 1):
-            x = int(rng.integers(left, right)) if stuff else (left + right) // 2
-            y = int(rng.integers(top, bottom)) if stuff else (top + bottom) // 2
-            x, y = min(max(x - side // 2, 0), width - side), min(max(y - side // 2, 0), height - side)
-            window = scene.mask[y : y + side, x : x + side]
-            own = int((window == CLASSES.index(thing.name)).sum())
-            if own >= LEAST_AREA and own >= LEAST_SHARE[stuff] * (window != IGNORE_INDEX).sum():
-                yield Crop(scene.image.crop((x, y, x + side, y + side)), thing.name, thing.adjective)
+        own = scene.mask == CLASSES.index(thing.name)
+        for left, top, side in squares(scene, thing, own, rng):
+            window = np.s_[top : top + side, left : left + side]
+            area, labelled = int(own[window].sum()), int((scene.mask[window] != IGNORE_INDEX).sum())
+            if area >= LEAST_AREA and area >= LEAST_SHARE[thing.name in STUFF] * labelled:
+                square = scene.image.crop((left, top, left + side, top + side))
+                yield Crop(square, thing.name, thing.adjective)
                 break
+
+
+def squares(scene: Scene, thing: Thing, own: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
+    """(left, top, side) in pixels: the one around a thing, or some tries within what has no outline."""
+    left, top, right, bottom = thing.box
+    centres = [
+        ((left + right) // 2, (top + bottom) // 2, round(max(right - left, bottom - top) * rng.uniform(1.05, 1.4)))
+    ]
+    if thing.name in STUFF:
+        rows, columns = np.nonzero(own[top:bottom, left:right])
+        pixels = rng.integers(rows.size, size=8).tolist() if rows.size else []
+        centres = [(left + int(columns[i]), top + int(rows[i]), int(rng.integers(20, 45))) for i in pixels]
+    width, height = scene.image.size
+    for x, y, wanted in centres:
+        side = min(max(wanted, 20), width, height)
+        yield min(max(x - side // 2, 0), width - side), min(max(y - side // 2, 0), height - side), side

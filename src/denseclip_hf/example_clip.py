@@ -79,22 +79,25 @@ def make_example_tokenizer(corpus: list[str], vocab_size: int = 1024) -> CLIPTok
         ValueError: for a vocabulary too small for the bytes.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fixed = [*letters, *(letter + "</w>" for letter in letters)]
-    room = vocab_size - len(fixed) - len(SPECIAL_TOKENS)
+    endings = [letter + "</w>" for letter in letters]
+    room = vocab_size - len(letters) - len(endings) - len(SPECIAL_TOKENS)
     if room < 0:
         raise ValueError(f"vocab_size must be at least {vocab_size - room}, got {vocab_size}")
     # An empty CLIPTokenizer lends its rules for splitting text, so that merges are learnt on what it will be given.
     rules = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
-    learner.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=letters,
+        # Numbered here, for otherwise they are numbered as a hash map yields them, and with them ties among merges.
+        special_tokens=endings,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
-    merges: list[Any] = [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]][:room]
-    tokens = dict.fromkeys([*fixed, *(first + second for first, second in merges), *SPECIAL_TOKENS])
+    learner.train_from_iterator(corpus, trainer)
+    merges: list[Any] = [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = dict.fromkeys([*letters, *endings, *(first + second for first, second in merges), *SPECIAL_TOKENS])
     vocab = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
@@ -119,7 +122,11 @@ def example_clip_model(tokenizer: CLIPTokenizer, vision: str = "resnet", seed: i
         "pad_token_id": tokenizer.pad_token_id,
         "projection_dim": PROJECTION_DIM,
     }
-    parts: dict[str, Any] = {"text_config": text, "vision_config": VISION_CONFIGS[vision], "projection_dim": PROJECTION_DIM}
+    parts: dict[str, Any] = {
+        "text_config": text,
+        "vision_config": VISION_CONFIGS[vision],
+        "projection_dim": PROJECTION_DIM,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPResNetModel(CLIPResNetConfig(**parts)) if vision == "resnet" else CLIPModel(CLIPConfig(**parts))
