@@ -179,6 +179,7 @@ class DenseCLIPConfig(PreTrainedConfig):
         crop_size (`int` or `list[int]`, *optional*): window (height, width); `image_size` of the CLIP by default.
         stride (`int` or `list[int]`, *optional*): window step, two thirds of `crop_size` by default.
         sliding_window_batch_size (`int`, defaults to 4): windows run through the model at a time.
+        palette (`list[list[int]]`, *optional*): K colours (r, g, b) from 0 to 255, for pictures of the result.
 
     Raises:
         ValueError: for a combination that cannot work, with what to change.
@@ -228,6 +229,7 @@ class DenseCLIPConfig(PreTrainedConfig):
     crop_size: int | list[int] | tuple[int, ...] | None = None
     stride: int | list[int] | tuple[int, ...] | None = None
     sliding_window_batch_size: int = 4
+    palette: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs):
         refuse_unknown_options(self, kwargs)
@@ -325,6 +327,10 @@ class DenseCLIPConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
 
     def _check_inference(self) -> None:
+        if self.palette is not None and len(self.palette) != self.num_labels:
+            raise ValueError(
+                f"`palette` has {len(self.palette)} colours for {self.num_labels} classes: give one each."
+            )
         if self.inference_mode not in ("whole", "slide"):
             raise ValueError(f'`inference_mode` must be "whole" or "slide", got {self.inference_mode!r}.')
         if any(s > c for s, c in zip(self.stride, self.crop_size, strict=True)):

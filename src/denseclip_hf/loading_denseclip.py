@@ -82,6 +82,7 @@ def replace_classes(model: nn.Module, names: list[str], tokenizer) -> None:
         laterals[level] = _resized_convolution(laterals[level], columns, in_channels=first + len(names))
         model.prompts.set_token_ids(token_ids)
         config.class_token_ids = token_ids
+    config.palette = None
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
 

@@ -1,0 +1,151 @@
+"""Inference beyond one forward pass: sliding windows, multi-scale with flips, pictures of the result.
+
+Shapes: B images, K classes, H x W pixels.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .fpn_denseclip import resize_bilinear
+from .sliding_window_denseclip import sliding_window_logits as average_windows
+
+
+# Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
+PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+VOID_COLOUR = (0, 0, 0)
+
+
+def sliding_window_logits(
+    model, pixel_values: torch.Tensor, crop_size: int | Sequence[int], stride: int | Sequence[int], batch_size: int = 4
+) -> torch.Tensor:
+    """
+    Logits of `model`, put into eval mode, averaged over overlapping windows.
+
+    Args:
+        model ([`DenseCLIPForSemanticSegmentation`]): whatever its `inference_mode`.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
+        crop_size, stride (`int` or (height, width)): window and step in pixels.
+        batch_size (`int`): windows that go through the model at a time.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, H, W)`, float32.
+    """
+    window, step = ([v, v] if isinstance(v, int) else list(v) for v in (crop_size, stride))
+    model.eval()
+    with torch.no_grad():
+        return average_windows(model.window_logits, pixel_values, window, step, batch_size)
+
+
+def multi_scale_probabilities(
+    model,
+    images,
+    scales: Sequence[float] = PUBLISHED_SCALES,
+    flip: bool = True,
+    *,
+    image_processor,
+) -> list[torch.Tensor]:
+    """
+    Class probabilities averaged over scaled (and flipped) views, at each image's own size.
+
+    Each view goes through `model` as its `inference_mode` says; its logits are resized to the image, softmaxed and
+    flipped back, as the published multi-scale results were made.
+
+    Args:
+        model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode.
+        images (a picture or a list of pictures, PIL or `(H, W, 3)` arrays): of any sizes.
+        scales (`Sequence[float]`): factors on the processor's `size`.
+        flip (`bool`): also use each view mirrored left to right.
+        image_processor ([`DenseCLIPImageProcessor`]): with a `shortest_edge` or a fixed `size`.
+
+    Returns:
+        `list[torch.Tensor]`: one `(K, H, W)` float32 tensor per image, on the model's device; sums to 1 over K.
+    """
+    model.eval()
+    results = []
+    for image in images if isinstance(images, (list, tuple)) else [images]:
+        height, width = np.asarray(image).shape[:2]
+        total: torch.Tensor | None = None
+        views = list(scaled_views(image, image_processor, scales, flip))
+        for pixel_values, flipped in views:
+            with torch.no_grad():
+                logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
+            # By way of the view's own size, as the original goes; a sliding window is there already.
+            logits = resize_bilinear(logits, (pixel_values.shape[-2], pixel_values.shape[-1]))
+            probabilities = resize_bilinear(logits, (height, width)).softmax(1)[0]
+            probabilities = probabilities.flip(-1) if flipped else probabilities
+            total = probabilities if total is None else total.add_(probabilities)
+        if total is None:
+            raise ValueError("`scales` is empty: give at least one factor.")
+        results.append(total.div_(len(views)))
+    return results
+
+
+def scaled_views(image, image_processor, scales: Sequence[float], flip: bool) -> Iterator[tuple[torch.Tensor, bool]]:
+    """`(pixel_values (1, 3, h, w), whether mirrored)` for every scale, plain first."""
+    size = {key: value for key, value in dict(image_processor.size).items() if value is not None}
+    for scale in scales:
+        scaled = {key: int(value * scale) for key, value in size.items()}
+        pixel_values = image_processor(image, size=scaled, return_tensors="pt")["pixel_values"]
+        yield pixel_values, False
+        if flip:
+            yield pixel_values.flip(-1), True
+
+
+def colourise(segmentation, palette: Sequence[Sequence[int]]) -> Image.Image:
+    """A picture of class ids `(H, W)` in their `palette` colours; ids without a colour are black."""
+    table = np.full((256, 3), VOID_COLOUR, dtype=np.uint8)
+    table[: len(palette)] = palette
+    ids = np.asarray(segmentation)
+    return Image.fromarray(table[np.where((ids < 0) | (ids >= len(palette)), 255, ids)])
+
+
+def overlay(image: Image.Image, segmentation, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> Image.Image:
+    """`image` with the classes of `segmentation` (`(H, W)` ids of the same size) painted over it."""
+    return Image.blend(image.convert("RGB"), colourise(segmentation, palette), opacity)
+
+
+def comparison_picture(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str],
+    id2label: dict[int, str],
+    palette: Sequence[Sequence[int]],
+    width: int = 320,
+) -> Image.Image:
+    """
+    Pictures in a table with column titles, and a legend of class colours below.
+
+    Args:
+        rows (sequence of rows of pictures): each row as long as `titles`.
+        titles (`Sequence[str]`): one per column.
+        id2label (`dict[int, str]`): class names.
+        palette: K colours `(r, g, b)`.
+        width (`int`): of each picture, in pixels; heights follow.
+    """
+    font, margin, line = ImageFont.load_default(size=max(width // 20, 11)), 8, max(width // 14, 16)
+    nearest = Image.Resampling.NEAREST
+    scaled = [[p.resize((width, round(p.height * width / p.width)), nearest) for p in row] for row in rows]
+    legend_column = width // 2
+    per_line = max(width * len(titles) // legend_column, 1)
+    legend_height = line * -(-len(id2label) // per_line)
+    heights = [max(picture.height for picture in row) for row in scaled]
+    total_height = 2 * margin + line + legend_height + sum(height + margin for height in heights)
+    sheet = Image.new("RGB", (margin + len(titles) * (width + margin), total_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((margin + column * (width + margin), margin // 2), title, "black", font)
+    top = margin + line
+    for row, height in zip(scaled, heights, strict=True):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (margin + column * (width + margin), top))
+        top += height + margin
+    for index, label in id2label.items():
+        x, y = margin + index % per_line * legend_column, top + index // per_line * line
+        draw.rectangle((x, y + 2, x + line - 6, y + line - 4), tuple(palette[index]), "black")
+        draw.text((x + line, y), label, "black", font)
+    return sheet
+
+
+__all__ = ["colourise", "comparison_picture", "multi_scale_probabilities", "overlay", "sliding_window_logits"]

@@ -1,0 +1,238 @@
+"""From flags or a recipe file to data, model and trainer: what the scripts share."""
+
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, HfArgumentParser
+
+from .configuration_denseclip import clip_config_class
+from .data import SegmentationData, load_segmentation_dataset
+from .data_check import check_dataset
+from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .modeling_clip_resnet import CLIPResNetModel
+from .modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .training import DenseCLIPTrainer, DenseCLIPTrainingArguments
+from .transforms import AugmentedDataset, AugmentedStream, TrainTransform
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: a fresh segmenter around a CLIP, or a trained one that goes on."""
+
+    clip: str = field(
+        default="openai/clip-vit-base-patch16",
+        metadata={"help": "CLIP to start from: a directory, or a name on the Hub."},
+    )
+    clip_config: str = field(
+        default="{}", metadata={"help": "A CLIP's config as JSON: start from random weights instead of `clip`."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "A trained DenseCLIP to go on from, directory or Hub name, instead of `clip`."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer, directory or Hub name; by default the CLIP's or model's own."}
+    )
+    config: str = field(
+        default="{}", metadata={"help": "Options of DenseCLIPConfig as JSON, such as num_context_tokens."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on, and how pictures are resized and augmented (sizes in pixels)."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "A folder (images and masks, ADE20K, Cityscapes), or a name on the Hub."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    train_split: str | None = field(default=None, metadata={"help": "Name of the training split."})
+    validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Held out if there is no validation split."})
+    classes: str | None = field(default=None, metadata={"help": "Class names: a JSON file, or names with commas."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (datasets)."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the masks (datasets)."})
+    do_reduce_labels: bool | None = field(
+        default=None, metadata={"help": "Masks hold 0 for no class and n for class n - 1 (as ADE20K's)."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set while training."})
+    crop_size: int = field(default=512, metadata={"help": "Side of the training crops."})
+    scale_long: int = field(default=2048, metadata={"help": "Longest side a picture is resized to."})
+    scale_short: int | None = field(
+        default=None, metadata={"help": "Short side a picture is resized to, `crop_size` by default."}
+    )
+    ratio_min: float = field(default=0.5, metadata={"help": "Lowest random factor on that size in training."})
+    ratio_max: float = field(default=2.0, metadata={"help": "Highest random factor on that size in training."})
+    cat_max_ratio: float = field(default=0.75, metadata={"help": "Most of a crop one class may fill."})
+    photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
+    fast_jpeg: bool = field(default=False, metadata={"help": "Let the JPEG decoder shrink large pictures."})
+    check_data: bool = field(default=True, metadata={"help": "Look at a sample of the files before training."})
+
+
+def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> list[Any]:
+    """
+    Dataclasses from the command line: flags, or a recipe file (.yaml, .yml, .json) first and flags on top of it.
+
+    Args:
+        types (sequence of dataclasses): what to fill.
+        argv (sequence of `str`, *optional*): the arguments, `sys.argv[1:]` by default.
+
+    Raises:
+        ValueError: for a recipe that is missing, no mapping, or has an option nobody knows.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(list(types))
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        recipe = read_recipe(argv.pop(0))
+        known = [option.name for kind in types for option in fields(kind)]
+        for name in recipe:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f": did you mean `{close[0]}`?" if close else ", see `--help`."
+                raise ValueError(f"the recipe's option `{name}` is unknown{hint}")
+        # As strings, argparse converts them as it would flags; mappings are JSON there too.
+        values = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in recipe.items()}
+        parser.set_defaults(**{k: repr(v) if isinstance(v, float) else v for k, v in values.items()})
+    return list(parser.parse_args_into_dataclasses(args=argv))
+
+
+def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file, read without executing anything."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"there is no recipe {file}.")
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {file} must be a mapping from options to values.")
+    return recipe
+
+
+def load_data(args: DataArguments) -> SegmentationData:
+    """The data set of `args`, checked on a sample of its files unless that is switched off."""
+    if args.dataset is None:
+        raise ValueError("name a data set: `--dataset FOLDER_OR_HUB_NAME`.")
+    classes: Any = args.classes
+    if classes is not None and not classes.endswith(".json"):
+        classes = [name.strip() for name in classes.split(",")]
+    data = load_segmentation_dataset(
+        args.dataset,
+        args.dataset_config,
+        train_split=args.train_split,
+        validation_split=args.validation_split,
+        validation_fraction=args.validation_fraction,
+        classes=classes,
+        do_reduce_labels=args.do_reduce_labels,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        streaming=args.streaming,
+        decode=not args.fast_jpeg,
+    )
+    if args.check_data:
+        report = check_dataset(data, max_samples=20)
+        if not report.ok:
+            raise ValueError(f"{report.problems[0]} ({len(report.problems)} such problems in a look at 20 samples.)")
+    return data
+
+
+def load_model(args: ModelArguments, data: SegmentationData, crop_size: int):
+    """Model and tokenizer of `args` for the classes of `data`."""
+    palette = [list(colour) for colour in data.palette]
+    options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **json.loads(args.config)}
+    if args.model is not None:
+        return _trained_model(args, data)
+    clip: Any
+    if clip_config := json.loads(args.clip_config):
+        tokenizer = _tokenizer_for(args, data)
+        clip = _random_clip(clip_config, tokenizer)
+    else:
+        clip, tokenizer = args.clip, AutoTokenizer.from_pretrained(args.tokenizer or args.clip)
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        clip, data.id2label, tokenizer=tokenizer, image_size=crop_size, **options
+    )
+    return model, tokenizer
+
+
+def _trained_model(args: ModelArguments, data: SegmentationData):
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    if json.loads(args.config):
+        raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")
+    names = list(data.id2label.values())
+    if names != list(model.config.id2label.values()):
+        logger.warning("The data has other classes than %s: they replace the model's.", args.model)
+        model.set_classes(names, tokenizer)
+    return model, tokenizer
+
+
+def _random_clip(config: dict[str, Any], tokenizer) -> CLIPModel:
+    """A CLIP with random weights, whose vocabulary is `tokenizer`'s."""
+    text = {
+        **config.get("text_config", {}),
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config_class = clip_config_class(config)
+    model_class = CLIPModel if config_class is CLIPConfig else CLIPResNetModel
+    return model_class(config_class(**{**config, "text_config": text}))
+
+
+def _tokenizer_for(args: ModelArguments, data: SegmentationData):
+    """The named tokenizer, or for a CLIP from nothing a small one learnt from the class names."""
+    if args.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(args.tokenizer)
+    from .example_clip import example_corpus, make_example_tokenizer
+
+    return make_example_tokenizer([*data.id2label.values(), *example_corpus()])
+
+
+def make_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: DenseCLIPTrainingArguments, **kwargs
+) -> tuple[DenseCLIPTrainer, SegmentationData]:
+    """Data, model, augmentation and image processor of a recipe, put together."""
+    data = load_data(data_args)
+    if data.train is None:
+        raise ValueError(f"{data_args.dataset} has no training split: name it with `--train_split`.")
+    model, tokenizer = load_model(model_args, data, data_args.crop_size)
+    short = data_args.scale_short or data_args.crop_size
+    transform = TrainTransform(
+        crop_size=data_args.crop_size,
+        scale=(data_args.scale_long, short),
+        ratio_range=(data_args.ratio_min, data_args.ratio_max),
+        cat_max_ratio=data_args.cat_max_ratio,
+        photometric=data_args.photometric,
+        do_reduce_labels=data.do_reduce_labels,
+        ignore_index=data.ignore_index,
+        fast_jpeg=data_args.fast_jpeg,
+    )
+    augmented = AugmentedStream if data_args.streaming else AugmentedDataset
+    image_processor = DenseCLIPImageProcessorPil(
+        size={"shortest_edge": short, "longest_edge": data_args.scale_long}, do_reduce_labels=data.do_reduce_labels
+    )
+    trainer = DenseCLIPTrainer(
+        model,
+        args,
+        train_dataset=augmented(data.train, transform, args.seed),
+        eval_dataset=data.validation,
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        do_reduce_labels=data.do_reduce_labels,
+        **kwargs,
+    )
+    return trainer, data
+
+
+__all__ = ["DataArguments", "ModelArguments", "load_data", "load_model", "make_trainer", "parse_arguments"]

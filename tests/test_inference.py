@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from conftest import golden_case, golden_model, tiny_model
+from PIL import Image
+
+from denseclip_hf import DenseCLIPImageProcessor
+from denseclip_hf.inference import (
+    colourise,
+    comparison_picture,
+    multi_scale_probabilities,
+    overlay,
+    scaled_views,
+    sliding_window_logits,
+)
+
+
+CASES = ["seg_vit", "seg_resnet"]
+PALETTE = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def golden(request):
+    case, tensors = golden_case(request.param)
+    model = golden_model(request.param)
+    model.config.inference_mode = "slide"
+    return model, tensors, [view["flip"] for view in case["tta"]["views"]]
+
+
+@pytest.fixture
+def processor():
+    return DenseCLIPImageProcessor(size={"shortest_edge": 96, "longest_edge": 128})
+
+
+def test_sliding_window_equals_the_original(golden):
+    model, tensors, _ = golden
+    logits = sliding_window_logits(model, tensors["in/img_b"], 64, 43)
+    torch.testing.assert_close(logits, tensors["out/slide"], atol=1e-4, rtol=0)
+
+
+def test_multi_scale_equals_the_original_on_its_own_views(golden, processor, monkeypatch):
+    model, tensors, flips = golden
+    views = [(tensors[f"in/tta/view{i}"], flip) for i, flip in enumerate(flips)]
+    monkeypatch.setattr("denseclip_hf.inference.scaled_views", lambda *args: iter(views))
+    image = tensors["in/tta/image"].numpy()
+    (probabilities,) = multi_scale_probabilities(model, image, image_processor=processor)
+    torch.testing.assert_close(probabilities[None], tensors["out/tta/probs"], atol=1e-5, rtol=0)
+    assert torch.equal(probabilities.argmax(0)[None], tensors["out/tta/pred"])
+    monkeypatch.setattr("denseclip_hf.inference.scaled_views", lambda *args: iter(views[1:2]))
+    (mirrored,) = multi_scale_probabilities(model, image, image_processor=processor)
+    torch.testing.assert_close(mirrored[None], tensors["out/tta/probs_view1"], atol=1e-5, rtol=0)
+
+
+def test_whole_view_equals_the_original(golden, processor, monkeypatch):
+    model, tensors, _ = golden
+    monkeypatch.setattr("denseclip_hf.inference.scaled_views", lambda *args: iter([(tensors["in/tta/view2"], False)]))
+    model.config.inference_mode = "whole"
+    (probabilities,) = multi_scale_probabilities(model, tensors["in/tta/image"].numpy(), image_processor=processor)
+    model.config.inference_mode = "slide"
+    torch.testing.assert_close(probabilities[None], tensors["out/tta/whole_probs_view2"], atol=1e-5, rtol=0)
+
+
+def test_views_have_the_originals_sizes_and_order(golden, processor):
+    _, tensors, flips = golden
+    views = list(scaled_views(tensors["in/tta/image"].numpy(), processor, (0.75, 1.0, 1.25), True))
+    assert [flipped for _, flipped in views] == flips
+    for index, (pixel_values, _) in enumerate(views):
+        difference = (pixel_values - tensors[f"in/tta/view{index}"]).abs().max().item()
+        assert difference < 1.05 / 255 / 0.26  # one grey level, normalised
+
+
+def test_probabilities_sum_to_one_at_every_images_size(processor):
+    images = [Image.new("RGB", (50, 40), "red"), Image.new("RGB", (31, 47), "blue")]
+    first, second = multi_scale_probabilities(tiny_model(), images, (1.0,), image_processor=processor)
+    assert (first.shape, second.shape) == ((3, 40, 50), (3, 47, 31))
+    torch.testing.assert_close(first.sum(0), torch.ones(40, 50))
+
+
+def test_no_scale_is_refused(processor):
+    with pytest.raises(ValueError, match="at least one factor"):
+        multi_scale_probabilities(tiny_model(), Image.new("RGB", (50, 40)), (), image_processor=processor)
+
+
+def test_colours_are_the_palettes_and_void_is_black():
+    picture = np.asarray(colourise(np.array([[0, 2], [255, 1]]), PALETTE))
+    assert picture.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 255, 0]]]
+
+
+def test_overlay_blends():
+    picture = overlay(Image.new("RGB", (2, 1), "white"), np.array([[0, 1]]), PALETTE, opacity=0.5)
+    assert picture.getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_comparison_has_every_picture_and_a_legend():
+    red, blue = Image.new("RGB", (40, 30), (255, 0, 0)), Image.new("RGB", (40, 30), (0, 0, 255))
+    sheet = comparison_picture([[red, blue]], ["left", "right"], {0: "sky", 1: "sea", 2: "sand"}, PALETTE, width=160)
+    colours = {colour: count for count, colour in sheet.getcolors(100_000)}
+    assert colours[(255, 0, 0)] >= 160 * 120 and colours[(0, 0, 255)] >= 160 * 120 and (0, 255, 0) in colours
