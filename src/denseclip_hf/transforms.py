@@ -233,9 +233,10 @@ class AugmentedDataset(torch.utils.data.Dataset):
     """
     Applies a [`TrainTransform`] to the samples of `dataset`, the same way for any number of workers.
 
-    The draws of a sample depend on (seed, epoch, index) alone. The epoch lies in shared memory, so that persistent
-    workers see it change. accelerate calls `set_epoch` at the start of an epoch, but not on several processes nor
-    when it resumes within an epoch: give the Trainer an [`EpochCallback`] for those.
+    A sample has `pixel_values`, `labels` and the picture's file `name`. Its draws depend on (seed, epoch, index)
+    alone. The epoch lies in shared memory, so that persistent workers see it change. accelerate calls `set_epoch` at
+    the start of an epoch, but not on several processes nor when it resumes within an epoch: [`DenseCLIPTrainer`]
+    adds an [`EpochCallback`] for those, and so must any other `Trainer`.
 
     Args:
         dataset: index-addressed samples with `image` (RGB PIL picture) and `mask` (integer array).
@@ -254,9 +255,10 @@ class AugmentedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.dataset[index]
-        return self.transform(sample["image"], sample["mask"], sample_rng(self.seed, int(self._epoch), index))
+        augmented = self.transform(sample["image"], sample["mask"], sample_rng(self.seed, int(self._epoch), index))
+        return {**augmented, "name": _name(sample["image"])}
 
 
 class AugmentedStream(torch.utils.data.IterableDataset):
@@ -274,10 +276,11 @@ class AugmentedStream(torch.utils.data.IterableDataset):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for sample in self.dataset:
             key = zlib.crc32(sample["mask"].tobytes())
-            yield self.transform(sample["image"], sample["mask"], sample_rng(self.seed, int(self._epoch), key))
+            augmented = self.transform(sample["image"], sample["mask"], sample_rng(self.seed, int(self._epoch), key))
+            yield {**augmented, "name": _name(sample["image"])}
 
 
 class EpochCallback(TrainerCallback):
