@@ -11,12 +11,14 @@ import denseclip_hf
 PACKAGE = Path(denseclip_hf.__file__).parent
 HUB_SET = {p.stem for p in PACKAGE.glob("*_denseclip.py")} | {"modeling_clip_resnet"}
 HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
-STANDARD = {"os", "difflib", "dataclasses", "typing", "collections", "itertools", "math", "functools", "contextlib"}
+STANDARD = {"os", "difflib", "dataclasses", "typing", "types", "collections", "itertools", "math", "functools"}
+STANDARD |= {"contextlib"}
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
     {"configuration_denseclip"},
-    {"modeling_clip_resnet", "fpn_denseclip", "prompts_denseclip"},
+    {"modeling_clip_resnet", "fpn_denseclip", "prompts_denseclip", "resizing_denseclip"},
     {"sliding_window_denseclip", "class_embeddings_denseclip", "image_encoder_denseclip", "loading_denseclip"},
+    {"open_vocabulary_denseclip"},
     {"modeling_denseclip"},
 ]
 

@@ -21,6 +21,7 @@ from .fpn_denseclip import FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, resiz
 from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_image
 from .loading_denseclip import clip_report, load_clip, load_clip_weights, replace_classes
 from .modeling_clip_resnet import CLIPResNetModel, MultiHeadAttention
+from .open_vocabulary_denseclip import ScoreSegmentation, encode_texts, predict_from_scores
 from .prompts_denseclip import ContextPrompts, tokenize_classes
 from .sliding_window_denseclip import sliding_window_logits
 
@@ -305,13 +306,20 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         feature_maps = tuple(features)
         if not self.config.use_text_guidance:
             return Segmentation(self.decode_head(self.neck(features)), feature_maps=feature_maps)
-        classes = self.encode_classes().expand(len(pixel_values), -1, -1)  # K, D -> B, K, D
-        text_embeds = classes + self.gamma * self.context_decoder(classes, context)
-        score_maps = cosine_score_maps(context, text_embeds, grid)
+        score_maps, text_embeds = self.match(self.encode_classes(), context, grid)
         level = self.config.score_map_level
         joining = resize_bilinear(score_maps, features[level].shape[-2:]).to(features[level].dtype)
         features[level] = torch.cat([features[level], joining], dim=1)
         return Segmentation(self.decode_head(self.neck(features)), score_maps, text_embeds, feature_maps)
+
+    def match(
+        self, classes: torch.Tensor, context: torch.Tensor, grid: tuple[int, int], use_context_decoder: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """t `(K, D)` and `[z_bar, z]` `(B, 1 + h*w, D)` -> score maps `(B, K, h, w)` and t' `(B, K, D)`."""
+        text_embeds = classes.expand(len(context), -1, -1)  # K, D -> B, K, D
+        if use_context_decoder:
+            text_embeds = text_embeds + self.gamma * self.context_decoder(text_embeds, context)
+        return cosine_score_maps(context, text_embeds, grid), text_embeds
 
     def _losses(self, segmentation: Segmentation, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cross entropy of the logits and, weighted, of the score maps over the temperature (section 3.4)."""
@@ -386,6 +394,53 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
             ValueError: for an empty list, a name given twice or one that is too long.
         """
         replace_classes(self, list(names), tokenizer)
+
+    def encode_texts(self, texts, tokenizer, templates=None, use_contexts: bool | None = None) -> torch.Tensor:
+        """
+        Embeddings of any class names or sentences, for [`predict_from_scores`]; the model stays as it is.
+
+        A class described by several sentences, or put into several `templates`, gets the mean of their unit vectors,
+        brought to unit length again, as in CLIP's zero-shot classifier (Radford et al. 2021, section 3.1.4).
+
+        Args:
+            texts (`list[str]` or `list[list[str]]`): K classes: a name, a sentence, or several of them.
+            tokenizer (`PreTrainedTokenizerBase`): CLIP's.
+            templates (`Sequence[str]`, *optional*): sentences with one `{}`, such as `ZERO_SHOT_TEMPLATES`; by default
+                the model's own prompt, with the contexts it has learnt.
+            use_contexts (`bool`, *optional*): whether learnt contexts come before each text; by default only without
+                `templates`. Contexts nobody has trained yet are noise.
+
+        Returns:
+            `torch.Tensor` of shape `(K, D)`, without gradient.
+
+        Raises:
+            ValueError: without text guidance, for empty, repeated or too long texts, or a template without `{}`.
+        """
+        return encode_texts(self, texts, tokenizer, templates, use_contexts)
+
+    def predict_from_scores(
+        self, pixel_values: torch.Tensor, text_embeds=None, target_sizes=None, use_context_decoder: bool = True
+    ) -> ScoreSegmentation:
+        """
+        Segmentation from the score maps alone, for any classes: each pixel goes to the class of the highest cosine.
+
+        The decoder, which knows only the classes it was trained with, has no part in it. Windows slide if
+        `inference_mode` says so.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images, normalised as CLIP's.
+            text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): from [`encode_texts`]; the model's own classes
+                by default.
+            target_sizes (list of (height, width), *optional*): size of each result; (H, W) by default.
+            use_context_decoder (`bool`): whether classes are refined by the image (t') as in training.
+
+        Returns:
+            [`ScoreSegmentation`]: `segmentation`, a list of B int64 maps, and `score_maps`.
+
+        Raises:
+            ValueError: without text guidance, or for embeddings or sizes of another shape.
+        """
+        return predict_from_scores(self, pixel_values, text_embeds, target_sizes, use_context_decoder)
 
     def train(self, mode: bool = True):
         self._class_embeddings.clear()
