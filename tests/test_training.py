@@ -9,7 +9,8 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPImageProcessor, DenseCLIPTrainer, DenseCLIPTrainingArguments
 from denseclip_hf.conversion import ORIGINAL_KEY_TABLE, rename
-from denseclip_hf.training import NonFiniteLossError, parameter_groups, poly_learning_rate
+from denseclip_hf.trainer import NonFiniteLossError
+from denseclip_hf.training import parameter_groups, poly_learning_rate
 from denseclip_hf.transforms import AugmentedDataset, TrainTransform
 
 

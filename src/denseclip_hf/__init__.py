@@ -9,7 +9,8 @@ from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .metrics import MeanBoundaryIoU, MeanIoU
 from .modeling_clip_resnet import CLIPResNetModel, CLIPResNetVisionModel
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPSemanticSegmenterOutput
-from .training import DenseCLIPTrainer, DenseCLIPTrainingArguments
+from .trainer import DenseCLIPTrainer
+from .training import DenseCLIPTrainingArguments
 
 
 _image_processors: dict[str, type] = {"pil": DenseCLIPImageProcessorPil}

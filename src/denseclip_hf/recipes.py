@@ -19,7 +19,8 @@ from .data_check import check_dataset
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .modeling_clip_resnet import CLIPResNetModel
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
-from .training import DenseCLIPTrainer, DenseCLIPTrainingArguments
+from .trainer import DenseCLIPTrainer
+from .training import DenseCLIPTrainingArguments
 from .transforms import AugmentedDataset, AugmentedStream, TrainTransform
 
 
@@ -171,7 +172,7 @@ def _trained_model(args: ModelArguments, data: SegmentationData):
     if json.loads(args.config):
         raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")
     names = list(data.id2label.values())
-    if names != list(model.config.id2label.values()):
+    if names != list(dict(model.config.id2label or {}).values()):
         logger.warning("The data has other classes than %s: they replace the model's.", args.model)
         model.set_classes(names, tokenizer)
     return model, tokenizer
@@ -186,7 +187,7 @@ def _random_clip(config: dict[str, Any], tokenizer) -> CLIPModel:
         "eos_token_id": tokenizer.eos_token_id,
     }
     config_class = clip_config_class(config)
-    model_class = CLIPModel if config_class is CLIPConfig else CLIPResNetModel
+    model_class: Any = CLIPModel if config_class is CLIPConfig else CLIPResNetModel
     return model_class(config_class(**{**config, "text_config": text}))
 
 

@@ -1,0 +1,253 @@
+"""`Trainer` for DenseCLIP: its recipe, what one watches while it trains, evaluation, checkpoints that are complete."""
+
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .batch_norm import synchronise_batch_norms
+from .evaluation import evaluate_segmentation
+from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
+from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
+
+
+class NonFiniteLossError(RuntimeError):
+    """Raised when the loss is NaN or infinite, before it reaches a weight or a checkpoint."""
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack `pixel_values` and `labels`; whatever else a sample has (its file name) stays a list."""
+    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return {k: torch.stack(v) if k in ("pixel_values", "labels") else v for k, v in batch.items()}
+
+
+class DenseCLIPTrainer(Trainer):
+    """
+    `Trainer` with DenseCLIP's parameter groups, schedule, logging and evaluation.
+
+    Args:
+        model (`DenseCLIPForSemanticSegmentation`): the model.
+        args ([`DenseCLIPTrainingArguments`]): the recipe.
+        train_dataset ([`AugmentedDataset`] or [`AugmentedStream`]): augmented samples.
+        eval_dataset (*optional*): samples `{"image", "mask"}`, pictures and raw masks, see [`SegmentationData`].
+        image_processor ([`DenseCLIPImageProcessor`]): used in evaluation and saved with the model.
+        tokenizer (*optional*): saved with the model.
+        do_reduce_labels (`bool`): of the raw masks in `eval_dataset`.
+        kwargs: further arguments of `Trainer`.
+    """
+
+    model: Any
+    optimizer: Any
+    args: DenseCLIPTrainingArguments
+
+    def __init__(
+        self,
+        model,
+        args: DenseCLIPTrainingArguments,
+        train_dataset=None,
+        eval_dataset=None,
+        image_processor=None,
+        tokenizer=None,
+        do_reduce_labels: bool = False,
+        **kwargs,
+    ):
+        if args.world_size > 1:
+            synchronise_batch_norms(model, args.device.type)
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.image_processor, self.tokenizer, self.do_reduce_labels = image_processor, tokenizer, do_reduce_labels
+        self._groups: list[dict[str, Any]] = []
+        self._sums: dict[str, Any] = defaultdict(float)
+        self._last_log = time.perf_counter()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=kwargs.pop("data_collator", collate),
+            **kwargs,
+        )
+        if isinstance(train_dataset, (AugmentedDataset, AugmentedStream)):
+            self.add_callback(EpochCallback(train_dataset))
+
+    # Recipe
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is not None:
+            return self.optimizer
+        args = self.args
+        self._groups = parameter_groups(
+            self.model if model is None else model,
+            args.learning_rate,
+            args.weight_decay,
+            args.image_encoder_lr_multiplier,
+            args.text_encoder_lr_multiplier,
+            args.exempt_norms_and_biases,
+        )
+        for group in self._groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(group["lr"] > 0)
+        trained = [group for group in self._groups if group["lr"] > 0]
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+        self.optimizer = optimizer_class(trained, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is not None or self.args.lr_scheduler_type != "polynomial":
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        factors = [self._rate_factor(group["lr"], num_training_steps) for group in optimizer.param_groups]
+        self.lr_scheduler = LambdaLR(optimizer, factors)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _rate_factor(self, base_lr: float, total_steps: int) -> Callable[[int], float]:
+        args = self.args
+
+        def factor(step: int) -> float:
+            rate = poly_learning_rate(
+                step,
+                base_lr,
+                total_steps=total_steps,
+                min_lr=args.min_learning_rate,
+                power=args.poly_power,
+                warmup_steps=args.get_warmup_steps(total_steps),
+                warmup_ratio=args.warmup_start_ratio,
+            )
+            return rate / base_lr
+
+        return factor
+
+    # Loss and what is logged
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        names = inputs.pop("name", None)
+        if self.args.channels_last:
+            inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not torch.isfinite(loss):
+            files = f" on {', '.join(map(str, names))}" if names else ""
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self.state.global_step}{files}: training stops before it reaches "
+                f"a weight; the checkpoints in {self.args.output_dir} are from before. Lower `learning_rate` or look "
+                "at these files."
+            )
+        if model.training:
+            self._count(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _count(self, outputs, labels: torch.Tensor) -> None:
+        """Add a step to what the next log line averages, without waiting for the device."""
+        sums = self._sums
+        sums["forwards"] += 1
+        sums["images"] += len(labels)
+        for key in ("decode_loss", "auxiliary_loss"):
+            if outputs.get(key) is not None:
+                sums[key] += outputs[key].detach()
+        # At the logits' own resolution: exact enough to watch, and nothing is upsampled for it.
+        small = F.interpolate(labels[:, None].float(), size=outputs["logits"].shape[-2:], mode="nearest")[:, 0]
+        labelled = small != self.model.config.semantic_loss_ignore_index
+        sums["hits"] += ((outputs["logits"].argmax(1) == small) & labelled).sum()
+        sums["pixels"] += labelled.sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums["forwards"]:
+            sums, self._sums = self._sums, defaultdict(float)
+            for key in ("decode_loss", "auxiliary_loss"):
+                if key in sums:
+                    logs[key] = float(sums[key]) / sums["forwards"]
+            logs["pixel_accuracy"] = float(sums["hits"]) / max(float(sums["pixels"]), 1.0)
+            for group in self.optimizer.param_groups:
+                logs[f"learning_rate/{group['name']}"] = group["lr"]
+            now = time.perf_counter()
+            logs["images_per_second"] = sums["images"] * self.args.world_size / (now - self._last_log)
+            logs["peak_memory_gib"] = peak_memory() / 2**30
+            self._last_log = now
+        super().log(logs, start_time)
+
+    # Evaluation: every image once, at its own size, only a K x K matrix kept
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        scores = evaluate_segmentation(
+            self.model,
+            rows,
+            self.image_processor,
+            do_reduce_labels=self.do_reduce_labels,
+            accelerator=self.accelerator,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            progress=not self.args.disable_tqdm,
+        )
+        scalars = {f"{metric_key_prefix}_{k}": v for k, v in scores.items() if isinstance(v, (int, float))}
+        self.log(dict(scalars))
+        metrics = {
+            **scalars,
+            **{f"{metric_key_prefix}_{k}": v for k, v in scores.items() if not isinstance(v, (int, float))},
+        }
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._last_log = time.perf_counter()
+        return metrics
+
+    # Checkpoints: complete or absent
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        for part in (self.image_processor, self.tokenizer):
+            if part is not None:
+                part.save_pretrained(output_dir or self.args.output_dir)
+
+    def _get_output_dir(self, trial):
+        return self._writing_dir or super()._get_output_dir(trial)
+
+    _writing_dir: str | None = None
+
+    def _save_checkpoint(self, model, trial):
+        """Write into a folder beside the checkpoints, then rename: a kill leaves the previous one usable."""
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._writing_dir = str(run_dir / ".writing")
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing_dir = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_global_step:
+                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if best.exists() or best.name == name:
+                    self.state.best_model_checkpoint = str(best)
+            written = run_dir / ".writing" / name
+            self.state.save_to_json(str(written / "trainer_state.json"))
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(written, run_dir / name)
+            shutil.rmtree(run_dir / ".writing")
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+def peak_memory() -> float:
+    """Most bytes in use so far: on the current CUDA device, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+
+
+__all__ = ["DenseCLIPTrainer", "NonFiniteLossError", "collate"]

@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_training import pictures
+
+from denseclip_hf import DenseCLIPConfig, DenseCLIPTrainingArguments
+from denseclip_hf.recipes import DataArguments, ModelArguments, load_data, load_model, make_trainer, parse_arguments
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+KINDS = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
+TINY_CLIP = {
+    "model_type": "clip_resnet",
+    "text_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "vision_config": {"embedding_size": 4, "depths": [1, 1, 1, 1], "num_attention_heads": 4, "projection_dim": 12},
+}
+TINY = {"neck_hidden_size": 8, "decode_head_hidden_size": 8, "context_decoder_hidden_size": 8}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder: three classes, six pictures."""
+    root = tmp_path / "data"
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for index, sample in enumerate(pictures(6)):
+        sample["image"].save(root / "images" / f"{index}.jpg")
+        Image.fromarray(sample["mask"]).save(root / "masks" / f"{index}.png")
+    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "car"}}))
+    return root
+
+
+def tiny_arguments(folder, **options):
+    model = ModelArguments(clip_config=json.dumps(TINY_CLIP), config=json.dumps({**TINY, **options}))
+    return model, DataArguments(dataset=str(folder), crop_size=64, scale_long=128)
+
+
+@pytest.mark.parametrize("recipe", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_recipes_parse_and_describe_a_model(recipe):
+    model_args, data_args, args = parse_arguments(KINDS, [str(recipe), "--bf16", "false"])
+    options = json.loads(model_args.config)
+    assert DenseCLIPConfig(**options).inference_mode in ("whole", "slide")
+    assert data_args.crop_size > 0 and args.learning_rate > 0
+    text = recipe.read_text()
+    assert f"configs/{recipe.name}" in text, "a recipe opens with the command that runs it"
+    assert "mIoU" in text or "demo" in text
+
+
+@pytest.mark.parametrize("recipe", [path for path in CONFIGS if path.stem.startswith("ade20k")], ids=lambda p: p.stem)
+def test_published_recipes_keep_the_published_rates(recipe):
+    _, data_args, args = parse_arguments(KINDS, [str(recipe), "--bf16", "false"])
+    assert (args.learning_rate, args.weight_decay, args.max_steps, args.warmup_steps) == (1e-4, 1e-4, 80_000, 1500)
+    assert data_args.crop_size == (640 if "vit" in recipe.stem else 512)
+    devices = 1 if "one_gpu" in recipe.stem else 8
+    assert devices * args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("learning_rate: 1e-3\nmax_steps: 7\nconfig: {gamma_init: 1.0}\nphotometric: false\n")
+    model, data, args = parse_arguments(KINDS, [str(recipe), "--max_steps", "9"])
+    assert (args.learning_rate, args.max_steps, data.photometric) == (1e-3, 9, False)
+    assert json.loads(model.config) == {"gamma_init": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("learning_rat: 1", "did you mean `learning_rate`"),
+        ("- a list", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+        ("x: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_broken_recipes_are_refused(text, sentence, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        parse_arguments(KINDS, [str(recipe)])
+
+
+def test_missing_recipe_and_data_set_are_named():
+    with pytest.raises(ValueError, match="there is no recipe nowhere.yaml"):
+        parse_arguments(KINDS, ["nowhere.yaml"])
+    with pytest.raises(ValueError, match="name a data set"):
+        load_data(DataArguments())
+
+
+def test_a_folder_trains_from_random_weights(folder, tmp_path):
+    args = DenseCLIPTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer, data = make_trainer(*tiny_arguments(folder), args)
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_mean_iou"] <= 1
+    trainer.save_model()
+    assert trainer.model.config.id2label == {0: "sky", 1: "road", 2: "car"} and data.validation is not None
+    assert len(trainer.model.config.palette) == 3
+    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= saved
+    # and a trained one goes on, here with another class
+    (folder / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "tree"}}))
+    data = load_data(DataArguments(dataset=str(folder)))
+    model, _ = load_model(ModelArguments(model=str(tmp_path / "out")), data, 64)
+    assert model.config.id2label[2] == "tree"
+
+
+def test_a_trained_model_keeps_its_own_config(folder, tmp_path):
+    model_args, data_args = tiny_arguments(folder)
+    model, tokenizer = load_model(model_args, load_data(data_args), 64)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    again = ModelArguments(model=str(tmp_path / "model"), config=json.dumps({"gamma_init": 2.0}))
+    with pytest.raises(ValueError, match="keeps its own"):
+        load_model(again, load_data(data_args), 64)
+
+
+def test_data_that_does_not_fit_stops_before_training(folder):
+    Image.fromarray(pictures(1)[0]["mask"] + 7).save(folder / "masks" / "3.png")
+    with pytest.raises(ValueError, match="3.png"):
+        load_data(DataArguments(dataset=str(folder)))
