@@ -17,8 +17,8 @@ PHOTOS = ("a photo of {}.", "a picture of {}.", "{}.", "a drawing of {}.", "a sm
 VIEWS = ("{}", "a photo of {}", "a picture of {}", "a view of {}", "a scene with {}")
 # A thing with fewer visible pixels is not worth a word, nor a crop.
 LEAST_AREA = 40
-# The share of a crop's labelled pixels that its subject must fill: nearly all for what has no outline of its own.
-LEAST_SHARE = {True: 0.6, False: 0.22}
+# The share that a crop's subject must fill: of the whole square for stuff, of its own box for a thing.
+LEAST_SHARE = {"stuff": 0.6, "thing": 0.35}
 
 
 def with_article(words: str) -> str:
@@ -94,12 +94,17 @@ def crops(scene: Scene) -> Iterator[Crop]:
     for thing in scene.things:
         own = scene.mask == CLASSES.index(thing.name)
         for left, top, side in squares(scene, thing, own, rng):
-            window = np.s_[top : top + side, left : left + side]
-            area, labelled = int(own[window].sum()), int((scene.mask[window] != IGNORE_INDEX).sum())
-            if area >= LEAST_AREA and area >= LEAST_SHARE[thing.name in STUFF] * labelled:
-                square = scene.image.crop((left, top, left + side, top + side))
-                yield Crop(square, thing.name, thing.adjective)
+            box = (left, top, left + side, top + side)
+            if fills(scene.mask, own, *(box if thing.name in STUFF else thing.box), stuff=thing.name in STUFF):
+                yield Crop(scene.image.crop(box), thing.name, thing.adjective)
                 break
+
+
+def fills(mask: np.ndarray, own: np.ndarray, left: int, top: int, right: int, bottom: int, *, stuff: bool) -> bool:
+    """Whether `own` pixels are enough of the labelled ones in a box."""
+    area = own[top:bottom, left:right].sum()
+    labelled = (mask[top:bottom, left:right] != IGNORE_INDEX).sum()
+    return bool(area >= LEAST_AREA and area >= LEAST_SHARE["stuff" if stuff else "thing"] * labelled)
 
 
 def squares(scene: Scene, thing: Thing, own: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:

@@ -35,7 +35,7 @@ VISION_CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 384,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "patch_size": 8,
+        "patch_size": 16,
         "image_size": IMAGE_SIZE,
     },
     "resnet": {
@@ -227,7 +227,7 @@ def normalised(pixels: torch.Tensor) -> torch.Tensor:
 def pretrain_example_clip(
     model: CLIPModel,
     tokenizer: CLIPTokenizer,
-    steps: int = 400,
+    steps: int = 600,
     num_scenes: int = 400,
     num_val_scenes: int = 100,
     learning_rate: float = 1e-3,
@@ -275,8 +275,8 @@ def contrastive_training(
     for step in progress:
         of_scenes = step % SCENE_STEP_EVERY == SCENE_STEP_EVERY - 1
         pixels, captions = data.scene_batch(rng) if of_scenes else data.crop_batch(rng)
-        if rng.random() < 0.5:
-            pixels = pixels.flip(-1)
+        mirrored = torch.from_numpy(rng.random(len(pixels)) < 0.5)
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         words = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         loss = model(**words, pixel_values=normalised(pixels), return_loss=True).loss
         optimizer.zero_grad()
