@@ -16,7 +16,7 @@ STANDARD |= {"contextlib"}
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
     {"configuration_denseclip"},
-    {"modeling_clip_resnet", "fpn_denseclip", "prompts_denseclip", "resizing_denseclip"},
+    {"modeling_clip_resnet", "fpn_denseclip", "prompts_denseclip", "resizing_denseclip", "mixed_sizes_denseclip"},
     {"sliding_window_denseclip", "class_embeddings_denseclip", "image_encoder_denseclip", "loading_denseclip"},
     {"open_vocabulary_denseclip"},
     {"modeling_denseclip"},

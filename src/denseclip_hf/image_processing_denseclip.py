@@ -25,6 +25,7 @@ from .image_inputs_denseclip import (
     label_map_to_tensor,
     picture_to_tensor,
 )
+from .mixed_sizes_denseclip import LonePicture
 from .resizing_denseclip import fit_within, resize_argmax, resize_image, resize_labels
 
 
@@ -57,9 +58,9 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
     transformers, which does that).
 
     Resized pictures of one batch may differ in size. Without `return_tensors` they come as a list, each as it would
-    come alone. One tensor cannot hold them, and padding is not neutral (attention and zero-padded convolutions see
-    it), so `return_tensors` raises unless `do_pad=True` allows it. Padding is meant for training and for losses,
-    where padded labels are ignored; to predict, pass pictures of one size together or each alone.
+    come alone, and the model takes that list. One tensor cannot hold them, and padding is not neutral (attention and
+    zero-padded convolutions see it), so `return_tensors` raises unless `do_pad=True` allows it. Padding is meant for
+    training and for losses, where padded labels are ignored.
 
     Args:
         do_resize (`bool`, *optional*, defaults to `True`): Whether to resize.
@@ -161,6 +162,8 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
             return BatchFeature(data)
         _check_one_size(data["pixel_values"])
         stacked = {name: torch.stack(tensors) for name, tensors in data.items()}
+        if len(pictures) == 1 and return_tensors == "pt":
+            stacked["pixel_values"] = stacked["pixel_values"].as_subclass(LonePicture)
         return BatchFeature(
             stacked if return_tensors == "pt" else {name: tensor.cpu().numpy() for name, tensor in stacked.items()},
             tensor_type=return_tensors,
@@ -236,7 +239,7 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
         Without scores, memory stays bounded however large the pictures are, see [`resize_argmax`].
 
         Args:
-            outputs: Model output with `logits` of shape (B, K, h, w).
+            outputs: Model output with `logits` of shape (B, K, h, w), or a list of B tensors (K, h, w).
             target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(B, 2)`, *optional*): Height and width of
                 each original picture; by default the maps have the size of the logits.
             return_segmentation_scores (`bool`, *optional*, defaults to `False`): Whether to return the resized logits
@@ -250,13 +253,13 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
             ValueError: If there are not as many target sizes as pictures.
         """
         logits = outputs.logits
-        sizes = [logits.shape[-2:]] * len(logits) if target_sizes is None else target_sizes
+        sizes = [picture.shape[-2:] for picture in logits] if target_sizes is None else target_sizes
         if len(sizes) != len(logits):
             raise ValueError(f"There are {len(logits)} pictures in the logits but {len(sizes)} target sizes.")
         # a tensor of sizes yields tensors
         sizes = [(int(height), int(width)) for height, width in sizes]
         if not return_segmentation_scores:
-            return [resize_argmax(logits[i : i + 1], size)[0] for i, size in enumerate(sizes)]
+            return [resize_argmax(picture[None], size)[0] for picture, size in zip(logits, sizes, strict=True)]
         results = []
         for picture, size in zip(logits, sizes, strict=True):
             scores = F.interpolate(picture[None].float(), size=size, mode="bilinear", align_corners=False)[0]

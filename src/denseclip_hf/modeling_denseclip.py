@@ -20,6 +20,7 @@ from .configuration_denseclip import DenseCLIPConfig
 from .fpn_denseclip import FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, resize_bilinear
 from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_image
 from .loading_denseclip import clip_report, load_clip, load_clip_weights, replace_classes
+from .mixed_sizes_denseclip import forward_by_size
 from .modeling_clip_resnet import CLIPResNetModel, MultiHeadAttention
 from .open_vocabulary_denseclip import ScoreSegmentation, encode_texts, predict_from_scores
 from .prompts_denseclip import ContextPrompts, tokenize_classes
@@ -251,14 +252,16 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | list[torch.Tensor],
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> DenseCLIPSemanticSegmenterOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): images, normalised as CLIP's.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): images, normalised as CLIP's. Or a
+                list of tensors `(3, height, width)` of any sizes, without labels: `logits`, `score_maps` and
+                `text_embeds` are then lists too, each image's as it has them alone.
             labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`, *optional*): int64 class ids
                 0 … K-1, or `config.semantic_loss_ignore_index`.
             output_hidden_states (`bool`, *optional*): also return the image encoder's feature maps.
@@ -269,6 +272,10 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         Raises:
             ValueError: for labels that do not fit the images or lie outside 0 … K-1 (the latter checked on CPU).
         """
+        if isinstance(pixel_values, (list, tuple)):
+            if labels is not None:
+                raise ValueError("`labels` need images of one size, but `pixel_values` is a list: stack or pad it.")
+            return DenseCLIPSemanticSegmenterOutput(**forward_by_size(self, pixel_values))
         if labels is not None:
             self._check_labels(pixel_values, labels)
         if self.config.inference_mode == "slide" and not self.training:
