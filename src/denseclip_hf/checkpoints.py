@@ -1,0 +1,250 @@
+"""Other people's checkpoint files, read without running anything in them; directories written whole or not at all."""
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+StateDict = dict[str, torch.Tensor]
+
+_STORAGE_TYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, is damaged, or wants to run code. The message is one sentence."""
+
+
+class OutputError(OSError):
+    """A directory that could not be written; nothing of it is left. The message is one sentence."""
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    What is in a checkpoint file: PyTorch's (either format), a TorchScript archive or safetensors.
+
+    Nothing in the file is executed: pickles are read with `weights_only=True`, TorchScript archives by a reader of
+    their tensors.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+
+    Returns:
+        `dict`: its top level; for TorchScript and safetensors the tensors by name.
+
+    Raises:
+        CheckpointError: if there is no such file, it is no checkpoint, is cut off, or its pickle wants a type that
+            is not plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}.")
+    with path.open("rb") as file:
+        start = file.read(16)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(f"{path} is not a checkpoint: it begins with {start[:8]!r}, as no PyTorch file does.")
+    if start.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path} is cut off ({path.stat().st_size} bytes): download it again.")
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return dict(read_torchscript(path))
+        if not any(name.endswith("/data.pkl") for name in names):
+            raise CheckpointError(f"{path} is a zip archive, but not a checkpoint.")
+    content = _torch_load(path, mmap=start.startswith(b"PK"))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the mapping a checkpoint is.")
+    return content
+
+
+def _torch_load(path: Path, mmap: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted is None:
+            raise CheckpointError(f"{path} is damaged or not a checkpoint: its pickle can't be read.") from error
+        raise CheckpointError(
+            f"{path} is refused: its pickle asks for {wanted[1]}, and only tensors and plain data are read."
+        ) from error
+    except (EOFError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise CheckpointError(f"{path} is cut off or damaged: download it again.") from error
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is cut off or no safetensors file ({error}).") from error
+
+
+def state_dict_of(checkpoint: dict[str, Any], path: str | os.PathLike = "the checkpoint") -> StateDict:
+    """
+    The weights in a checkpoint's top level, without the `module.` prefix of distributed training.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        found = ", ".join(map(str, list(checkpoint)[:5])) or "nothing"
+        raise CheckpointError(f"{path} has no `state_dict` of tensors; its top level holds {found}.")
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+class _ScriptObject:
+    """Stands for any module of a TorchScript archive: only its attributes are kept."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+
+class _ScriptReader(pickle.Unpickler):
+    """Reads the `data.pkl` of a TorchScript archive: modules as attributes, tensors as tensors, nothing else."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive, self.root = archive, root
+        self.storages: dict[str, torch.Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _ScriptObject
+        if module == "torch" and name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _view
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return list
+        raise CheckpointError(f"it is refused: its pickle asks for {module}.{name}, and only tensors are read.")
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        _, dtype, key, *_ = pid
+        if key not in self.storages:
+            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self.storages[key]
+
+
+def _view(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> torch.Tensor:
+    return storage.as_strided(size, stride, offset)  # refuses what lies outside the storage
+
+
+def read_torchscript(path: str | os.PathLike) -> StateDict:
+    """
+    The tensors of a TorchScript archive by name.
+
+    `torch.jit.load` would compile the archive's program and run its `__setstate__` methods; the numbers alone are in
+    `data.pkl` and the storages beside it, so only those are read.
+
+    Raises:
+        CheckpointError: if it is damaged, big-endian, or its pickle asks for anything but modules and tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = next(n.removesuffix("/data.pkl") for n in archive.namelist() if n.endswith("/data.pkl"))
+            if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
+                raise CheckpointError("it was written on a big-endian machine.")
+            top = _ScriptReader(archive, root).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} can't be used: {error}") from error
+    except Exception as error:  # a damaged archive fails in any of many ways
+        raise CheckpointError(f"{path} is no TorchScript archive that can be read ({error}).") from error
+    return dict(_tensors(top, ""))
+
+
+def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in getattr(module, "attributes", {}).items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, _ScriptObject):
+            yield from _tensors(value, f"{prefix}{name}.")
+
+
+@contextmanager
+def new_directory(target: str | os.PathLike) -> Iterator[Path]:
+    """
+    A directory to fill, which becomes `target` when all went well and disappears when not.
+
+    Args:
+        target (`str` or `os.PathLike`): must not exist, or be an empty directory.
+
+    Yields:
+        `Path`: a new directory beside `target`.
+
+    Raises:
+        OutputError: if `target` is taken, or can't be written (permissions, a full disk).
+    """
+    target = Path(target).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} already exists: remove it or choose another name.")
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"{target} could not be written ({reason}); nothing is left of it.") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        if sys.version_info >= (3, 11):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+__all__ = [
+    "CheckpointError",
+    "OutputError",
+    "new_directory",
+    "read_checkpoint",
+    "read_torchscript",
+    "sha256_of",
+    "state_dict_of",
+]

@@ -1,0 +1,126 @@
+"""The authors' config files (mmcv: Python assignments) as data, without running them."""
+
+import ast
+import operator
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+class _NotPlain(ValueError):
+    """An expression that is not plain data."""
+
+
+def read_original_config(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    The assignments of a config file, its `_base_` files first, merged as mmcv does (`_delete_` replaces).
+
+    Only plain data is understood: literals, `dict(...)`, names assigned before, sums and products of numbers. Other
+    assignments are left out; the parts that need them are missing from the result.
+
+    Args:
+        path (`str` or `os.PathLike`): a `.py` config file.
+
+    Raises:
+        ValueError: if a file is missing, is no Python, or its `model` can't be read.
+    """
+    return _read(Path(path), ())
+
+
+def parse_original_config(text: str, source: str = "the config") -> dict[str, Any]:
+    """As [`read_original_config`], for a file's text (a checkpoint's `meta` has it); `_base_` stays a name."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{source} is no Python config file ({error}).") from error
+    values: dict[str, Any] = {}
+    for statement in tree.body:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+            continue
+        name = statement.targets[0].id
+        try:
+            values[name] = _value(statement.value, values)
+        except _NotPlain as error:
+            values.pop(name, None)
+            if name in ("model", "_base_"):
+                raise ValueError(
+                    f"{source} computes `{name}` with {error} in line {statement.lineno}; only plain data is read "
+                    "(nothing is executed): write the values out."
+                ) from error
+    return values
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        below = f", which {seen[-1]} is based on" if seen else ""
+        raise ValueError(f"there is no config file {path}{below}.")
+    if path.resolve() in seen:
+        raise ValueError(f"the config file {path} is based on itself.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no Python config file: it is not text.") from error
+    own = parse_original_config(text, str(path))
+    bases = own.pop("_base_", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged |= _read(path.parent / base, (*seen, path.resolve()))
+    return merge_options(merged, own)
+
+
+def merge_options(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` on top, dictionaries merged all the way down unless one says `_delete_=True`."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            replaces = value.get("_delete_", False) or not isinstance(merged.get(key), dict)
+            value = {k: v for k, v in value.items() if k != "_delete_"}
+            merged[key] = merge_options({} if replaces else merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _value(node: ast.expr, names: dict[str, Any]) -> Any:
+    """The plain data an expression stands for."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = [_value(item, names) for item in node.elts]
+        return items if isinstance(node, ast.List) else tuple(items)
+    if isinstance(node, ast.Dict) and all(key is not None for key in node.keys):
+        return {_value(k, names): _value(v, names) for k, v in zip(node.keys, node.values, strict=True) if k}
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return _number(node.operand, names) * -1
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = _number(node.left, names), _number(node.right, names)
+        if right == 0 and isinstance(node.op, (ast.Div, ast.FloorDiv)):
+            raise _NotPlain(f"`{ast.unparse(node)}`")
+        return _OPERATORS[type(node.op)](left, right)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict" and not node.args:
+        options = {str(keyword.arg): _value(keyword.value, names) for keyword in node.keywords if keyword.arg}
+        if len(options) == len(node.keywords):
+            return options
+    raise _NotPlain(f"`{ast.unparse(node)[:60]}`")
+
+
+def _number(node: ast.expr, names: dict[str, Any]) -> int | float:
+    value = _value(node, names)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _NotPlain(f"`{ast.unparse(node)[:60]}`")
+    return value
+
+
+__all__ = ["merge_options", "parse_original_config", "read_original_config"]

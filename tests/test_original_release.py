@@ -1,0 +1,335 @@
+"""Released checkpoints as model directories, and what is refused on the way."""
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES, golden_case
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer
+
+from denseclip_hf.checkpoints import CheckpointError, OutputError, new_directory, read_checkpoint
+from denseclip_hf.conversion import config_from_original, convert_original_state_dict
+from denseclip_hf.example_clip import make_example_tokenizer
+from denseclip_hf.original_config import parse_original_config, read_original_config
+from denseclip_hf.original_release import class_table, convert_release, model_kwargs_from_weights
+
+
+RELEASED = json.loads((FIXTURES / "keys.json").read_text())["models"]
+NAMES = ["sky", "road", "car", "tree ", "sea"]
+PALETTE = [[0, 0, 255], [9, 9, 9], [255, 0, 0], [0, 255, 0], [0, 0, 128]]
+SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_original_denseclip.py"
+
+
+@cache
+def tokenizer():
+    return make_example_tokenizer([*NAMES, "a photo of a boat"], vocab_size=560)
+
+
+def release(name="seg_vit", options=None, **meta):
+    """A tiny checkpoint laid out as mmcv saves it, for the vocabulary of the test tokenizer."""
+    case, tensors = golden_case(name)
+    weights = {k.removeprefix("state_dict/"): v for k, v in tensors.items() if k.startswith("state_dict/")}
+    width = weights["text_encoder.token_embedding.weight"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    weights["text_encoder.token_embedding.weight"] = torch.randn(len(tokenizer()), width, generator=generator)
+    kwargs = json.loads(json.dumps(case["model_cfg"]))
+    kwargs["text_encoder"]["vocab_size"] = len(tokenizer())
+    kwargs |= options or {}
+    config = f"norm_cfg = dict(type='SyncBN')\nmodel = {kwargs!r}\noptimizer = dict(lr=1e-4)\n"
+    meta = {"mmseg_version": "0.19.0", "config": config, "CLASSES": tuple(NAMES), "PALETTE": PALETTE, **meta}
+    state = OrderedDict(weights)
+    state._metadata = OrderedDict()
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    return {"meta": meta, "state_dict": state, "optimizer": optimizer}
+
+
+def save(tmp_path, content, name="released.pth", **options):
+    path = tmp_path / name
+    torch.save(content, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["seg_vit", "seg_resnet"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_release_becomes_a_complete_directory(tmp_path, name, zipped):
+    content = release(name)
+    path = save(tmp_path, content, _use_new_zipfile_serialization=zipped)
+    report = convert_release(path, tmp_path / "model", tokenizer())
+    files = {f.name for f in (tmp_path / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "tokenizer.json"} <= files
+    assert report.sha256.keys() == files and report.logits_shape[:2] == (1, 5)
+    assert f"{report.parameters / 1e6:.3f} M" in str(report)
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "model")
+    expected = convert_original_state_dict(content["state_dict"], model.config)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert model.config.id2label == {0: "sky", 1: "road", 2: "car", 3: "tree", 4: "sea"}
+    assert model.config.palette == PALETTE
+    words = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert model.config.class_token_ids == [words(n)["input_ids"] for n in NAMES]
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    assert processor.size.shortest_edge == model.config.crop_size[0] and not processor.do_reduce_labels
+    assert {f.name for f in tmp_path.iterdir()} == {"released.pth", "model"}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_architecture_is_inferred_from_the_released_keys(name):
+    """Every option of the released configs that our config reads comes out of names and shapes alone."""
+    released = RELEASED[name]
+    with torch.device("meta"):
+        weights = {key: torch.empty(shape) for key, shape in released["state_dict"].items()}
+    inferred = config_from_original(model_kwargs_from_weights(weights), dict(enumerate(map(str, range(150)))), None)
+    known = config_from_original(released["model_cfg"], dict(enumerate(map(str, range(150)))), None)
+    assert inferred.to_dict() == known.to_dict()
+    assert class_table(weights, {}).do_reduce_labels
+
+
+@pytest.mark.parametrize(("inside", "beside", "expected"), [(0.5, None, 0.5), (0.5, 0.25, 0.25)])
+def test_a_config_file_beside_the_checkpoint_wins_over_the_one_inside(tmp_path, inside, beside, expected):
+    content = release(options={"tau": inside})
+    file = None
+    if beside is not None:
+        file = tmp_path / "config.py"
+        file.write_text(release(options={"tau": beside})["meta"]["config"])
+    convert_release(save(tmp_path, content), tmp_path / "model", tokenizer(), config_file=file)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["temperature"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASED)
+def test_full_size_releases_convert(tmp_path, name):
+    """Random weights with exactly the released keys and shapes, saved as mmcv saves."""
+    torch.manual_seed(0)
+    state = OrderedDict(
+        (key, torch.zeros(shape, dtype=torch.int64) if key.endswith("tracked") else torch.rand(shape) * 0.02)
+        for key, shape in RELEASED[name]["state_dict"].items()
+    )
+    tokens = json.loads((FIXTURES / "tokens_ade20k.json").read_text())
+    path = save(tmp_path, {"meta": {"CLASSES": tokens["classes"]}, "state_dict": state, "optimizer": {}})
+    report = convert_release(path, tmp_path / "model", _TokensOfADE20K(tokens))
+    assert report.parameters_without_text_encoder == RELEASED[name]["params_without_text_encoder"]
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "model")
+    expected = convert_original_state_dict(state, model.config)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+class _TokensOfADE20K:
+    """In the place of CLIP's tokenizer, whose merges the tests do not have: its recorded answers."""
+
+    def __init__(self, tokens):
+        ids = [row[: row.index(tokens["eot"]) + 1] for row in tokens["ids"]]
+        self.ids = dict(zip((name.strip() for name in tokens["classes"]), ids, strict=True))
+
+    def __call__(self, text):
+        return {"input_ids": self.ids[text]}
+
+    def save_pretrained(self, directory):
+        pass
+
+
+# Bad input: one sentence each, and no directory
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/should_not_exist",)
+
+
+def _html(tmp_path):
+    (tmp_path / "x.pth").write_text("<html>404 Not Found</html>")
+    return tmp_path / "x.pth"
+
+
+def _truncated(tmp_path):
+    path = save(tmp_path, release())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def _truncated_legacy(tmp_path):
+    path = save(tmp_path, release(), _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def _plain_pickle(tmp_path):
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(_Evil()))
+    return tmp_path / "x.pth"
+
+
+def _without(key):
+    def build(tmp_path):
+        content = release()
+        del content["state_dict"][key]
+        return save(tmp_path, content)
+
+    return build
+
+
+def _with(**weights):
+    def build(tmp_path):
+        content = release()
+        content["state_dict"].update({key.replace("__", "."): value for key, value in weights.items()})
+        return save(tmp_path, content)
+
+    return build
+
+
+BAD = {
+    "missing file": (lambda p: p / "no.pth", "there is no file"),
+    "no checkpoint": (_html, "is not a checkpoint: it begins with"),
+    "truncated zip": (_truncated, "is cut off"),
+    "truncated legacy": (_truncated_legacy, "cut off or damaged"),
+    "code in the pickle": (lambda p: save(p, {**release(), "hook": _Evil()}), "asks for .*system, and only tensors"),
+    "code in a plain pickle": (_plain_pickle, "asks for .*system|not a checkpoint|damaged"),
+    "a type of its own": (lambda p: save(p, release(env_info=Path("x"))), "asks for pathlib"),
+    "no mapping": (lambda p: save(p, torch.zeros(3)), "holds a Tensor, not the mapping"),
+    "no weights": (lambda p: save(p, {"meta": {}, "epoch": 3}), "its top level holds meta, epoch"),
+    "detection": (_with(rpn_head__rpn_cls__weight=torch.zeros(1)), "this is a detection checkpoint"),
+    "a classifier": (
+        lambda p: save(p, {"state_dict": {"fc.weight": torch.zeros(2, 2)}}),
+        "not a DenseCLIP segmentation checkpoint: it has no decode_head",
+    ),
+    "missing key": (_without("context_decoder.out_proj.1.bias"), "lacks the weights of context_decoder"),
+    "unused key": (_with(surprise=torch.zeros(1)), "does not know: surprise"),
+    "misshapen key": (_with(gamma=torch.zeros(3)), "gamma has shape"),
+    "class list of the wrong length": (
+        lambda p: save(p, release(CLASSES=tuple(NAMES[:4]))),
+        "names 4 classes, but the checkpoint was trained on 5",
+    ),
+    "no class names": (lambda p: save(p, release(CLASSES=None)), "does not name its 5 classes"),
+    "a name too long": (lambda p: save(p, release(CLASSES=("xylophone quartz jumping", *NAMES[1:]))), "shorten it"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_checkpoint_is_refused_in_one_sentence(tmp_path, case):
+    build, message = BAD[case]
+    path = build(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        convert_release(path, tmp_path / "out" / "model", tokenizer())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() and not Path("/tmp/should_not_exist").exists()
+
+
+def test_class_file_of_the_wrong_length_is_refused(tmp_path):
+    (tmp_path / "names.json").write_text('["sky", "road"]')
+    with pytest.raises(ValueError, match="names 2 classes, but the checkpoint was trained on 5"):
+        convert_release(save(tmp_path, release()), tmp_path / "model", tokenizer(), classes=tmp_path / "names.json")
+
+
+def test_tokenizer_that_can_not_be_loaded_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer .* can't be loaded"):
+        convert_release(save(tmp_path, release()), tmp_path / "model", tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError(errno.ENOSPC, "No space left on device"), "No space left"), (PermissionError(13, "denied"), "denied")],
+)
+def test_nothing_is_left_when_writing_fails_half_way(tmp_path, monkeypatch, error, reason):
+    path = save(tmp_path, release())
+
+    def fail(self, directory, **kwargs):
+        (Path(directory) / "tokenizer.json").write_text("{")
+        raise error
+
+    monkeypatch.setattr(type(tokenizer()), "save_pretrained", fail)
+    with pytest.raises(OutputError, match=f"could not be written .{reason}.*nothing is left"):
+        convert_release(path, tmp_path / "model", tokenizer())
+    assert [f.name for f in tmp_path.iterdir()] == ["released.pth"]
+
+
+def test_a_real_full_disk_leaves_nothing(tmp_path):
+    """The largest file the process may write is 100 kB, as if the disk ended there."""
+    path = save(tmp_path, release())
+    tokenizer().save_pretrained(tmp_path / "words")
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    code = f"{limit}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = [SCRIPT, path, tmp_path / "model", "--tokenizer", tmp_path / "words"]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "could not be written" in result.stderr.splitlines()[-1]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["released.pth", "words"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_directory_without_write_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"), new_directory(tmp_path / "model"):
+        pass
+    tmp_path.chmod(0o700)
+
+
+def test_an_unwritable_place_is_refused():
+    with pytest.raises(OutputError, match="could not be written"), new_directory("/proc/denseclip/model"):
+        pass
+
+
+def test_a_directory_in_use_is_not_touched(tmp_path):
+    (tmp_path / "keep").write_text("")
+    with pytest.raises(OutputError, match="already exists"), new_directory(tmp_path):
+        pass
+    assert (tmp_path / "keep").exists()
+
+
+def test_script_prints_the_check(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "words")
+    command = [SCRIPT, save(tmp_path, release()), tmp_path / "model", "--tokenizer", tmp_path / "words"]
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True)
+    assert "every weight equal" in result.stdout and "sha256" in result.stdout and "parameters" in result.stdout
+
+
+# Original config files
+
+
+def test_config_files_are_merged_and_never_run(tmp_path):
+    (tmp_path / "base.py").write_text("norm_cfg = dict(type='SyncBN')\nmodel = dict(a=1, neck=dict(x=1, y=[2]))\n")
+    (tmp_path / "config.py").write_text(
+        "import os\nos.system('touch /tmp/should_not_exist')\n_base_ = ['base.py']\nwork = os.getcwd()\n"
+        "model = dict(neck=dict(y=(768+150, -1)), head=dict(_delete_=True, z='w'))\n"
+    )
+    config = read_original_config(tmp_path / "config.py")
+    assert config["model"] == {"a": 1, "neck": {"x": 1, "y": (918, -1)}, "head": {"z": "w"}}
+    assert "work" not in config and not Path("/tmp/should_not_exist").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = dict(a=open('x'))", r"computes `model` with `open\('x'\)` in line 1"),
+        ("model = (", "no Python config"),
+        ("_base_ = [f'{x}']", "computes `_base_`"),
+        ("model = dict(a=1/0)", "computes `model`"),
+    ],
+)
+def test_config_that_is_not_plain_data(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_original_config(text)
+
+
+def test_missing_and_circular_bases(tmp_path):
+    (tmp_path / "a.py").write_text("_base_ = 'a.py'\n")
+    with pytest.raises(ValueError, match="based on itself"):
+        read_original_config(tmp_path / "a.py")
+    (tmp_path / "a.py").write_text("_base_ = './b.py'\n")
+    with pytest.raises(ValueError, match="there is no config file .*b.py, which"):
+        read_original_config(tmp_path / "a.py")
+
+
+def test_checkpoint_without_model_in_its_config(tmp_path):
+    with pytest.raises(ValueError, match="assigns no `model"):
+        convert_release(save(tmp_path, release(config="x = 1")), tmp_path / "model", tokenizer())
+
+
+def test_directory_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no file"):
+        read_checkpoint(tmp_path)
