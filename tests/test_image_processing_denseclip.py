@@ -326,7 +326,7 @@ def test_strips_equal_the_whole(monkeypatch, old, new, strip_elements):
     classes = resize_argmax(logits, new)
     assert classes.dtype == torch.int64
     assert torch.equal(classes, expected.argmax(dim=1))
-    rows = resizing_denseclip._resized_rows(logits[1], 0, new[0], *new)
+    rows = resizing_denseclip.resized_rows(logits[1], 0, new[0], *new)
     torch.testing.assert_close(rows, expected[1], rtol=0, atol=2e-5)
 
 
@@ -348,9 +348,9 @@ def test_resize_argmax_refuses(logits, size, message):
 
 def test_no_floats_of_all_classes_at_full_size(monkeypatch):
     largest = []
-    original = resizing_denseclip._resized_rows
+    original = resizing_denseclip.resized_rows
     monkeypatch.setattr(
-        resizing_denseclip, "_resized_rows", lambda *args: largest.append(original(*args)) or largest[-1]
+        resizing_denseclip, "resized_rows", lambda *args: largest.append(original(*args)) or largest[-1]
     )
     resize_argmax(torch.zeros(1, 150, 16, 16), (400, 600))
     assert max(rows.numel() for rows in largest) <= 2**23 < 150 * 400 * 600

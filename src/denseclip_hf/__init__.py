@@ -1,7 +1,6 @@
 """DenseCLIP (Rao et al. 2022) for transformers. Importing the package registers its classes with the Auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from .configuration_denseclip import CLIPResNetConfig, CLIPResNetVisionConfig, DenseCLIPConfig
@@ -31,8 +30,6 @@ AutoModel.register(CLIPResNetVisionConfig, CLIPResNetVisionModel)
 AutoModel.register(CLIPResNetConfig, CLIPResNetModel)
 AutoImageProcessor.register(DenseCLIPConfig, image_processor_classes=_image_processors)
 AutoModelForSemanticSegmentation.register(DenseCLIPConfig, DenseCLIPForSemanticSegmentation)
-# The pipeline asks this table of names, which `register` does not fill, and warns about every model not in it.
-MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[DenseCLIPConfig.model_type] = DenseCLIPForSemanticSegmentation.__name__
 
 __all__ = [
     "CLIPResNetConfig",

@@ -3,6 +3,8 @@
 Shapes: B images, K classes, H x W pixels.
 """
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,12 +12,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .fpn_denseclip import resize_bilinear
+from .resizing_denseclip import resize_argmax, resized_rows
 from .sliding_window_denseclip import sliding_window_logits as average_windows
 
 
 # Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 VOID_COLOUR = (0, 0, 0)
+# Probabilities kept for one picture (2 GiB of float32), and those computed at a time (32 MiB).
+MAX_PROBABILITIES = 2**29
+STRIP_PROBABILITIES = 2**23
+
+logger = logging.getLogger(__name__)
 
 
 def sliding_window_logits(
@@ -63,24 +71,64 @@ def multi_scale_probabilities(
     Returns:
         `list[torch.Tensor]`: one `(K, H, W)` float32 tensor per image, on the model's device; sums to 1 over K.
     """
-    model.eval()
     results = []
     for image in images if isinstance(images, (list, tuple)) else [images]:
-        height, width = np.asarray(image).shape[:2]
-        total: torch.Tensor | None = None
-        views = list(scaled_views(image, image_processor, scales, flip))
-        for pixel_values, flipped in views:
-            with torch.no_grad():
-                logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
-            # By way of the view's own size, as the original goes; a sliding window is there already.
-            logits = resize_bilinear(logits, (pixel_values.shape[-2], pixel_values.shape[-1]))
-            probabilities = resize_bilinear(logits, (height, width)).softmax(1)[0]
-            probabilities = probabilities.flip(-1) if flipped else probabilities
-            total = probabilities if total is None else total.add_(probabilities)
-        if total is None:
-            raise ValueError("`scales` is empty: give at least one factor.")
-        results.append(total.div_(len(views)))
+        size = np.asarray(image).shape[:2]
+        results.append(_averaged_probabilities(model, image, (size[0], size[1]), scales, flip, image_processor))
     return results
+
+
+def multi_scale_segmentation(
+    model,
+    image,
+    scales: Sequence[float] = PUBLISHED_SCALES,
+    flip: bool = True,
+    *,
+    image_processor,
+    max_probabilities: int = MAX_PROBABILITIES,
+) -> torch.Tensor:
+    """
+    Class ids `(H, W)` of highest averaged probability, see [`multi_scale_probabilities`], in bounded memory.
+
+    Args:
+        model, image, scales, flip, image_processor: as there, with one picture.
+        max_probabilities (`int`): most numbers K * height * width that are kept. A picture that needs more (with 150
+            classes and the default, one above 3.5 megapixels) is averaged at a smaller size and resized from there.
+
+    Returns:
+        `torch.Tensor` of shape `(H, W)`: int64, on the model's device.
+    """
+    height, width = np.asarray(image).shape[:2]
+    shrink = math.sqrt(min(1.0, max_probabilities / (model.config.num_labels * height * width)))
+    if shrink < 1:
+        logger.info("A picture of %d x %d pixels is averaged at %.2f of its size.", width, height, shrink)
+    size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
+    probabilities = _averaged_probabilities(model, image, size, scales, flip, image_processor)
+    return resize_argmax(probabilities[None], (height, width))[0]
+
+
+@torch.no_grad()
+def _averaged_probabilities(
+    model, image, size: tuple[int, int], scales: Sequence[float], flip: bool, image_processor
+) -> torch.Tensor:
+    """`(K, *size)` probabilities, averaged over the views of one picture."""
+    if not scales:
+        raise ValueError("`scales` is empty: give at least one factor.")
+    model.eval()
+    height, width = size
+    strip = max(1, STRIP_PROBABILITIES // (model.config.num_labels * width))
+    total = torch.zeros(model.config.num_labels, height, width, device=model.device)
+    count = 0
+    for pixel_values, flipped in scaled_views(image, image_processor, scales, flip):
+        logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
+        # By way of the view's own size, as the original goes; a sliding window is there already.
+        logits = resize_bilinear(logits, (pixel_values.shape[-2], pixel_values.shape[-1]))[0]
+        for top in range(0, height, strip):
+            bottom = min(top + strip, height)
+            probabilities = resized_rows(logits, top, bottom, height, width).softmax(0)
+            total[:, top:bottom] += probabilities.flip(-1) if flipped else probabilities
+        count += 1
+    return total.div_(count)
 
 
 def scaled_views(image, image_processor, scales: Sequence[float], flip: bool) -> Iterator[tuple[torch.Tensor, bool]]:
@@ -96,10 +144,9 @@ def scaled_views(image, image_processor, scales: Sequence[float], flip: bool) ->
 
 def colourise(segmentation, palette: Sequence[Sequence[int]]) -> Image.Image:
     """A picture of class ids `(H, W)` in their `palette` colours; ids without a colour are black."""
-    table = np.full((256, 3), VOID_COLOUR, dtype=np.uint8)
-    table[: len(palette)] = palette
+    table = np.array([*palette, VOID_COLOUR], dtype=np.uint8)
     ids = np.asarray(segmentation)
-    return Image.fromarray(table[np.where((ids < 0) | (ids >= len(palette)), 255, ids)])
+    return Image.fromarray(table[np.where((ids < 0) | (ids >= len(palette)), len(palette), ids)])
 
 
 def overlay(image: Image.Image, segmentation, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> Image.Image:
@@ -148,4 +195,11 @@ def comparison_picture(
     return sheet
 
 
-__all__ = ["colourise", "comparison_picture", "multi_scale_probabilities", "overlay", "sliding_window_logits"]
+__all__ = [
+    "colourise",
+    "comparison_picture",
+    "multi_scale_probabilities",
+    "multi_scale_segmentation",
+    "overlay",
+    "sliding_window_logits",
+]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
@@ -461,5 +462,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         self._class_embeddings.clear()
         return super().load_state_dict(*args, **kwargs)
 
+
+# The pipeline asks this table of names, which `register` does not fill, and complains about every model not in it.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[DenseCLIPConfig.model_type] = DenseCLIPForSemanticSegmentation.__name__
 
 __all__ = ["DenseCLIPForSemanticSegmentation", "DenseCLIPPreTrainedModel", "DenseCLIPSemanticSegmenterOutput"]

@@ -95,11 +95,11 @@ def resize_argmax(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     for picture, result in zip(logits, classes, strict=True):
         for top in range(0, height, strip):
             bottom = min(top + strip, height)
-            result[top:bottom] = _resized_rows(picture, top, bottom, height, width).argmax(dim=0)
+            result[top:bottom] = resized_rows(picture, top, bottom, height, width).argmax(dim=0)
     return classes
 
 
-def _resized_rows(logits: torch.Tensor, top: int, bottom: int, height: int, width: int) -> torch.Tensor:
+def resized_rows(logits: torch.Tensor, top: int, bottom: int, height: int, width: int) -> torch.Tensor:
     """Rows `top` … `bottom - 1` of (K, h, w) logits resized to (K, height, width): (K, bottom - top, width)."""
     old_height = logits.shape[1]
     # float32 throughout: the positions must round as they do inside F.interpolate

@@ -1,0 +1,116 @@
+"""Pictures of results: indexed masks, overlays with a legend, heat maps, confusion matrices; with Pillow alone.
+
+Shapes: K classes, H x W pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .inference import overlay
+from .resizing_denseclip import resize_image
+
+
+Palette = Sequence[Sequence[int]]
+
+MAX_INDEXED_CLASSES = 256
+# Cold to hot, evenly spaced.
+HEAT_COLOURS = ((20, 20, 90), (0, 110, 200), (40, 190, 160), (250, 220, 60), (220, 40, 30))
+# Above this many classes a confusion matrix has numbers of classes beside it instead of their names.
+MAX_NAMED_CLASSES = 60
+
+
+def indexed_picture(segmentation, palette: Palette) -> Image.Image:
+    """
+    Class ids `(H, W)` as a picture whose pixel values are the ids: 8 bit with `palette`, to be saved as PNG.
+
+    More than 256 classes do not fit a palette: they become a picture of 16-bit grey levels without colours.
+
+    Raises:
+        ValueError: for ids below 0 or above 65535.
+    """
+    ids = np.asarray(segmentation)
+    if ids.size and not 0 <= ids.min() <= ids.max() <= 65535:
+        raise ValueError(f"class ids must lie in 0 … 65535 to be saved, got {ids.min()} … {ids.max()}.")
+    if len(palette) > MAX_INDEXED_CLASSES or (ids.size and ids.max() >= MAX_INDEXED_CLASSES):
+        return Image.fromarray(ids.astype(np.uint16))
+    picture = Image.fromarray(ids.astype(np.uint8)).convert("P")
+    picture.putpalette([int(value) for colour in palette for value in colour])
+    return picture
+
+
+def overlay_with_legend(
+    image: Image.Image, segmentation, id2label: Mapping[int, str], palette: Palette, opacity: float = 0.6
+) -> Image.Image:
+    """`image` with the classes painted over it, and below it the names of those it shows, the largest first."""
+    ids, counts = np.unique(np.asarray(segmentation), return_counts=True)
+    shown = [int(i) for i in ids[np.argsort(-counts, kind="stable")] if int(i) in id2label]
+    painted = overlay(image, segmentation, palette, opacity)
+    size = min(max(image.width // 40, 12), 40)
+    font, line = ImageFont.load_default(size=size), round(1.5 * size)
+    columns = max(image.width // (14 * size), 1)
+    sheet = Image.new("RGB", (image.width, image.height + line * -(-len(shown) // columns)), "white")
+    sheet.paste(painted, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for place, index in enumerate(shown):
+        x, y = place % columns * (image.width // columns), image.height + place // columns * line
+        draw.rectangle((x + 2, y + 2, x + line - 4, y + line - 4), tuple(palette[index]), "black")
+        draw.text((x + line, y + line // 8), id2label[index], "black", font)
+    return sheet
+
+
+def heat_map(
+    image: Image.Image, score_map: torch.Tensor, lowest: float, highest: float, opacity: float = 0.6
+) -> Image.Image:
+    """
+    `image` with a score map `(h, w)` over it, resized bilinearly: dark blue at `lowest` and below, red at `highest`.
+
+    Give the maps of one picture the same bounds, so that their colours compare.
+    """
+    resized = resize_image(score_map[None].float().cpu(), (image.height, image.width))[0].numpy()
+    position = np.clip((resized - lowest) / max(highest - lowest, 1e-12), 0, 1) * (len(HEAT_COLOURS) - 1)
+    stops = np.arange(len(HEAT_COLOURS))
+    channels = [np.interp(position, stops, [colour[c] for colour in HEAT_COLOURS]) for c in range(3)]
+    colours = Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
+    return Image.blend(image.convert("RGB"), colours, opacity)
+
+
+def confusion_picture(matrix, names: Sequence[str], columns: Sequence[str] | None = None) -> Image.Image:
+    """
+    A confusion matrix as a table of squares: rows are true classes, columns predicted ones.
+
+    Args:
+        matrix (counts of shape `(rows, columns)`): each row is divided by its sum; black is 0, white 100 %, and a row
+            without a count is grey.
+        names (`Sequence[str]`): of the rows.
+        columns (`Sequence[str]`, *optional*): names of the columns, those of the rows by default.
+    """
+    counts = np.asarray(matrix, dtype=np.float64)
+    columns = names if columns is None else columns
+    cell = max(min(900 // max(counts.shape), 48), 6)
+    font = ImageFont.load_default(size=min(max(cell - 2, 8), 16))
+    named = max(counts.shape) <= MAX_NAMED_CLASSES
+    labels = [list(names), list(columns)] if named else [[str(i) for i in range(n)] for n in counts.shape]
+    margin = 12 + round(max(font.getlength(label) for label in [*labels[0], *labels[1]]))
+    rows = counts.sum(1, keepdims=True)
+    share = np.divide(counts, rows, out=np.full_like(counts, 0.5), where=rows > 0)
+    grey = Image.fromarray((255 * share).round().astype(np.uint8))
+    grid = grey.resize((cell * counts.shape[1], cell * counts.shape[0]), Image.Resampling.NEAREST)
+    sheet = Image.new("RGB", (margin + grid.width + 8, margin + grid.height + 8), (235, 240, 250))
+    sheet.paste(grid.convert("RGB"), (margin, margin))
+    every = max(1, -(-12 // cell)) if not named else 1
+    draw = ImageDraw.Draw(sheet)
+    for row in range(0, counts.shape[0], every):
+        draw.text((margin - 6, margin + row * cell + cell // 2), labels[0][row], "black", font, anchor="rm")
+    # Columns' names read upwards: written as rows of another picture, which is turned to the left.
+    above = Image.new("RGB", (margin, grid.width), (235, 240, 250))
+    draw = ImageDraw.Draw(above)
+    for column in range(0, counts.shape[1], every):
+        draw.text((6, column * cell + cell // 2), labels[1][column], "black", font, anchor="lm")
+    sheet.paste(above.transpose(Image.Transpose.ROTATE_90), (margin, 0))
+    return sheet
+
+
+__all__ = ["confusion_picture", "heat_map", "indexed_picture", "overlay_with_legend"]
