@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     classes = json.loads((data / "classes.json").read_text())["id2label"]
     say(f"4/4  Done in {time.perf_counter() - start:.0f} s. On scenes it has not seen:")
     for name, iou in zip(classes.values(), results["eval_per_category_iou"], strict=True):
-        print(f"  {name:<16} IoU {100 * iou:5.1f} %")
+        print(f"  {name:<16} IoU " + ("not seen" if iou is None else f"{100 * iou:5.1f} %"))
     print(f"  {'mean':<16} IoU {100 * results['eval_mean_iou']:5.1f} %")
     print(f"\n  picture  {picture.resolve()}\n  model    {model.resolve()}\n  data     {data.resolve()}")
 

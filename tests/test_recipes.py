@@ -104,7 +104,9 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
     # and a trained one goes on, here with another class
     (folder / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "tree"}}))
     data = load_data(DataArguments(dataset=str(folder)))
-    model, _ = load_model(ModelArguments(model=str(tmp_path / "out")), data, 64)
+    with pytest.raises(ValueError, match="pass --replace_classes"):
+        load_model(ModelArguments(model=str(tmp_path / "out")), data, 64)
+    model, _ = load_model(ModelArguments(model=str(tmp_path / "out"), replace_classes=True), data, 64)
     assert model.config.id2label[2] == "tree"
 
 

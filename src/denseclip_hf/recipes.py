@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, HfArgumentParser
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, HfArgumentParser, set_seed
 
 from .configuration_denseclip import clip_config_class
 from .data import SegmentationData, load_segmentation_dataset
@@ -40,6 +40,9 @@ class ModelArguments:
     )
     model: str | None = field(
         default=None, metadata={"help": "A trained DenseCLIP to go on from, directory or Hub name, instead of `clip`."}
+    )
+    replace_classes: bool = field(
+        default=False, metadata={"help": "Give `model` the classes of the data where they differ."}
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer, directory or Hub name; by default the CLIP's or model's own."}
@@ -173,8 +176,14 @@ def _trained_model(args: ModelArguments, data: SegmentationData):
         raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")
     names = list(data.id2label.values())
     if names != list(dict(model.config.id2label or {}).values()):
-        logger.warning("The data has other classes than %s: they replace the model's.", args.model)
+        if not args.replace_classes:
+            raise ValueError(
+                f"the data has {len(names)} classes ({', '.join(names[:3])}, …) and {args.model} was trained on "
+                f"{model.config.num_labels}: pass --replace_classes to give the model the data's, starting the new "
+                "ones anew."
+            )
         model.set_classes(names, tokenizer)
+        model.config.palette = [list(colour) for colour in data.palette]
     return model, tokenizer
 
 
@@ -204,6 +213,7 @@ def make_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: DenseCLIPTrainingArguments, **kwargs
 ) -> tuple[DenseCLIPTrainer, SegmentationData]:
     """Data, model, augmentation and image processor of a recipe, put together."""
+    set_seed(args.seed)
     data = load_data(data_args)
     if data.train is None:
         raise ValueError(f"{data_args.dataset} has no training split: name it with `--train_split`.")

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .batch_norm import synchronise_batch_norms
 from .evaluation import evaluate_segmentation
+from .runs import WRITING_DIR
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
 
@@ -216,9 +217,16 @@ class DenseCLIPTrainer(Trainer):
         """Write into a folder beside the checkpoints, then rename: a kill leaves the previous one usable."""
         run_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._writing_dir = str(run_dir / ".writing")
+        writing = run_dir / WRITING_DIR
+        self._writing_dir = str(writing)
         try:
             super()._save_checkpoint(model, trial)
+        except OSError as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}): those before it are "
+                "complete; make room and start again with the same command."
+            ) from error
         finally:
             self._writing_dir = None
         self.accelerator.wait_for_everyone()
@@ -227,11 +235,11 @@ class DenseCLIPTrainer(Trainer):
                 best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
                 if best.exists() or best.name == name:
                     self.state.best_model_checkpoint = str(best)
-            written = run_dir / ".writing" / name
+            written = writing / name
             self.state.save_to_json(str(written / "trainer_state.json"))
             shutil.rmtree(run_dir / name, ignore_errors=True)
             os.replace(written, run_dir / name)
-            shutil.rmtree(run_dir / ".writing")
+            shutil.rmtree(writing)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,

@@ -1,0 +1,135 @@
+"""The directory of a training run: refused where something would be lost, resumed where a run was broken off."""
+
+import functools
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from .training import DenseCLIPTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.json"
+WRITING_DIR = ".writing"
+# What of the training arguments decides the weights; the rest (logging, workers, ...) may differ when a run goes on.
+DECISIVE_ARGUMENTS = (
+    "learning_rate", "weight_decay", "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type", "optim",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16",
+    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "image_encoder_lr_multiplier",
+    "text_encoder_lr_multiplier", "min_learning_rate", "poly_power", "warmup_start_ratio", "exempt_norms_and_biases",
+)  # fmt: skip
+
+
+def recipe_of(model_args: Any, data_args: Any, args: DenseCLIPTrainingArguments) -> dict[str, Any]:
+    """Everything that decides what a run computes, as JSON values; `args.world_size` included."""
+    training = {name: getattr(args, name) for name in DECISIVE_ARGUMENTS}
+    recipe = {**asdict(model_args), **asdict(data_args), **training, "processes": args.world_size}
+    return json.loads(json.dumps(recipe, default=str))
+
+
+def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> str | None:
+    """
+    Make `output_dir` ready for a run of `recipe` and say which checkpoint it goes on from, if any.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): the run's directory.
+        recipe (`dict`): of [`recipe_of`]; kept there as `recipe.json`.
+
+    Returns:
+        Path of the last complete checkpoint, or `None` for a new run.
+
+    Raises:
+        ValueError: if the directory can't be written, holds other things than this run's, or a run of another recipe.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the output directory {folder} cannot be written ({error.strerror}): name another."
+        ) from error
+    shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # a checkpoint that was broken off
+    kept = folder / RECIPE_FILE
+    checkpoint = get_last_checkpoint(str(folder))
+    if not kept.exists():
+        if checkpoint or any(folder.iterdir()):
+            raise ValueError(
+                f"the output directory {folder} is not empty and holds no run of this program: name a new one, so "
+                "that nothing is overwritten."
+            )
+        write_atomically(kept, json.dumps(recipe, indent=2) + "\n")
+        return None
+    before = json.loads(kept.read_text())
+    if different := [name for name in recipe if before.get(name) != recipe[name]]:
+        changes = ", ".join(f"{name} {before.get(name)!r} -> {recipe[name]!r}" for name in different[:5])
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({changes}): name a new output directory, or run that recipe."
+        )
+    if (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} holds a finished run of this recipe: name a new output directory to train again.")
+    if checkpoint:
+        logger.info("Going on from %s.", checkpoint)
+    return checkpoint
+
+
+def finish_run(trainer: Any) -> None:
+    """Save `trainer`'s model into its output directory: written aside, then moved, the weights last."""
+    folder = Path(trainer.args.output_dir)
+    writing = folder / WRITING_DIR
+    trainer.save_model(str(writing))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (writing / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; recipe.json says the same
+        for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            os.replace(file, folder / file.name)
+        writing.rmdir()
+
+
+def results_json(metrics: dict[str, Any]) -> str:
+    """Numbers and lists of numbers of `metrics` as JSON, NaN (an undefined score) as null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    kept = {key: plain(value) for key, value in metrics.items() if isinstance(value, (int, float, list, str))}
+    return json.dumps(kept, indent=2, allow_nan=False) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def one_sentence_errors(main: Callable) -> Callable:
+    """Decorator of a script's `main`: what a user can mend ends in its one sentence and exit code 1, no traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError, RuntimeError) as error:
+            logger.debug("traceback", exc_info=True)
+            sys.exit(f"error: {error}")
+
+    return wrapped
+
+
+__all__ = ["finish_run", "one_sentence_errors", "prepare_run", "recipe_of", "results_json", "write_atomically"]
