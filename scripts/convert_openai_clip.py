@@ -1,0 +1,41 @@
+"""OpenAI's or open_clip's CLIP checkpoint as a transformers directory.
+
+`python scripts/convert_openai_clip.py RN50.pt OUTPUT_DIR [--tokenizer NAME] [--hidden_act gelu] [--dtype float16]`
+"""
+
+import argparse
+import logging
+import sys
+
+from denseclip_hf.checkpoints import sha256_of
+from denseclip_hf.conversion_clip import DTYPES, convert_clip
+from denseclip_hf.original_release import DEFAULT_TOKENIZER
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", help="TorchScript archive, state dict or .safetensors; nothing in it is run")
+    parser.add_argument("output_dir", help="a new directory, written whole or not at all")
+    parser.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, help="CLIP's, directory or Hub name (%(default)s)")
+    parser.add_argument(
+        "--hidden_act",
+        choices=["quick_gelu", "gelu"],
+        default="quick_gelu",
+        help="no weight tells it: gelu for open_clip's models whose name lacks -quickgelu (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the saved weights (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        model = convert_clip(**vars(args))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    vision = model.config.vision_config
+    print(f"{type(model).__name__}: {model.num_parameters() / 1e6:.3f} M parameters, {vision.image_size} pixels")
+    print(f"sha256 {sha256_of(f'{args.output_dir}/model.safetensors')}  model.safetensors")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""OpenAI's and open_clip's checkpoints: the same features as a reference written for the test."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from clip_reference import reference_clip
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
+from denseclip_hf.checkpoints import CheckpointError, read_torchscript
+from denseclip_hf.conversion_clip import clip_config_from_weights, convert_clip
+from denseclip_hf.example_clip import make_example_tokenizer
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+IMAGE = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(3))
+SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_openai_clip.py"
+
+
+@cache
+def tokenizer():
+    return make_example_tokenizer(["a photo of a cat", "sky", "road"], vocab_size=540)
+
+
+def _archive(clip, path):
+    tokens = torch.tensor(tokenizer()("a cat")["input_ids"])
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        clip.register_buffer(name, torch.tensor(64))
+    torch.jit.trace(clip, (IMAGE, tokens), check_trace=False).save(str(path))
+
+
+FORMATS = {
+    "torchscript": _archive,
+    "state dict": lambda clip, path: torch.save(clip.state_dict(), path),
+    "training checkpoint": lambda clip, path: torch.save(
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}, "optimizer": {}}, path
+    ),
+    "safetensors": lambda clip, path: save_file(clip.state_dict(), path),
+}
+
+
+def write(kind, format, tmp_path, half=False):
+    clip = reference_clip(kind, len(tokenizer()))
+    if half:  # as OpenAI's are: the values of half precision, whatever runs them
+        for tensor in clip.parameters():
+            tensor.data = tensor.data.half().float()
+    path = tmp_path / ("clip.safetensors" if format == "safetensors" else "clip.pt")
+    FORMATS[format](clip, path)
+    return clip, path
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_features_are_the_reference(tmp_path, kind, format):
+    clip, path = write(kind, format, tmp_path)
+    convert_clip(path, tmp_path / "out", tokenizer())
+    expected_class = CLIPModel if kind == "vit" else CLIPResNetModel
+    model = expected_class.from_pretrained(tmp_path / "out").eval()
+    assert type(AutoModel.from_pretrained(tmp_path / "out")) is expected_class
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")(["a photo of a cat", "sky"], padding=True)
+    with torch.no_grad():
+        image = model.get_image_features(IMAGE[None]).pooler_output[0]
+        text = model.get_text_features(
+            torch.tensor(words["input_ids"]), torch.tensor(words["attention_mask"])
+        ).pooler_output
+        wanted = clip.visual(IMAGE)
+        texts = [clip.text(torch.tensor(tokenizer()(t)["input_ids"])) for t in ("a photo of a cat", "sky")]
+    torch.testing.assert_close(image, wanted, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(text, torch.stack(texts), atol=2e-5, rtol=1e-4)
+    assert model.logit_scale.item() == 2.5
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.crop_size["height"] == 64
+
+
+@pytest.mark.parametrize("format", ["torchscript", "state dict"])
+def test_half_precision_becomes_float32_with_the_same_values(tmp_path, kind, format):
+    clip = reference_clip(kind, len(tokenizer()))
+    half = {k: v.half() if v.is_floating_point() else v for k, v in clip.state_dict().items()}
+    path = tmp_path / "clip.pt"
+    if format == "torchscript":
+        _save_script_of(half, path)
+    else:
+        torch.save(half, path)
+    model = convert_clip(path, tmp_path / "out", tokenizer())
+    assert model.dtype == torch.float32
+    assert torch.equal(model.text_model.embeddings.token_embedding.weight, half["token_embedding.weight"].float())
+    small = convert_clip(path, tmp_path / "half", tokenizer(), dtype="float16")
+    assert small.dtype == torch.float16
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_the_archive_reader_agrees_with_pytorch(tmp_path, kind):
+    clip, path = write(kind, "torchscript", tmp_path)
+    ours, theirs = read_torchscript(path), torch.jit.load(path).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_from_clip_takes_the_result(tmp_path, kind):
+    _, path = write(kind, "torchscript", tmp_path)
+    convert_clip(path, tmp_path / "out", tokenizer())
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        tmp_path / "out", ["sky", "road"], image_size=64, num_context_tokens=4, context_decoder_hidden_size=8
+    )
+    logits = model.eval()(IMAGE[None]).logits
+    assert logits.shape[:2] == (1, 2) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "depths", "heads", "size"),
+    [("RN50", (64, 1024, 512, 49), [3, 4, 6, 3], 32, 224), ("RN101", (64, 512, 512, 49), [3, 4, 23, 3], 32, 224)],
+)
+def test_openai_sizes(name, shape, depths, heads, size):
+    width, output, text, grid = shape
+    config = CLIPResNetModel.config_class(
+        text_config={"hidden_size": text, "projection_dim": output},
+        vision_config={"embedding_size": width, "depths": depths, "projection_dim": output, "image_size": size},
+    )
+    with torch.device("meta"):
+        weights = _original_names(CLIPResNetModel(config))
+    found = clip_config_from_weights(weights)
+    assert found.vision_config.num_attention_heads == heads and found.text_config.num_attention_heads == 8
+    assert list(found.vision_config.depths) == depths and found.vision_config.image_size == size
+    assert found.projection_dim == output and found.text_config.num_hidden_layers == 12
+
+
+BAD = {
+    "no CLIP": ({"fc.weight": torch.zeros(1)}, "not a CLIP of OpenAI's architecture: it has no visual.conv1.weight"),
+    "a timm tower": ({"visual.trunk.x": torch.zeros(1)}, "not a CLIP"),
+    "unused key": ({"logit_bias": torch.zeros(())}, "does not know: logit_bias"),
+    "misshapen key": ({"ln_final.bias": torch.zeros(3)}, "ln_final|final_layer_norm.bias has shape"),
+    "another vocabulary": ({"token_embedding.weight": torch.zeros(600, 128)}, "the tokenizer has .* tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_checkpoints_are_refused(tmp_path, case):
+    changes, message = BAD[case]
+    weights = {} if case in ("no CLIP", "a timm tower") else reference_clip("vit", len(tokenizer())).state_dict()
+    torch.save({**weights, **changes}, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=message):
+        convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer())
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_key_is_named(tmp_path):
+    weights = dict(reference_clip("vit", len(tokenizer())).state_dict())
+    del weights["visual.ln_post.bias"]
+    torch.save(weights, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="lacks the weights of vision_model.post_layernorm.bias"):
+        convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"cposix\nsystem\n(S'touch /tmp/should_not_exist'\ntR.", "asks for posix.system"),
+        (b"\x80\x02garbage", "no Tor"),
+    ],
+)
+def test_code_in_an_archive_is_not_run(tmp_path, pickled, message):
+    _, path = write("vit", "torchscript", tmp_path)
+    evil = tmp_path / "evil.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(evil, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, pickled if name.endswith("/data.pkl") else source.read(name))
+    with pytest.raises(CheckpointError, match=message):
+        convert_clip(evil, tmp_path / "out", tokenizer())
+    assert not os.path.exists("/tmp/should_not_exist") and not (tmp_path / "out").exists()
+
+
+def test_a_truncated_archive_is_refused(tmp_path):
+    _, path = write("vit", "torchscript", tmp_path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(CheckpointError, match="cut off"):
+        convert_clip(path, tmp_path / "out", tokenizer())
+
+
+@pytest.mark.parametrize(("option", "value"), [("hidden_act", "relu"), ("dtype", "int8")])
+def test_unknown_options_are_refused(tmp_path, option, value):
+    with pytest.raises(ValueError, match=option):
+        convert_clip(tmp_path / "x", tmp_path / "out", tokenizer(), **{option: value})
+
+
+def test_script(tmp_path):
+    _, path = write("resnet", "torchscript", tmp_path)
+    tokenizer().save_pretrained(tmp_path / "words")
+    command = [sys.executable, SCRIPT, path, tmp_path / "out", "--tokenizer", tmp_path / "words"]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    assert "CLIPResNetModel" in result.stdout and "sha256" in result.stdout
+
+
+def _save_script_of(weights, path):
+    """A TorchScript archive that holds `weights` under their names."""
+    root = torch.nn.Module()
+    for key, value in weights.items():
+        *parents, name = key.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        module.register_buffer(name, value)
+    torch.jit.script(root).save(str(path))
+
+
+def _original_names(model):
+    """Shapes of `model`'s weights under OpenAI's names, those that the config is read from."""
+    state = model.state_dict()
+    text, vision = "text_model.", "vision_model."
+    names = {
+        "positional_embedding": f"{text}embeddings.position_embedding.weight",
+        "token_embedding.weight": f"{text}embeddings.token_embedding.weight",
+        "visual.conv1.weight": f"{vision}stem.0.convolution.weight",
+        "visual.attnpool.positional_embedding": f"{vision}attention_pool.position_embedding",
+        "visual.attnpool.c_proj.weight": f"{vision}attention_pool.attention.out_proj.weight",
+        "transformer.resblocks.0.mlp.c_fc.weight": f"{text}encoder.layers.0.mlp.fc1.weight",
+    }
+    weights = {original: state[ours] for original, ours in names.items()}
+    weights["text_projection"] = state["text_projection.weight"].T
+    for key in state:
+        if key.startswith(f"{vision}stages."):
+            _, _, stage, block, *_ = key.split(".")
+            weights[f"visual.layer{int(stage) + 1}.{block}.conv1.weight"] = state[key]
+        elif key.startswith(f"{text}encoder.layers."):
+            weights[f"transformer.resblocks.{key.split('.')[3]}.ln_1.bias"] = state[key]
+    return weights
