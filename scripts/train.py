@@ -1,7 +1,7 @@
 """Train a segmenter: `python scripts/train.py RECIPE.yaml [--flag value ...]`, or flags alone; see `--help`.
 
 On several devices: `accelerate launch scripts/train.py ...`. The directory it leaves is complete: weights, config,
-image processor and tokenizer. The same command goes on from the last checkpoint of a run that was broken off.
+image processor, tokenizer and card. The same command goes on from the last checkpoint of a run that was broken off.
 """
 
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 from denseclip_hf import DenseCLIPTrainingArguments
 from denseclip_hf.recipes import DataArguments, ModelArguments, make_trainer, parse_arguments
 from denseclip_hf.runs import finish_run, one_sentence_errors, prepare_run, recipe_of, results_json, write_atomically
+from denseclip_hf.training_card import write_training_card
 
 
 @one_sentence_errors
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> dict:
         if metrics:
             print(f"{'mean':>24}  IoU {100 * metrics['eval_mean_iou']:5.1f}")
             write_atomically(output_dir / "eval_results.json", results_json(metrics))
+        write_training_card(model_args, data_args, args, data, metrics)
         print(f"The model is in {output_dir.resolve()}")
     trainer.end()
     return metrics

@@ -15,7 +15,7 @@ STANDARD = {"os", "difflib", "dataclasses", "typing", "types", "collections", "i
 STANDARD |= {"contextlib"}
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
-    {"configuration_denseclip"},
+    {"configuration_denseclip", "freezing_denseclip"},
     {"modeling_clip_resnet", "fpn_denseclip", "prompts_denseclip", "resizing_denseclip", "mixed_sizes_denseclip"},
     {"sliding_window_denseclip", "class_embeddings_denseclip", "image_encoder_denseclip", "loading_denseclip"},
     {"open_vocabulary_denseclip"},

@@ -179,6 +179,8 @@ class DenseCLIPConfig(PreTrainedConfig):
         crop_size (`int` or `list[int]`, *optional*): window (height, width); `image_size` of the CLIP by default.
         stride (`int` or `list[int]`, *optional*): window step, two thirds of `crop_size` by default.
         sliding_window_batch_size (`int`, defaults to 4): windows run through the model at a time.
+        frozen_classes (`bool`, defaults to `False`): whether the class embeddings are stored and the text tower is
+            gone; set by [`DenseCLIPForSemanticSegmentation.freeze_classes`].
         palette (`list[list[int]]`, *optional*): K colours (r, g, b) from 0 to 255, for pictures of the result.
 
     Raises:
@@ -229,6 +231,7 @@ class DenseCLIPConfig(PreTrainedConfig):
     crop_size: int | list[int] | tuple[int, ...] | None = None
     stride: int | list[int] | tuple[int, ...] | None = None
     sliding_window_batch_size: int = 4
+    frozen_classes: bool = False
     palette: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs):
@@ -344,6 +347,8 @@ class DenseCLIPConfig(PreTrainedConfig):
     def _check_prompts(self) -> None:
         if self.num_context_tokens < 0:
             raise ValueError(f"`num_context_tokens` must be 0 (fixed prompt) or more, got {self.num_context_tokens}.")
+        if self.frozen_classes and not self.use_text_guidance:
+            raise ValueError("`frozen_classes` needs classes to freeze: leave it out with `use_text_guidance=False`.")
         if self.prompt_template.count("{}") != 1:
             raise ValueError(f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.")
         if self.class_token_ids is None:

@@ -11,6 +11,7 @@ from transformers import CLIPModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from .configuration_denseclip import DenseCLIPConfig
+from .freezing_denseclip import drop_text_tower
 from .modeling_clip_resnet import resize_position_grid
 
 
@@ -78,8 +79,9 @@ def adapt_vision_tower(clip: CLIPModel, config: DenseCLIPConfig) -> None:
             rate = config.drop_path_rate * index / max(len(layers) - 1, 1)
             layer.self_attn.register_forward_hook(StochasticDepth(rate))
             layer.mlp.register_forward_hook(StochasticDepth(rate))
+    if config.frozen_classes or not config.use_text_guidance:
+        drop_text_tower(clip)
     if not config.use_text_guidance:
-        clip.text_model = clip.text_projection = clip.logit_scale = None
         clip.visual_projection = vision.attention_pool = vision.post_layernorm = None
 
 

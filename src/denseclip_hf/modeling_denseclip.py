@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from .class_embeddings_denseclip import ClassEmbeddingCache
 from .configuration_denseclip import DenseCLIPConfig
 from .fpn_denseclip import FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, resize_bilinear
+from .freezing_denseclip import freeze_classes, refuse_if_frozen
 from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_image
 from .loading_denseclip import clip_report, load_clip, load_clip_weights, replace_classes
 from .mixed_sizes_denseclip import forward_by_size
@@ -172,7 +173,9 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DenseCLIPForSemanticSegmentation):
             if module.gamma is not None:
                 init.constant_(module.gamma, float(self.config.gamma_init))
-            if module.config.use_text_guidance:
+            if module.config.frozen_classes:
+                init.normal_(module.class_embeddings, std=self.config.clip_config.projection_dim**-0.5)
+            elif module.config.use_text_guidance:
                 init.constant_(module.clip.logit_scale, self.config.clip_config.logit_scale_init_value)
         else:
             super()._init_weights(module)
@@ -212,8 +215,13 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         self.pyramid = None if config.has_resnet else ViTPyramid(channels[0], config.batch_norm_eps)
         self.gamma: torch.Tensor | None = None
         if config.use_text_guidance:
-            self.clip.logit_scale.requires_grad_(False)  # only CLIP's own contrastive loss trains it
-            self.prompts = ContextPrompts(config)
+            if config.frozen_classes:
+                self.register_buffer(
+                    "class_embeddings", torch.empty(config.num_labels, config.clip_config.projection_dim)
+                )
+            else:
+                self.clip.logit_scale.requires_grad_(False)  # only CLIP's own contrastive loss trains it
+                self.prompts = ContextPrompts(config)
             self.context_decoder = ContextDecoder(config)
             gamma = torch.empty(config.clip_config.projection_dim)
             if config.gamma_learnable:
@@ -232,6 +240,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         )
         self._class_embeddings = ClassEmbeddingCache()
         self.post_init()
+        if config.frozen_classes:
+            self.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.clip.vision_model.get_input_embeddings()
@@ -248,6 +258,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         """
         if not self.config.use_text_guidance:
             raise ValueError("this model has no text guidance (`use_text_guidance=False`), so no class embeddings.")
+        if self.config.frozen_classes:
+            return self.class_embeddings
         return self._class_embeddings.get(self.prompts, self.clip, self.training)
 
     @can_return_tuple
@@ -401,7 +413,20 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         Raises:
             ValueError: for an empty list, a name given twice or one that is too long.
         """
+        refuse_if_frozen(self.config, "take new class names")
         replace_classes(self, list(names), tokenizer)
+
+    def freeze_classes(self) -> None:
+        """
+        Make this a model for inference alone, in place: store the class embeddings, drop the text tower.
+
+        Logits stay the same, bit for bit. `save_pretrained` and the Auto classes work as before; training, new class
+        names and other texts are refused from then on.
+
+        Raises:
+            ValueError: without text guidance or class names.
+        """
+        freeze_classes(self)
 
     def encode_texts(self, texts, tokenizer, templates=None, use_contexts: bool | None = None) -> torch.Tensor:
         """
@@ -424,6 +449,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         Raises:
             ValueError: without text guidance, for empty, repeated or too long texts, or a template without `{}`.
         """
+        refuse_if_frozen(self.config, "encode texts")
         return encode_texts(self, texts, tokenizer, templates, use_contexts)
 
     def predict_from_scores(
@@ -451,6 +477,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         return predict_from_scores(self, pixel_values, text_embeds, target_sizes, use_context_decoder)
 
     def train(self, mode: bool = True):
+        if mode:
+            refuse_if_frozen(self.config, "be trained")
         self._class_embeddings.clear()
         return super().train(mode)
 

@@ -1,0 +1,77 @@
+"""Models for inference alone: the same logits without a text tower, and no training."""
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from transformers import AutoModelForSemanticSegmentation
+
+from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+
+
+@pytest.fixture
+def frozen(kind):
+    model = tiny_model(kind)
+    model.freeze_classes()
+    return model
+
+
+def test_logits_are_the_same_bit_for_bit(kind, images, tmp_path):
+    model = tiny_model(kind)
+    with torch.no_grad():
+        before = model(images)
+        classes = model.encode_classes().clone()
+        model.freeze_classes()
+        after = model(images)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+        again = loaded(images)
+    assert loaded.config.frozen_classes and torch.equal(loaded.encode_classes(), classes)
+    for name in ("logits", "score_maps", "text_embeds"):
+        assert torch.equal(before[name], after[name]) and torch.equal(before[name], again[name])
+
+
+def test_nothing_of_the_text_tower_is_left(frozen):
+    names = [name for name, _ in [*frozen.named_parameters(), *frozen.named_buffers()]]
+    assert not any(part in name for name in names for part in ("text_model", "clip.text_", "logit_scale", "prompts"))
+    assert "class_embeddings" in frozen.state_dict()
+    fresh = DenseCLIPForSemanticSegmentation(frozen.config)
+    assert fresh.state_dict().keys() == frozen.state_dict().keys() and not fresh.training
+
+
+def test_freezing_twice_and_evaluating_are_fine(frozen, images):
+    frozen.freeze_classes()
+    assert frozen.eval().train(False) is frozen
+    assert frozen.predict_from_scores(images).segmentation[0].shape == (64, 64)
+    assert frozen.to(torch.bfloat16).encode_classes().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("action", "what"),
+    [
+        (lambda model: model.train(), "be trained"),
+        (lambda model: model.set_classes(["sky"], None), "take new class names"),
+        (lambda model: model.encode_texts(["sky"], None), "encode texts"),
+    ],
+)
+def test_training_and_new_words_are_refused(frozen, action, what):
+    with pytest.raises(ValueError, match=f"classes are frozen, so it can not {what}"):
+        action(frozen)
+
+
+def test_without_text_there_is_nothing_to_freeze(kind):
+    with pytest.raises(ValueError, match="no text guidance"):
+        tiny_model(kind, use_text_guidance=False).freeze_classes()
+    with pytest.raises(ValueError, match="`frozen_classes` needs"):
+        tiny_config(kind, use_text_guidance=False, frozen_classes=True)
+    with pytest.raises(ValueError, match="no class names"):
+        tiny_model(kind, class_token_ids=None).freeze_classes()
+
+
+def test_published_sizes():
+    config = DenseCLIPConfig.from_preset("denseclip-rn50", num_labels=150)
+    counts = []
+    for frozen in (False, True):
+        config.frozen_classes = frozen
+        with torch.device("meta"):
+            counts.append(DenseCLIPForSemanticSegmentation(config).num_parameters() / 1e6)
+    assert [round(count, 1) for count in counts] == [113.9, 50.2]
