@@ -1,0 +1,252 @@
+"""One evaluation from flags to files: model, data set and protocol in, report and pictures out."""
+
+import heapq
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from .data import SegmentationData, load_segmentation_dataset
+from .data_files import NAMELESS, name_of
+from .data_layouts import default_palette
+from .evaluation import evaluate_segmentation
+from .inference import colourise, comparison_picture, multi_scale_segmentation, overlay
+from .metrics import boundary_counts, confusion_matrix
+from .modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .pictures import confusion_picture, indexed_picture
+from .reports import MatchedSamples, build_report, match_classes, nan_mean, save_report, scores_of_classes
+
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated on what, how, and what is written."""
+
+    model: str = field(default="", metadata={"help": "A DenseCLIP model: a directory, or a name on the Hub."})
+    dataset: str = field(default="", metadata={"help": "A folder (images and masks, ADE20K, …), or a Hub name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, the validation split by default."}
+    )
+    classes: str | None = field(default=None, metadata={"help": "Class names: a JSON file, or names with commas."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (datasets)."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the masks (datasets)."})
+    do_reduce_labels: bool | None = field(
+        default=None, metadata={"help": "Masks hold 0 for no class and n for class n - 1 (as ADE20K's)."}
+    )
+    max_images: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
+    inference_mode: str | None = field(
+        default=None, metadata={"help": "whole or slide; by default what the model's config says."}
+    )
+    crop_size: list[int] | None = field(default=None, metadata={"help": "Window: one side, or height and width."})
+    stride: list[int] | None = field(default=None, metadata={"help": "Window step: one, or down and right."})
+    scales: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Factors on the image size."})
+    flip: bool = field(default=False, metadata={"help": "Average with mirrored views."})
+    boundary_iou: bool = field(default=False, metadata={"help": "Also measure boundary IoU."})
+    batch_size: int = field(default=1, metadata={"help": "Images of one size run together (one process, one scale)."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read and preprocess."})
+    dtype: str = field(default="fp32", metadata={"help": f"Of the model: {', '.join(DTYPES)}."})
+    device: str = field(default="auto", metadata={"help": "auto (an accelerator if there is one) or cpu."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where results are written."})
+    save_predictions: bool = field(default=False, metadata={"help": "Write predictions as indexed PNG."})
+    worst: int = field(default=0, metadata={"help": "Draw so many images with the lowest mean IoU."})
+    confusion_matrix: bool = field(default=False, metadata={"help": "Draw the confusion matrix."})
+
+
+def measure(args: EvaluationArguments) -> dict[str, Any]:
+    """
+    Evaluate as `args` say and write the results into `output_dir`.
+
+    On several processes each picture is counted once; the main process writes `evaluation.json`, `evaluation.csv` and,
+    as asked, `predictions/`, `worst.png`, `confusion_matrix.png`.
+
+    Returns:
+        `dict`: the report that [`denseclip_hf.reports`] describes.
+
+    Raises:
+        ValueError, OSError: with one sentence, for a model, data set or protocol that can not be used.
+    """
+    _check(args)
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(args.model, dtype=DTYPES[args.dtype])
+    model.to(accelerator.device)
+    image_processor = AutoImageProcessor.from_pretrained(args.model)
+    protocol = _set_protocol(model, image_processor, args)
+    with accelerator.main_process_first():
+        data = _load_data(args)
+    names: Any = model.config.id2label
+    ids = match_classes(data.id2label, names)
+    ignore_index = model.config.semantic_loss_ignore_index
+    samples = MatchedSamples(data.validation, ids, data.do_reduce_labels, data.ignore_index, ignore_index)
+    collector = _Collector(args, model.config, samples, ids)
+    scores = evaluate_segmentation(
+        model,
+        samples,
+        image_processor,
+        accelerator=accelerator,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        predict=_prediction_function(model, image_processor, args),
+        on_prediction=collector,
+    )
+    chosen = scores_of_classes(scores["confusion_matrix"], ids) | collector.boundary_scores(accelerator)
+    worst = collector.gathered_worst()
+    report = build_report(
+        chosen | {name: scores[name] for name in ("loss",) if name in scores},
+        list(data.id2label.values()),
+        model=args.model,
+        dataset=args.dataset,
+        split=args.split or "validation",
+        protocol=protocol,
+        num_images=len(samples),
+        absent_from_data=[name for i, name in names.items() if i not in ids],
+        worst=[{"index": index, "mean_iou": -score} for score, index, _ in worst],
+    )
+    if accelerator.is_main_process:
+        save_report(report, Path(args.output_dir))
+        collector.draw(Path(args.output_dir), scores["confusion_matrix"], worst)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def _prediction_function(model, image_processor, args: EvaluationArguments):
+    """Class ids from several views, if `args` ask for more than one plain view."""
+    if not args.flip and args.scales == [1.0]:
+        return None
+    return partial(
+        multi_scale_segmentation, model, scales=args.scales, flip=args.flip, image_processor=image_processor
+    )
+
+
+def _check(args: EvaluationArguments) -> None:
+    for name in ("model", "dataset"):
+        if not getattr(args, name):
+            raise ValueError(f"name a {'data set' if name == 'dataset' else name}: `--{name} FOLDER_OR_HUB_NAME`.")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {args.dtype!r}.")
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"`--device` must be auto or cpu, got {args.device!r}.")
+    if not args.scales or min(args.scales) <= 0:
+        raise ValueError(f"`--scales` must be positive factors, got {args.scales}.")
+    if args.batch_size < 1 or args.worst < 0 or (args.max_images is not None and args.max_images < 1):
+        raise ValueError("`--batch_size` and `--max_images` must be at least 1, and `--worst` at least 0.")
+
+
+def _set_protocol(model, image_processor, args: EvaluationArguments) -> dict[str, Any]:
+    """Give the model's config what `args` ask for, checked as at its construction, and say what that is."""
+    asked = {name: getattr(args, name) for name in ("inference_mode", "crop_size", "stride")}
+    options = {name: value for name, value in asked.items() if value is not None}
+    options = {k: v * 2 if isinstance(v, list) and len(v) == 1 else v for k, v in options.items()}
+    if "crop_size" in options and "stride" not in options:
+        options["stride"] = None
+    checked = type(model.config)(**{**model.config.to_dict(), **options})
+    for name in asked:
+        setattr(model.config, name, getattr(checked, name))
+    slides = checked.inference_mode == "slide"
+    return {
+        "inference_mode": checked.inference_mode,
+        "crop_size": list(checked.crop_size) if slides else None,
+        "stride": list(checked.stride) if slides else None,
+        "scales": list(args.scales),
+        "flip": args.flip,
+        "size": {key: value for key, value in dict(image_processor.size).items() if value is not None},
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _load_data(args: EvaluationArguments) -> SegmentationData:
+    classes: Any = args.classes
+    if classes is not None and not classes.endswith(".json"):
+        classes = [name.strip() for name in classes.split(",")]
+    data = load_segmentation_dataset(
+        args.dataset,
+        args.dataset_config,
+        validation_split=args.split,
+        classes=classes,
+        do_reduce_labels=args.do_reduce_labels,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
+    rows: Any = data.validation
+    if rows is None:
+        raise ValueError(f"{args.dataset} has no validation split: name one with `--split`.")
+    if args.max_images is not None:
+        data.validation = rows.select(range(min(args.max_images, len(rows))))
+    return data
+
+
+class _Collector:
+    """Looks at every prediction: contours, the worst pictures so far, files of predictions."""
+
+    def __init__(self, args: EvaluationArguments, config, samples: MatchedSamples, ids: list[int]):
+        self.args, self.config, self.samples, self.ids = args, config, samples, ids
+        self.palette = config.palette or default_palette(config.num_labels)
+        self.boundary: torch.Tensor | None = None
+        self.worst: list[tuple[float, int, np.ndarray]] = []  # a heap of (-mean IoU, index, prediction)
+        self.folder = Path(args.output_dir) / "predictions"
+        if args.save_predictions:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, index: int, prediction: torch.Tensor, reference: torch.Tensor) -> None:
+        labels, ignore = self.config.num_labels, self.config.semantic_loss_ignore_index
+        if self.args.boundary_iou:
+            counts = boundary_counts(prediction, reference, labels, ignore)
+            self.boundary = counts if self.boundary is None else self.boundary + counts
+        if self.args.worst:
+            matrix = confusion_matrix(prediction, reference, labels, ignore)
+            score = scores_of_classes(matrix, self.ids)["mean_iou"]
+            if score == score:
+                kept = prediction.cpu().numpy().astype(np.uint16)
+                heapq.heappush(self.worst, (-score, index, kept))
+                if len(self.worst) > self.args.worst:
+                    heapq.heappop(self.worst)
+        if self.args.save_predictions:
+            name = name_of(self.samples.samples[index]["image"])
+            stem = "" if name == NAMELESS else f"_{Path(name.split('::')[0]).stem}"
+            picture = indexed_picture(prediction.cpu().numpy(), self.palette)
+            picture.save(self.folder / f"{index:06d}{stem}.png")
+
+    def boundary_scores(self, accelerator: Accelerator) -> dict[str, Any]:
+        if not self.args.boundary_iou:
+            return {}
+        labels = self.config.num_labels
+        counts = torch.zeros(3, labels, dtype=torch.int64) if self.boundary is None else self.boundary
+        counts = counts.to(accelerator.device)
+        both, predicted, labelled = accelerator.reduce(counts, "sum").cpu().double()
+        iou = (both / (predicted + labelled - both))[self.ids].tolist()
+        return {"mean_boundary_iou": nan_mean(iou), "per_category_boundary_iou": iou}
+
+    def gathered_worst(self) -> list[tuple[float, int, np.ndarray]]:
+        """The worst pictures of all processes, the worst first."""
+        if not self.args.worst:
+            return []
+        return sorted(gather_object(self.worst), key=lambda entry: (-entry[0], entry[1]))[: self.args.worst]
+
+    def draw(self, folder: Path, matrix: torch.Tensor, worst: list[tuple[float, int, np.ndarray]]) -> None:
+        names, rows = self.config.id2label, []
+        for _, index, prediction in worst:
+            sample = self.samples[index]
+            image: Image.Image = sample["image"]
+            truth = colourise(sample["mask"], self.palette)
+            rows.append([image, overlay(image, prediction, self.palette), colourise(prediction, self.palette), truth])
+        if rows:
+            titles = ["image", "prediction over image", "prediction", "truth (black: void)"]
+            comparison_picture(rows, titles, names, self.palette).save(folder / "worst.png")
+        if self.args.confusion_matrix:
+            picture = confusion_picture(matrix[self.ids], [names[i] for i in self.ids], list(names.values()))
+            picture.save(folder / "confusion_matrix.png")
+
+
+__all__ = ["EvaluationArguments", "measure"]

@@ -1,0 +1,288 @@
+import csv
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+
+from denseclip_hf import MeanBoundaryIoU, MeanIoU
+from denseclip_hf.evaluation import evaluate_segmentation
+from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.inference import multi_scale_probabilities, multi_scale_segmentation
+from denseclip_hf.measurement import EvaluationArguments, measure
+from denseclip_hf.reports import MatchedSamples, match_classes, report_table, scores_of_classes
+
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
+NAMES = ["class 0", "class 1", "class 2"]
+SIZES = [(80, 64), (64, 70), (80, 64), (64, 64), (90, 65)]
+
+
+def varied(model):
+    """Predictions of every class, which random weights seldom give."""
+    with torch.no_grad():
+        logits = model.window_logits(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        model.decode_head.classifier.bias -= logits.mean((0, 2, 3))
+    return model
+
+
+def save_data(folder, names=NAMES, ids=(0, 1, 2), **extra):
+    """A validation split whose masks hold `ids`, and some pixels without a class."""
+    rng = np.random.default_rng(0)
+    for index, (width, height) in enumerate(SIZES):
+        for kind in ("images", "masks"):
+            (folder / "val" / kind).mkdir(parents=True, exist_ok=True)
+        picture = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(folder / "val" / "images" / f"p{index}.png")
+        mask = np.array(ids)[rng.integers(0, 3, (height // 8 + 1, width // 8 + 1))].repeat(8, 0).repeat(8, 1)
+        mask = mask[:height, :width].astype(np.uint8)
+        mask[:4] = 255
+        Image.fromarray(mask).save(folder / "val" / "masks" / f"p{index}.png")
+    classes = {"id2label": dict(enumerate(names)), **extra}
+    (folder / "classes.json").write_text(json.dumps(classes))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    varied(tiny_model()).save_pretrained(folder)
+    DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def arguments(tmp_path, model_dir):
+    def make(dataset=None, **options):
+        dataset = save_data(tmp_path / "data") if dataset is None else dataset
+        return EvaluationArguments(model=model_dir, dataset=dataset, output_dir=str(tmp_path / "out"), **options)
+
+    return make
+
+
+# What is measured
+
+
+@pytest.mark.parametrize(
+    ("options", "views"),
+    [
+        ({"batch_size": 2}, ([1.0], False)),
+        ({"inference_mode": "slide", "crop_size": [48], "stride": [32]}, ([1.0], False)),
+        ({"scales": [0.75, 1.25], "flip": True}, ([0.75, 1.25], True)),
+    ],
+    ids=["whole", "slide", "multi-scale"],
+)
+def test_scores_are_those_of_the_metric(arguments, tmp_path, options, views):
+    report = measure(arguments(**options, boundary_iou=True))
+    config = {k: v for k, v in options.items() if k in ("inference_mode", "crop_size", "stride")}
+    model = varied(tiny_model())
+    for name, value in config.items():
+        setattr(model.config, name, value * 2 if isinstance(value, list) else value)
+    processor = DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
+    metric, boundary = MeanIoU(3), MeanBoundaryIoU(3)
+    for index in range(len(SIZES)):
+        image = Image.open(tmp_path / "data" / "val" / "images" / f"p{index}.png")
+        mask = np.asarray(Image.open(tmp_path / "data" / "val" / "masks" / f"p{index}.png"))
+        (probabilities,) = multi_scale_probabilities(model, image, *views, image_processor=processor)
+        metric.add(prediction=probabilities.argmax(0), reference=mask)
+        boundary.add(prediction=probabilities.argmax(0), reference=mask)
+    expected = metric.compute() | boundary.compute()
+    for name in ("overall_accuracy", "mean_iou", "mean_accuracy", "mean_dice", "mean_boundary_iou"):
+        assert report["metrics"][name] == pytest.approx(expected[name], abs=2e-3), name
+    assert len({round(v["iou"], 3) for v in report["per_category"].values()}) > 1
+
+
+def test_files_state_model_data_protocol_and_scores(arguments, tmp_path, model_dir):
+    slide = {"inference_mode": "slide", "crop_size": [48, 64], "stride": [32, 40]}
+    report = measure(arguments(**slide, worst=2, save_predictions=True, confusion_matrix=True))
+    out = tmp_path / "out"
+    saved = json.loads((out / "evaluation.json").read_text())
+    assert saved == report
+    assert (saved["model"], saved["split"], saved["num_images"]) == (model_dir, "validation", 5)
+    assert saved["protocol"] == {
+        **slide, "scales": [1.0], "flip": False, "size": {"shortest_edge": 64, "longest_edge": 128},
+        "dtype": "float32",
+    }  # fmt: skip
+    rows = list(csv.DictReader((out / "evaluation.csv").open()))
+    assert [row["class"] for row in rows] == NAMES
+    assert float(rows[1]["iou"]) == pytest.approx(saved["per_category"]["class 1"]["iou"])
+    for name, (width, height) in zip(sorted((out / "predictions").iterdir()), SIZES, strict=True):
+        picture = Image.open(name)
+        assert (picture.mode, picture.size) == ("P", (width, height)) and np.asarray(picture).max() < 3
+    assert [file.name for file in sorted((out / "predictions").iterdir())][:2] == ["000000_p0.png", "000001_p1.png"]
+    first, second = saved["worst"]
+    assert first["mean_iou"] <= second["mean_iou"] and first["index"] != second["index"]
+    assert all(Image.open(out / f"{name}.png").width > 100 for name in ("worst", "confusion_matrix"))
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (["class 2", "class 0", "class 1"], (1, 2, 0)),
+        (["class 1", " class 2 "], (255, 0, 1)),
+    ],
+    ids=["another order", "fewer classes"],
+)
+def test_classes_are_matched_by_name(arguments, tmp_path, names, ids, caplog):
+    """The same pixels under other ids; `ids` are those of the model's classes 0, 1 and 2 in this data."""
+    report = measure(arguments(save_data(tmp_path / "other", names, ids)))
+    assert "matched by name" in caplog.text
+    same = measure(
+        arguments(save_data(tmp_path / "same", NAMES, tuple(i if j < 255 else 255 for i, j in enumerate(ids))))
+    )
+    for name in names:
+        assert report["per_category"][name] == pytest.approx(same["per_category"][name.strip()])
+    values = [report["per_category"][name]["iou"] for name in names]
+    assert report["metrics"]["mean_iou"] == pytest.approx(np.mean(values))
+    assert report["absent_from_data"] == [name for name in NAMES if name not in [n.strip() for n in names]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reduced_labels(arguments, tmp_path, workers):
+    plain = measure(arguments())
+    shifted = measure(
+        arguments(save_data(tmp_path / "shifted", ids=(1, 2, 3), do_reduce_labels=True), num_workers=workers)
+    )
+    assert shifted["metrics"] == pytest.approx(plain["metrics"]) and not shifted["absent_from_data"]
+
+
+def test_undefined_scores_are_null(arguments, tmp_path):
+    report = measure(arguments(save_data(tmp_path / "one", ids=(1, 1, 1))))
+    assert math.isnan(report["per_category"]["class 0"]["accuracy"])
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert saved["per_category"]["class 0"]["accuracy"] is None and "–" in report_table(report)
+
+
+def test_half_precision_and_few_images(arguments):
+    report = measure(arguments(dtype="bf16", max_images=2))
+    assert report["num_images"] == 2 and report["protocol"]["dtype"] == "bfloat16"
+
+
+# Several processes
+
+
+def run_script(arguments, processes=1, **environment):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **environment}
+        common["MASTER_PORT"] = str(probe.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        command = [sys.executable, str(SCRIPT), *arguments]
+        started.append(
+            subprocess.Popen(command, env=common | ranks, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=150) for process in started]
+        return [process.returncode for process in started], *zip(*outputs, strict=True)
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_two_processes_count_every_picture_once(arguments, tmp_path, model_dir):
+    alone = measure(arguments(boundary_iou=True, worst=3))
+    flags = ["--model", model_dir, "--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "two")]
+    flags += ["--boundary_iou", "--worst", "3", "--save_predictions", "--device", "cpu"]
+    codes, (first, second), errors = run_script(flags, 2)
+    assert codes == [0, 0], errors
+    together = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert together["num_images"] == 5 and len(list((tmp_path / "two" / "predictions").iterdir())) == 5
+    assert together["metrics"] == pytest.approx(alone["metrics"])
+    assert [w["index"] for w in together["worst"]] == [w["index"] for w in alone["worst"]]
+    assert "class 1" in first and "5 images" in first and second == ""
+
+
+def test_script_says_in_one_sentence_what_is_wrong(tmp_path, model_dir):
+    data = save_data(tmp_path / "data", ["cat", "dog", "class 1"])
+    codes, _, (error,) = run_script(["--model", model_dir, "--dataset", data, "--output_dir", str(tmp_path / "out")])
+    assert codes == [1] and "2 of the data's 3 classes are unknown to the model ('cat', 'dog')" in error
+    assert "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"scales": []}, "positive factors"),
+        ({"scales": [1.0, 0.0]}, "positive factors"),
+        ({"dtype": "int8"}, "must be one of auto, fp32"),
+        ({"device": "tpu"}, "auto or cpu"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"inference_mode": "tiles"}, 'must be "whole" or "slide"'),
+        ({"inference_mode": "slide", "crop_size": [32], "stride": [48]}, "smaller than `stride`"),
+        ({"crop_size": [1, 2, 3]}, "one positive number of pixels or a pair"),
+        ({"split": "test"}, "test"),
+    ],
+)
+def test_bad_protocols_are_refused(arguments, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        measure(arguments(**options))
+
+
+@pytest.mark.parametrize("missing", ["model", "dataset"])
+def test_model_and_data_must_be_named(missing):
+    names = {"model": "m", "dataset": "d", missing: ""}
+    with pytest.raises(ValueError, match=f"`--{missing} FOLDER_OR_HUB_NAME`"):
+        measure(EvaluationArguments(**names))
+
+
+def test_ambiguous_names_are_refused():
+    with pytest.raises(ValueError, match="given twice"):
+        match_classes({0: "sky", 1: "sky"}, {0: "sky", 1: "road"})
+
+
+def test_an_empty_split_is_refused(model_dir):
+    with pytest.raises(ValueError, match="the split is empty"):
+        evaluate_segmentation(tiny_model(), [], None)
+
+
+# Parts
+
+
+def test_matched_masks_are_copies_in_the_models_ids():
+    mask = np.array([[0, 1], [2, 255]], dtype=np.uint8)
+    samples = MatchedSamples([{"image": None, "mask": mask}], [7, 5], True, 255, -100)
+    assert samples[0]["mask"].tolist() == [[-100, 7], [5, -100]]
+    assert mask.tolist() == [[0, 1], [2, 255]]
+
+
+def test_means_are_over_the_chosen_classes():
+    matrix = torch.tensor([[2, 0, 2], [0, 0, 0], [1, 0, 3]])
+    scores = scores_of_classes(matrix, [2, 0])
+    assert scores["per_category_iou"] == pytest.approx([3 / 6, 2 / 5])
+    assert scores["mean_iou"] == pytest.approx((3 / 6 + 2 / 5) / 2)
+
+
+def test_multi_scale_stays_within_its_limit(monkeypatch):
+    model, processor = varied(tiny_model()), DenseCLIPImageProcessorPil(size={"shortest_edge": 64})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 150, 3)).astype(np.uint8))
+    options = {"scales": (1.0,), "flip": True, "image_processor": processor}
+    (probabilities,) = multi_scale_probabilities(model, image, **options)
+    assert torch.equal(multi_scale_segmentation(model, image, **options), probabilities.argmax(0))
+    monkeypatch.setattr("denseclip_hf.inference.STRIP_PROBABILITIES", 3 * 150 * 7)
+    assert torch.equal(multi_scale_segmentation(model, image, **options), probabilities.argmax(0))
+    zeros, sizes = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda *size, **kw: sizes.append(size) or zeros(*size, **kw))
+    small = multi_scale_segmentation(model, image, **options, max_probabilities=20_000)
+    assert small.shape == (120, 150) and max(math.prod(size) for size in sizes if len(size) == 3) <= 20_000
+    assert (small == probabilities.argmax(0)).float().mean() > 0.8
+
+
+def test_scripts_beside_it_find_the_library_of_its_name(tmp_path):
+    """Python puts a script's folder first on the path, where `evaluate` is this script."""
+    code = "import evaluate, sys; from evaluate import Metric; assert 'site-packages' in evaluate.__file__"
+    script = tmp_path / "neighbour.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n{code}\nimport denseclip_hf")
+    subprocess.run([sys.executable, str(script)], check=True)
