@@ -85,7 +85,8 @@ class DataArguments:
 
 def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> list[Any]:
     """
-    Dataclasses from the command line: flags, or a recipe file (.yaml, .yml, .json) first and flags on top of it.
+    Dataclasses from the command line: recipe files (.yaml, .yml, .json) first, each on top of the one before it, and
+    flags on top of them all. Mappings (`config`) are merged.
 
     Args:
         types (sequence of dataclasses): what to fill.
@@ -96,22 +97,23 @@ def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(list(types))
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        recipe = read_recipe(argv.pop(0))
-        known = [option.name for kind in types for option in fields(kind)]
-        for name in recipe:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f": did you mean `{close[0]}`?" if close else ", see `--help`."
-                raise ValueError(f"the recipe's option `{name}` is unknown{hint}")
-        # As strings, argparse converts them as it would flags; mappings are JSON there too.
-        values = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in recipe.items()}
-        parser.set_defaults(**{k: repr(v) if isinstance(v, float) else v for k, v in values.items()})
+    known = [option.name for kind in types for option in fields(kind)]
+    recipe: dict[str, Any] = {}
+    while argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        for name, value in read_recipe(argv.pop(0), known).items():
+            both = isinstance(value, dict) and isinstance(recipe.get(name), dict)
+            recipe[name] = {**recipe[name], **value} if both else value
+    # As strings, argparse converts values as it would flags; mappings are JSON there.
+    for name, value in recipe.items():
+        if isinstance(value, dict):
+            parser.set_defaults(**{name: json.dumps(value)})
+        else:
+            parser.set_defaults(**{name: repr(value) if isinstance(value, float) else value})
     return list(parser.parse_args_into_dataclasses(args=argv))
 
 
-def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file, read without executing anything."""
+def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file, read without executing anything; its options must be among `known`."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"there is no recipe {file}.")
@@ -121,6 +123,11 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must be a mapping from options to values.")
+    for name in recipe:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean `{close[0]}`?" if close else ", see `--help`."
+            raise ValueError(f"the option `{name}` of the recipe {file} is unknown{hint}")
     return recipe
 
 

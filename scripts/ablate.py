@@ -1,0 +1,79 @@
+"""Run the published ablations on any recipe, data set and budget, and print every table with the published column.
+
+    python scripts/ablate.py RECIPE.yaml --output_dir outputs/ablations --seeds 0 1 2 [--variants final gamma_one] \
+        [-- --dataset FOLDER --max_steps 500]
+
+What follows `--` goes to every training run. Runs that are finished are not run again, one that was broken off goes
+on. `--launcher "accelerate launch --num_processes 8"` trains on several devices.
+"""
+
+import argparse
+import json
+import logging
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from denseclip_hf.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
+from denseclip_hf.runs import one_sentence_errors, write_atomically
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+logger = logging.getLogger("ablate")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--launcher", default=shlex.quote(sys.executable))
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    own = list(sys.argv[1:] if argv is None else argv)
+    flags = own[own.index("--") + 1 :] if "--" in own else []
+    args = parser.parse_args(own[: own.index("--")] if "--" in own else own)
+    args.flags = flags
+    return args
+
+
+def train(args: argparse.Namespace, variant: str, seed: int) -> float:
+    """Run one variant with one seed unless it is done; returns the seconds it took."""
+    output_dir = args.output_dir / variant / f"seed-{seed}"
+    if (output_dir / "eval_results.json").exists():
+        return 0.0
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    command = [*shlex.split(args.launcher), REPOSITORY / "scripts" / "train.py", args.recipe]
+    command += [REPOSITORY / "configs" / "ablations" / f"{variant}.yaml", "--seed", seed, "--output_dir", output_dir]
+    start = time.perf_counter()
+    with open(output_dir.parent / f"seed-{seed}.log", "w") as log:
+        result = subprocess.run([*map(str, command), *args.flags], stdout=log, stderr=subprocess.STDOUT)
+    if result.returncode:
+        raise RuntimeError(f"{variant} with seed {seed} failed: see {log.name}.")
+    return time.perf_counter() - start
+
+
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse(argv)
+    runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
+    with ThreadPoolExecutor(args.parallel) as pool:
+        jobs = [pool.submit(train, args, variant, seed) for variant, seed in runs]
+        for (variant, seed), job in zip(tqdm(runs, desc="Ablations", unit="run"), jobs, strict=True):
+            logger.info("%s, seed %d: %.0f s", variant, seed, job.result())
+    measured = read_measurements(args.output_dir, VARIANTS)
+    tables = ablation_tables(measured)
+    write_atomically(args.output_dir / "ablations.md", tables)
+    write_atomically(args.output_dir / "ablations.json", json.dumps(ablation_json(measured), indent=2) + "\n")
+    print(tables)
+    print(f"The tables are in {args.output_dir.resolve()}: ablations.md and ablations.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+from test_recipes import KINDS
+
+from denseclip_hf.ablations import ROWS, VARIANTS, ablation_json, ablation_tables, mean_and_spread, read_measurements
+from denseclip_hf.recipes import parse_arguments
+
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def options(variant):
+    files = [str(CONFIGS / "ade20k_rn50.yaml"), str(CONFIGS / "ablations" / f"{variant}.yaml"), "--bf16", "false"]
+    model, _, args = parse_arguments(KINDS, files)
+    return json.loads(model.config), args.text_encoder_lr_multiplier, args.image_encoder_lr_multiplier
+
+
+def test_every_variant_is_a_recipe_and_every_recipe_a_variant():
+    assert set(VARIANTS) == {path.stem for path in (CONFIGS / "ablations").glob("*.yaml")}
+
+
+def test_variants_change_what_their_row_says_and_nothing_else():
+    slide = {"inference_mode": "slide"}
+    assert {variant: options(variant) for variant in VARIANTS} == {
+        "final": (slide, 0.0, 0.1),
+        "image_encoder_full_rate": (slide, 0.0, 1.0),
+        "text_encoder_trained": (slide, 0.1, 0.1),
+        "template_prompt": ({**slide, "num_context_tokens": 0}, 0.0, 0.1),
+        "gamma_fixed": ({**slide, "gamma_learnable": False}, 0.0, 0.1),
+        "gamma_one": ({**slide, "gamma_init": 1.0}, 0.0, 0.1),
+        "baseline": ({**slide, "use_text_guidance": False}, 0.0, 0.1),
+        "baseline_full_rate": ({**slide, "use_text_guidance": False}, 0.0, 1.0),
+    }
+
+
+def test_tables_put_the_measured_beside_the_published(tmp_path):
+    for seed, iou in enumerate([0.40, 0.42]):
+        run = tmp_path / "gamma_one" / f"seed-{seed}"
+        run.mkdir(parents=True)
+        (run / "eval_results.json").write_text(json.dumps({"eval_mean_iou": iou}))
+    measured = read_measurements(tmp_path, VARIANTS)
+    tables = ablation_tables(measured)
+    assert "| 1.0, learnable | 42.8 | 41.0 ± 1.4 (2) |" in tables
+    assert "| 1e-4, fixed | 42.6 | - |" in tables
+    entries = ablation_json(measured)
+    assert len(entries) == len(ROWS) and entries[7]["measured"] == [40.0, 42.0]
+
+
+def test_one_run_has_no_spread():
+    assert mean_and_spread([41.25]) == "41.2 (1)"
