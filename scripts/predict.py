@@ -1,0 +1,82 @@
+"""Segment pictures: `python scripts/predict.py photo.jpg folder "more/*.png" --model MODEL --output_dir OUT`.
+
+Writes for each picture a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps. The exit
+code is 1 if something could not be segmented. A video's frames are pictures too (needs `pip install av`).
+"""
+
+import argparse
+import logging
+import sys
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from denseclip_hf import DenseCLIPForSemanticSegmentation
+from denseclip_hf.measurement import DTYPES
+from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
+from denseclip_hf.prediction import Segmenter, predict_sources
+from denseclip_hf.prediction_inputs import find_sources
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", help="files, folders, patterns, http(s) addresses")
+    parser.add_argument("--model", required=True, help="directory, or name on the Hub")
+    parser.add_argument("--output_dir", default="outputs/predictions")
+    parser.add_argument("--score_maps", type=names, default=[], help="classes or words to draw heat maps of: car,tree")
+    parser.add_argument("--words", type=names, default=[], help="segment these words, from score maps alone")
+    parser.add_argument(
+        "--templates", action="store_true", help="put words into CLIP-like sentences (untrained models)"
+    )
+    parser.add_argument("--tokenizer", help="CLIP's tokenizer; by default the model's own")
+    parser.add_argument("--inference_mode", choices=["whole", "slide"], help="by default what the model's config says")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--opacity", type=float, default=0.6, help="of the colours over pictures, 0 to 1")
+    parser.add_argument("--every", type=int, default=1, help="of videos, take every so manieth frame")
+    parser.add_argument("--max_frames", type=int, help="of videos, take at most so many frames")
+    parser.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for an address")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    return parser.parse_args(argv)
+
+
+def load_segmenter(args: argparse.Namespace) -> Segmenter:
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
+    if args.inference_mode:
+        model.config.inference_mode = args.inference_mode
+    new_words = set(args.words + args.score_maps) - (set() if args.words else set(model.config.label2id))
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model) if new_words else None
+    templates = ZERO_SHOT_TEMPLATES if args.templates else None
+    image_processor = AutoImageProcessor.from_pretrained(args.model)
+    return Segmenter(model, image_processor, tokenizer, args.words, args.score_maps, templates)
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    args = parse_arguments(argv)
+    sources, problems = find_sources(args.inputs)
+    done = 0
+    if sources:
+        options = {
+            k: getattr(args, k) for k in ("batch_size", "opacity", "overwrite", "timeout", "every", "max_frames")
+        }
+        try:
+            summary = predict_sources(load_segmenter(args), sources, args.output_dir, **options)
+        except (OSError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        done, problems = summary.done, [*problems, *summary.problems]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{done} segmented into {args.output_dir}, {len(problems)} problems.")
+    return 1 if problems or not done else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
