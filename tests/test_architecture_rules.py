@@ -17,7 +17,13 @@ STANDARD |= {"contextlib"}
 LAYERS = [
     {"configuration_denseclip", "freezing_denseclip"},
     {"modeling_clip_resnet", "fpn_denseclip", "prompts_denseclip", "resizing_denseclip", "mixed_sizes_denseclip"},
-    {"sliding_window_denseclip", "class_embeddings_denseclip", "image_encoder_denseclip", "loading_denseclip"},
+    {
+        "sliding_window_denseclip",
+        "class_embeddings_denseclip",
+        "context_decoder_denseclip",
+        "image_encoder_denseclip",
+        "loading_denseclip",
+    },
     {"open_vocabulary_denseclip"},
     {"modeling_denseclip"},
 ]

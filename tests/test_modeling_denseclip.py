@@ -368,6 +368,15 @@ def test_from_clip_makes_the_baseline_without_tokenizer(kind):
     assert model.clip.text_model is None
 
 
+def test_from_clip_orders_names_by_their_ids():
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        tiny_clip("vit"), {"1": "road", "0": "sky"}, tokenizer=Tokenizer(), image_size=64, **SIZES
+    )
+    assert model.config.id2label == {0: "sky", 1: "road"}
+    with pytest.raises(ValueError, match="without gaps"):
+        DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), {1: "sky"}, tokenizer=Tokenizer())
+
+
 def test_from_clip_refuses_what_is_no_clip(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="type 'denseclip', not a CLIP"):

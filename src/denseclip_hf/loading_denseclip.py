@@ -36,6 +36,21 @@ def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
     return clip, tokenizer
 
 
+def class_names(id2label: "dict[int, str] | list[str]") -> list[str]:
+    """
+    The K names in the order of their ids.
+
+    Raises:
+        ValueError: if a mapping's ids are not 0 … K-1.
+    """
+    if not isinstance(id2label, dict):
+        return list(id2label)
+    by_id = {int(index): name for index, name in id2label.items()}
+    if sorted(by_id) != list(range(len(by_id))):
+        raise ValueError(f"the ids of `id2label` must be 0 … {len(by_id) - 1} without gaps, got {sorted(by_id)}.")
+    return [by_id[index] for index in range(len(by_id))]
+
+
 def load_clip_weights(model: nn.Module, clip: CLIPModel) -> None:
     """Copy `clip`'s weights into `model.clip`, its position grid resized to the model's training resolution."""
     wanted = model.clip.state_dict()
@@ -103,4 +118,4 @@ def _resized_convolution(
     return new.requires_grad_(old.weight.requires_grad)
 
 
-__all__ = ["clip_report", "load_clip", "load_clip_weights", "replace_classes"]
+__all__ = ["class_names", "clip_report", "load_clip", "load_clip_weights", "replace_classes"]
