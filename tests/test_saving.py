@@ -1,0 +1,100 @@
+"""Saved and loaded again: equal bit for bit, in every way transformers offers."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForSemanticSegmentation
+
+from denseclip_hf import DenseCLIPForSemanticSegmentation
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "frozen"])
+def model(request, kind):
+    model = tiny_model(kind)
+    if request.param:
+        model.freeze_classes()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_is_exact(model, dtype, tmp_path, images):
+    model.to(dtype).save_pretrained(tmp_path)
+    for loaded in (
+        AutoModelForSemanticSegmentation.from_pretrained(tmp_path),
+        DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, dtype=dtype),
+    ):
+        assert loaded.dtype == dtype and not loaded.training
+        assert_same_weights(loaded, model)
+        with torch.no_grad():
+            assert torch.equal(loaded(images.to(dtype)).logits, model(images.to(dtype)).logits)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert AutoConfig.from_pretrained(tmp_path).class_token_ids == model.config.class_token_ids
+
+
+def test_another_dtype_than_the_saved_one(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_same_weights(loaded, model.to(torch.bfloat16))
+
+
+def test_sharded(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_same_weights(AutoModelForSemanticSegmentation.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_map(model, tmp_path, device_map, images):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, device_map=device_map)
+    assert_same_weights(loaded, model)
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, model(images).logits)
+
+
+def test_meta_device(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = DenseCLIPForSemanticSegmentation(model.config)
+    assert all(p.is_meta for p in empty.parameters())
+    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, device_map="meta")
+    assert all(p.is_meta for p in loaded.parameters())
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_another_number_of_classes(kind, tmp_path, images):
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    config = tiny_config(kind, num_labels=7)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, config=config)
+    loaded, info = DenseCLIPForSemanticSegmentation.from_pretrained(
+        tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    lateral = f"neck.lateral_convs.{config.score_map_level}.weight"
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    assert mismatched == {"decode_head.classifier.weight", "decode_head.classifier.bias", lateral}
+    kept = model.state_dict()
+    for key, value in loaded.state_dict().items():
+        assert torch.isfinite(value).all()
+        if key not in mismatched:
+            assert torch.equal(value, kept[key]), key
+    assert loaded(images).logits.shape[1] == 7
+
+
+def test_prompt_layout_comes_back_without_being_saved(kind, tmp_path):
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path)
+    for name in ("token_ids", "position_ids", "owners", "eos_index"):
+        assert torch.equal(getattr(loaded.prompts, name), getattr(model.prompts, name))
+        assert f"prompts.{name}" not in model.state_dict()
