@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from denseclip_hf.sliding_window_denseclip import sliding_window_logits, window_starts
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride", "starts"),
+    [
+        (512, 512, 341, [0]),
+        (513, 512, 341, [0, 1]),
+        (853, 512, 341, [0, 341]),
+        (2048, 512, 341, [0, 341, 682, 1023, 1364, 1536]),
+        (5, 5, 5, [0]),
+    ],
+)
+def test_windows_cover_the_side_and_end_with_it(length, window, stride, starts):
+    assert window_starts(length, window, stride) == starts
+    assert starts[-1] + window == length
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_overlaps_are_averaged_by_hand(batch_size):
+    image = torch.zeros(1, 3, 1, 5)
+    image[0, 0, 0] = torch.arange(5.0)
+    calls = []
+
+    def predict(crops):
+        calls.append(len(crops))
+        return crops[:, :1] + crops[:, :1, :, :1]  # every window adds its first pixel
+
+    logits = sliding_window_logits(predict, image, (1, 3), (1, 1), batch_size)
+    # windows begin at 0, 1, 2; pixel 2 lies in all three: 2 + (0 + 1 + 2) / 3
+    assert logits[0, 0, 0].tolist() == [0.0, 1.5, 3.0, 4.5, 6.0]
+    assert sum(calls) == 3 and max(calls) <= batch_size
+
+
+def test_batches_of_images_share_windows_calls():
+    calls = []
+
+    def predict(crops):
+        calls.append(len(crops))
+        return crops
+
+    images = torch.randn(3, 3, 8, 12)
+    torch.testing.assert_close(sliding_window_logits(predict, images, (4, 4), (4, 4), batch_size=6), images)
+    assert calls == [6, 6, 6]
+
+
+def test_a_small_image_is_used_as_it_is():
+    seen = []
+    sliding_window_logits(lambda crops: seen.append(crops.shape) or crops, torch.randn(1, 3, 5, 9), (8, 8), (4, 4))
+    assert seen == [(2, 3, 5, 8)]
+
+
+def test_logits_of_another_size_are_resized_to_the_window():
+    logits = sliding_window_logits(
+        lambda crops: torch.ones(len(crops), 2, 1, 1), torch.zeros(1, 3, 6, 6), (4, 4), (3, 3)
+    )
+    assert torch.equal(logits, torch.ones(1, 2, 6, 6))
+
+
+@pytest.mark.parametrize(("crop", "stride", "batch"), [((4, 4), (5, 4), 1), ((4, 4), (0, 4), 1), ((4, 4), (4, 4), 0)])
+def test_nonsense_is_refused(crop, stride, batch):
+    with pytest.raises(ValueError, match="must be between 1 and `crop_size`"):
+        sliding_window_logits(lambda crops: crops, torch.zeros(1, 3, 8, 8), crop, stride, batch)
+
+
+def test_no_image_is_refused():
+    with pytest.raises(ValueError, match="holds no image"):
+        sliding_window_logits(lambda crops: crops, torch.zeros(0, 3, 8, 8), (4, 4), (4, 4))
