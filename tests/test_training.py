@@ -273,6 +273,21 @@ def test_evaluation_counts_every_picture_once_at_its_own_size(tmp_path):
     assert torch.equal(matrix, one_by_one["eval_confusion_matrix"])
 
 
+def test_a_stream_is_evaluated_as_a_sequence_is(tmp_path):
+    samples = pictures(3)
+    trainer = trainer_for(tmp_path, samples=samples)
+    expected = trainer.evaluate()
+    streamed = trainer.evaluate(iter(samples))
+    assert torch.equal(streamed["eval_confusion_matrix"], expected["eval_confusion_matrix"])
+    assert streamed["eval_loss"] == pytest.approx(expected["eval_loss"])
+
+
+@pytest.mark.parametrize("nothing", [[], iter([])])
+def test_nothing_to_evaluate_is_refused(tmp_path, nothing):
+    with pytest.raises(ValueError, match="no picture to evaluate on"):
+        trainer_for(tmp_path).evaluate(nothing)
+
+
 def test_evaluation_leaves_the_model_training(tmp_path):
     trainer = trainer_for(tmp_path)
     trainer.model.train()

@@ -18,25 +18,51 @@ from .transforms import reduce_labels
 Sample = dict[str, Any]
 
 
-class _Prepared(torch.utils.data.Dataset):
-    """Pictures, preprocessed if there is a processor, in worker processes; `indices` are this process's share."""
+class _Preparation:
+    """What happens to a sample before the model sees it: its picture preprocessed, its labels shifted."""
 
-    def __init__(self, samples, indices: list[int], image_processor, do_reduce_labels: bool, ignore_index: int):
-        self.samples, self.indices, self.image_processor = samples, indices, image_processor
-        self.do_reduce_labels, self.ignore_index = do_reduce_labels, ignore_index
+    def __init__(self, image_processor, do_reduce_labels: bool, ignore_index: int):
+        self.image_processor, self.do_reduce_labels, self.ignore_index = (
+            image_processor,
+            do_reduce_labels,
+            ignore_index,
+        )
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Sample:
-        sample = self.samples[self.indices[position]]
+    def __call__(self, sample: Sample, index: int, counted: bool = True) -> Sample:
         mask = np.asarray(sample["mask"])
         mask = reduce_labels(mask, self.ignore_index) if self.do_reduce_labels else mask
-        prepared = {"image": sample["image"], "mask": torch.from_numpy(mask.astype(np.int64))}
+        labels = torch.from_numpy(mask.astype(np.int64))
+        prepared = {"image": sample["image"], "mask": labels, "index": index, "counted": counted}
         if self.image_processor is not None:
             pictures = self.image_processor(prepared.pop("image"), return_tensors="pt")
             prepared["pixel_values"] = pictures["pixel_values"][0]
         return prepared
+
+
+class _Share(torch.utils.data.Dataset):
+    """One process's share of a sequence. Every process has as many (sharded models need that); repeats don't count."""
+
+    def __init__(self, samples, world: int, rank: int, prepare: _Preparation):
+        self.samples, self.world, self.rank, self.prepare = samples, world, rank, prepare
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.world)
+
+    def __getitem__(self, position: int) -> Sample:
+        index = self.rank + self.world * position
+        return self.prepare(self.samples[index % len(self.samples)], index, index < len(self.samples))
+
+
+class _StreamShare(torch.utils.data.IterableDataset):
+    """One process's share of a stream: every `world`-th sample."""
+
+    def __init__(self, samples, world: int, rank: int, prepare: _Preparation):
+        self.samples, self.world, self.rank, self.prepare = samples, world, rank, prepare
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index, sample in enumerate(self.samples):
+            if index % self.world == self.rank:
+                yield self.prepare(sample, index)
 
 
 def evaluate_segmentation(
@@ -57,7 +83,7 @@ def evaluate_segmentation(
 
     Args:
         model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode for it, and back.
-        samples (sequence of `{"image", "mask"}`): pictures and raw masks.
+        samples (sequence or stream of `{"image", "mask"}`): pictures and raw masks.
         image_processor ([`DenseCLIPImageProcessor`]): preprocessing of the pictures.
         do_reduce_labels (`bool`): raw masks hold 0 for no class and n for class n - 1.
         accelerator (`Accelerator`, *optional*): shares the pictures among its processes.
@@ -76,44 +102,39 @@ def evaluate_segmentation(
     Raises:
         ValueError: if there is nothing to evaluate on.
     """
-    count = len(samples)
-    if count == 0:
-        raise ValueError("there is no picture to evaluate on: the split is empty.")
+    length = len(samples) if hasattr(samples, "__len__") else None
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     config, device = model.config, accelerator.device if accelerator else model.device
-    # Every process runs as often as the others (sharded models need that); what wraps around is not counted.
-    share = [(rank + world * step) % count for step in range(math.ceil(count / world))]
-    counted = [rank + world * step < count for step in range(len(share))]
-    prepared = _Prepared(
-        samples, share, None if predict else image_processor, do_reduce_labels, config.semantic_loss_ignore_index
-    )
-    loader = torch.utils.data.DataLoader(prepared, batch_size=None, num_workers=num_workers)
-    bar = tqdm(total=count, desc="Evaluating", disable=not progress or rank > 0, leave=False)
+    prepare = _Preparation(None if predict else image_processor, do_reduce_labels, config.semantic_loss_ignore_index)
+    share = (_StreamShare if length is None else _Share)(samples, world, rank, prepare)
+    loader = torch.utils.data.DataLoader(share, batch_size=None, num_workers=0 if length is None else num_workers)
+    bar = tqdm(total=length, desc="Evaluating", disable=not progress or rank > 0, leave=False)
     matrix = torch.zeros(config.num_labels, config.num_labels, dtype=torch.int64, device=device)
-    loss, was_training, position = torch.zeros((), device=device), model.training, 0
+    totals, was_training = torch.zeros(2, device=device), model.training  # loss, pictures
     model.eval()
     with torch.inference_mode(), accelerator.autocast() if accelerator else nullcontext():
         for batch in same_size_batches(loader, batch_size if world == 1 and predict is None else 1):
             predictions, batch_loss = _predictions(model, batch, device, predict)
             for sample, prediction in zip(batch, predictions, strict=True):
-                if counted[position]:
+                if sample["counted"]:
                     reference = sample["mask"].to(device)
                     matrix += confusion_matrix(
                         prediction, reference, config.num_labels, config.semantic_loss_ignore_index
                     )
-                    if batch_loss is not None:
-                        loss += batch_loss.float()
+                    totals[0] += 0 if batch_loss is None else batch_loss.float()
+                    totals[1] += 1
                     if on_prediction is not None:
-                        on_prediction(share[position], prediction, reference)
-                position += 1
+                        on_prediction(sample["index"], prediction, reference)
                 bar.update(world)
     bar.close()
     model.train(was_training)
     if accelerator and world > 1:
-        matrix, loss = accelerator.reduce(matrix, "sum"), accelerator.reduce(loss, "sum")
+        matrix, totals = accelerator.reduce(matrix, "sum"), accelerator.reduce(totals, "sum")
+    if not totals[1]:
+        raise ValueError("there is no picture to evaluate on: the split is empty.")
     scores: dict[str, Any] = {**scores_from_confusion_matrix(matrix), "confusion_matrix": matrix.cpu()}
     if config.inference_mode == "whole" and predict is None:
-        scores["loss"] = loss.item() / count
+        scores["loss"] = (totals[0] / totals[1]).item()
     return scores
 
 
