@@ -9,10 +9,9 @@ import logging
 import sys
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
-from denseclip_hf import DenseCLIPForSemanticSegmentation
-from denseclip_hf.measurement import DTYPES
+from denseclip_hf.measurement import DTYPES, load_model
 from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
 from denseclip_hf.prediction import Segmenter, predict_sources
 from denseclip_hf.prediction_inputs import find_sources
@@ -46,13 +45,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_segmenter(args: argparse.Namespace) -> Segmenter:
-    model = DenseCLIPForSemanticSegmentation.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
+    model, image_processor = load_model(args.model, args.dtype)
+    model.to(args.device)
     if args.inference_mode:
         model.config.inference_mode = args.inference_mode
     new_words = set(args.words + args.score_maps) - (set() if args.words else set(model.config.label2id))
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model) if new_words else None
     templates = ZERO_SHOT_TEMPLATES if args.templates else None
-    image_processor = AutoImageProcessor.from_pretrained(args.model)
     return Segmenter(model, image_processor, tokenizer, args.words, args.score_maps, templates)
 
 

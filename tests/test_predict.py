@@ -133,6 +133,12 @@ def test_script_refuses_bad_flags(script, model_dir, photos, tmp_path, capsys, f
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["nowhere/to/be/found", "/no/folder"])
+def test_a_model_that_is_not_there_is_one_sentence(script, photos, tmp_path, capsys, model):
+    assert script.main([str(photos), "--model", model, "--output_dir", str(tmp_path / "out")]) == 1
+    assert f"{model} is neither a folder here nor a model on the Hub" in capsys.readouterr().err
+
+
 # Finding and reading
 
 

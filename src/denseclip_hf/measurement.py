@@ -80,9 +80,8 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     """
     _check(args)
     accelerator = Accelerator(cpu=args.device == "cpu")
-    model = DenseCLIPForSemanticSegmentation.from_pretrained(args.model, dtype=DTYPES[args.dtype])
+    model, image_processor = load_model(args.model, args.dtype)
     model.to(accelerator.device)
-    image_processor = AutoImageProcessor.from_pretrained(args.model)
     protocol = _set_protocol(model, image_processor, args)
     with accelerator.main_process_first():
         data = _load_data(args)
@@ -119,6 +118,27 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
         collector.draw(Path(args.output_dir), scores["confusion_matrix"], worst)
     accelerator.wait_for_everyone()
     return report
+
+
+def load_model(name: str, dtype: str = "auto"):
+    """
+    A model of any size and its image processor, by directory or Hub name.
+
+    Args:
+        name (`str`): directory or Hub name.
+        dtype (`str`): a key of `DTYPES`; `auto` is what the weights were saved in.
+
+    Raises:
+        OSError: with one sentence, if there is none.
+    """
+    try:
+        model = DenseCLIPForSemanticSegmentation.from_pretrained(name, dtype=DTYPES[dtype])
+        return model, AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{name} is neither a folder here nor a model on the Hub that can be read: {reason}") from error
 
 
 def _prediction_function(model, image_processor, args: EvaluationArguments):
@@ -249,4 +269,4 @@ class _Collector:
             picture.save(folder / "confusion_matrix.png")
 
 
-__all__ = ["EvaluationArguments", "measure"]
+__all__ = ["DTYPES", "EvaluationArguments", "load_model", "measure"]
