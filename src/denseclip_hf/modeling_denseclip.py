@@ -278,7 +278,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         self, classes: torch.Tensor, context: torch.Tensor, grid: tuple[int, int], use_context_decoder: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """t `(K, D)` and `[z_bar, z]` `(B, 1 + h*w, D)` -> score maps `(B, K, h, w)` and t' `(B, K, D)`."""
-        text_embeds = classes.expand(len(context), -1, -1)  # K, D -> B, K, D
+        text_embeds = classes.expand(context.shape[0], -1, -1)  # K, D -> B, K, D; len() is fixed by torch.export
         if use_context_decoder:
             text_embeds = text_embeds + self.gamma * self.context_decoder(text_embeds, context)
         return cosine_score_maps(context, text_embeds, grid), text_embeds

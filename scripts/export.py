@@ -1,0 +1,50 @@
+"""A model to run elsewhere: `python scripts/export.py MODEL OUTPUT_DIR --format onnx [--image photo.jpg]`.
+
+Formats: onnx and torch_export (programs with the class embeddings folded in), frozen (a model directory without the
+text tower, for the Auto classes).
+"""
+
+import argparse
+import sys
+
+from PIL import Image
+from transformers import AutoTokenizer
+
+from denseclip_hf.checkpoints import new_directory
+from denseclip_hf.exporting import FILES, check_export, export, load_for_export
+from denseclip_hf.model_card import write_model_card
+from denseclip_hf.original_release import check_picture
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="a saved model, directory or Hub name")
+    parser.add_argument("output_dir", help="a new directory, written whole or not at all")
+    parser.add_argument("--format", choices=[*FILES, "frozen"], default="onnx", help="default: %(default)s")
+    parser.add_argument("--image", help="picture that the result is checked on (default: a drawn one)")
+    args = parser.parse_args(argv)
+    try:
+        image = Image.open(args.image).convert("RGB") if args.image else check_picture((256, 320))
+        model, processor = load_for_export(args.model)
+        with new_directory(args.output_dir) as directory:
+            if args.format == "frozen":
+                model.freeze_classes()
+                model.save_pretrained(directory)
+                processor.save_pretrained(directory)
+                AutoTokenizer.from_pretrained(args.model).save_pretrained(directory)
+                write_model_card(directory, name=args.output_dir, source=f"`{args.model}`, its classes frozen")
+                print(f"{model.num_parameters() / 1e6:.1f} M parameters")
+            else:
+                path = export(model, processor, directory, args.format)
+                difference = check_export(model, processor, path, image)
+                size = path.stat().st_size / 1e6
+                print(f"{path.name}: {size:.1f} MB, largest difference of a logit {difference:.2e}")
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"Written to {args.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Models as programs that run without this package: ONNX and `torch.export`, class embeddings folded in."""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .modeling_denseclip import DenseCLIPForSemanticSegmentation
+
+
+# Sides are multiples of 32, so that every feature map's size follows from them; from 64 pixels on.
+SIDE_STEP, LEAST_SIDE, MOST_SIDE = 32, 64, 4096
+FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
+
+
+class _Logits(nn.Module):
+    """What is exported: pixels to logits, nothing else."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.window_logits(pixel_values)
+
+
+def export_program(model: Any) -> ExportedProgram:
+    """
+    `model` as a program from `pixel_values` `(B, 3, H, W)` to `logits` `(B, K, H / 4, W / 4)`.
+
+    B is free; H and W are multiples of 32 from 64 to 4096. Images are taken whole: windows that slide are the
+    caller's to cut. The class embeddings are constants in it, so there is no text tower.
+
+    Args:
+        model ([`DenseCLIPForSemanticSegmentation`]): it stays as it is.
+    """
+    model = copy.deepcopy(model).eval()
+    if model.config.use_text_guidance:
+        model.freeze_classes()
+    batch = Dim("batch", min=1, max=1024)
+    rows, columns = (Dim(n, min=LEAST_SIDE // SIDE_STEP, max=MOST_SIDE // SIDE_STEP) for n in ("rows", "columns"))
+    example = torch.zeros(2, 3, 3 * SIDE_STEP, 4 * SIDE_STEP, dtype=model.dtype, device=model.device)
+    shapes = {"pixel_values": {0: batch, 2: SIDE_STEP * rows, 3: SIDE_STEP * columns}}
+    with torch.no_grad():
+        return torch.export.export(_Logits(model).eval(), (example,), dynamic_shapes=shapes)
+
+
+def export(model: Any, processor: Any, directory: str | os.PathLike, kind: str) -> Path:
+    """
+    Write `model` into `directory`, with what is needed to use it: image processor and `labels.json`.
+
+    Args:
+        model ([`DenseCLIPForSemanticSegmentation`]): in float32.
+        processor ([`DenseCLIPImageProcessor`]): its image processor.
+        directory (`str` or `os.PathLike`): exists already.
+        kind (`str`): "onnx" or "torch_export".
+
+    Returns:
+        `Path` of the model file.
+
+    Raises:
+        ValueError: for another `kind`, or for "onnx" where the packages of `denseclip_hf[export]` are missing.
+    """
+    if kind not in FILES:
+        raise ValueError(f"`kind` must be one of {', '.join(FILES)}, got {kind!r}.")
+    path = Path(directory) / FILES[kind]
+    program = export_program(model)
+    if kind == "onnx":
+        _save_onnx(program, path)
+    else:
+        torch.export.save(program, path)
+    processor.save_pretrained(directory)
+    labels = {"id2label": model.config.id2label, "palette": model.config.palette}
+    (Path(directory) / "labels.json").write_text(json.dumps(labels, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _save_onnx(program: ExportedProgram, path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX needs the package {error.name}: pip install 'denseclip_hf[export]'.") from error
+    torch.onnx.export(
+        program,
+        f=str(path),
+        dynamo=True,
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        external_data=False,
+        verbose=False,
+    )
+
+
+def run_exported(path: str | os.PathLike, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Logits of an exported file (`.onnx` through onnxruntime, or `.pt2`) for `pixel_values` `(B, 3, H, W)`."""
+    if str(path).endswith(".pt2"):
+        with torch.no_grad():
+            return torch.export.load(path).module()(pixel_values)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
+
+
+def check_export(model: Any, processor: Any, path: str | os.PathLike, image: Any) -> float:
+    """
+    Largest absolute difference between the logits of `model` and of the exported file for `image`.
+
+    The picture is resized to sides that are multiples of 32, at most those of the image processor's size.
+    """
+    side = min(processor.size.shortest_edge or processor.size.height, 512)
+    side = max(side // SIDE_STEP * SIDE_STEP, LEAST_SIDE)
+    size = {"height": side, "width": side + SIDE_STEP}
+    pixel_values = processor(image, size=size, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.eval().window_logits(pixel_values)
+    return (run_exported(path, pixel_values) - expected).abs().max().item()
+
+
+def load_for_export(model_dir: str | os.PathLike) -> tuple[Any, Any]:
+    """Model in float32, and image processor, of a directory or Hub repository."""
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(model_dir, dtype=torch.float32).eval()
+    return model, DenseCLIPImageProcessorPil.from_pretrained(model_dir)
+
+
+__all__ = ["check_export", "export", "export_program", "load_for_export", "run_exported"]

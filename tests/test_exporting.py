@@ -1,0 +1,119 @@
+"""Exported programs: the same logits, at any batch and size, without torch where the format allows."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation
+
+from denseclip_hf import DenseCLIPImageProcessor
+from denseclip_hf.example_clip import make_example_tokenizer
+from denseclip_hf.exporting import check_export, export, run_exported
+
+
+ROOT = Path(__file__).parent.parent
+HIDE_TORCH = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "denseclip_hf"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+"""
+PROCESSOR = DenseCLIPImageProcessor(size={"shortest_edge": 96})
+
+
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 150, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module", params=["vit", "resnet"])
+def exported(request, tmp_path_factory):
+    """A model and its two exports."""
+    model = tiny_model(request.param)
+    files = {}
+    for kind in ("onnx", "torch_export"):
+        folder = tmp_path_factory.mktemp(kind)
+        files[kind] = export(model, PROCESSOR, folder, kind)
+    return model, files
+
+
+@pytest.mark.slow
+def test_programs_agree_at_any_batch_and_size(exported):
+    model, files = exported
+    assert not model.config.frozen_classes  # it stayed as it was
+    for kind, tolerance in (("onnx", 1e-4), ("torch_export", 1e-6)):
+        for shape in ((1, 3, 64, 64), (3, 3, 96, 160), (2, 3, 256, 64)):
+            pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                expected = model.window_logits(pixels)
+            torch.testing.assert_close(run_exported(files[kind], pixels), expected, atol=tolerance, rtol=1e-4)
+        assert check_export(model, PROCESSOR, files[kind], picture()) < tolerance
+    graph = files["onnx"].read_bytes()
+    assert b"text_model" not in graph
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_runs_without_torch(exported, tmp_path):
+    _, files = exported
+    picture().save(tmp_path / "photo.png")
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    command = [sys.executable, "-c", HIDE_TORCH + example, files["onnx"].parent, tmp_path / "photo.png"]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "class" in result.stdout, result.stderr
+    assert Image.open(tmp_path / "labels.png").size == (150, 100)
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("export_script", ROOT / "scripts" / "export.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def directory(kind, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    make_example_tokenizer(["sky"], vocab_size=520).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_frozen_directory(directory, tmp_path, images):
+    assert script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"]) == 0
+    names = {file.name for file in (tmp_path / "frozen").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "README.md"} <= names
+    frozen = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "frozen")
+    whole = AutoModelForSemanticSegmentation.from_pretrained(directory)
+    assert frozen.num_parameters() < whole.num_parameters()
+    with torch.no_grad():
+        assert torch.equal(frozen(images).logits, whole(images).logits)
+
+
+def test_failures_leave_nothing(directory, tmp_path, capsys, monkeypatch):
+    assert script()([str(directory), str(tmp_path / "out"), "--image", str(tmp_path / "no.jpg")]) == 1
+    assert "no.jpg" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr("denseclip_hf.exporting.export_program", lambda model: None)
+    assert script()([str(directory), str(tmp_path / "out")]) == 1
+    assert "pip install 'denseclip_hf[export]'" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_unknown_format(tmp_path):
+    with pytest.raises(ValueError, match="`kind` must be one of"):
+        export(None, None, tmp_path, "coreml")
+
+
+@pytest.mark.slow
+def test_labels_are_beside_the_program(exported):
+    labels = json.loads((exported[1]["onnx"].parent / "labels.json").read_text())
+    assert labels["id2label"]["0"] == "class 0"
