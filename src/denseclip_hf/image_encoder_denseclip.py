@@ -98,8 +98,8 @@ def encode_image(
     coarsest = 32 if config.has_resnet else 2 * config.embedding_stride
     if min(height, width) < coarsest:
         raise ValueError(
-            f"images of {height} x {width} pixels are too small: both sides must be at least {coarsest} pixels; resize "
-            "them, as the image processor does, or cut up what is too long for that."
+            f"images of {height} x {width} pixels are too small: both sides must be at least {coarsest} pixels; "
+            "resize them, as the image processor does, or cut up what is too long for that."
         )
     vision = clip.vision_model
     if config.has_resnet:
