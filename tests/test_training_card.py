@@ -1,0 +1,43 @@
+"""The training script leaves a complete directory: card, recipe, results and a picture."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+from test_recipes import TINY, TINY_CLIP
+from test_training import pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "data"
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for index, sample in enumerate(pictures(6)):
+        sample["image"].save(root / "images" / f"{index}.jpg")
+        Image.fromarray(sample["mask"]).save(root / "masks" / f"{index}.png")
+    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "car"}}))
+    return root
+
+
+def test_training_writes_the_card(folder, tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "train.py"
+    spec = importlib.util.spec_from_file_location("train_script", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    options = {"clip_config": json.dumps(TINY_CLIP), "config": json.dumps(TINY), "dataset": folder, "crop_size": 64}
+    options |= {"scale_long": 128, "max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2}
+    options |= {"output_dir": tmp_path / "streets", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    module.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+    metrics = json.loads((tmp_path / "streets" / "eval_results.json").read_text())
+    card = ModelCard((tmp_path / "streets" / "README.md").read_text())
+    (entry,) = card.data.to_dict()["model-index"]
+    values = {m["name"]: m["value"] for m in entry["results"][0]["metrics"]}
+    assert values["mIoU"] == round(metrics["eval_mean_iou"], 4) and entry["name"] == "streets"
+    assert "| Steps | 2 |" in card.text and "| Batch size | 2 |" in card.text and "torch 2" in card.text
+    assert "base_model" not in card.data.to_dict() and "datasets" not in card.data.to_dict()
+    assert "![Prediction](example.png)" in card.text
+    assert Image.open(tmp_path / "streets" / "example.png").width == 80
