@@ -75,6 +75,9 @@ class DataArguments:
     scale_short: int | None = field(
         default=None, metadata={"help": "Short side a picture is resized to, `crop_size` by default."}
     )
+    eval_scale_short: int | None = field(
+        default=None, metadata={"help": "Short side in evaluation, saved with the model; `scale_short` by default."}
+    )
     ratio_min: float = field(default=0.5, metadata={"help": "Lowest random factor on that size in training."})
     ratio_max: float = field(default=2.0, metadata={"help": "Highest random factor on that size in training."})
     cat_max_ratio: float = field(default=0.75, metadata={"help": "Most of a crop one class may fill."})
@@ -237,9 +240,10 @@ def make_trainer(
         fast_jpeg=data_args.fast_jpeg,
     )
     augmented = AugmentedStream if data_args.streaming else AugmentedDataset
-    image_processor = DenseCLIPImageProcessorPil(
-        size={"shortest_edge": short, "longest_edge": data_args.scale_long}, do_reduce_labels=data.do_reduce_labels
-    )
+    eval_short = data_args.eval_scale_short or short
+    # A larger evaluation keeps the same room for the long side.
+    size = {"shortest_edge": eval_short, "longest_edge": max(data_args.scale_long * eval_short // short, eval_short)}
+    image_processor = DenseCLIPImageProcessorPil(size=size, do_reduce_labels=data.do_reduce_labels)
     trainer = DenseCLIPTrainer(
         model,
         args,
