@@ -24,10 +24,10 @@ demo: $(STAMP)  ## train on the built-in example, evaluate, draw a picture (unde
 	$(PY) scripts/demo.py --output_dir $(OUTPUT)
 
 test: $(STAMP)  ## run every test
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 test-fast: $(STAMP)  ## run the tests that take under two minutes together
-	$(PY) -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow'
 
 quality: $(STAMP)  ## check formatting, lint and types; changes nothing
 	$(VENV)/bin/ruff check .

@@ -1,14 +1,13 @@
 """What the trainer logs arrives in TensorBoard under the same names."""
 
-import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import trainer_for
 
 
 def test_tensorboard_receives_every_rate(tmp_path, monkeypatch):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer_for(tmp_path / "out", report_to=["tensorboard"], max_steps=2).train()
-    events = accumulator.EventAccumulator(str(next((tmp_path / "events").rglob("events.*")).parent))
+    events = EventAccumulator(str(next((tmp_path / "events").rglob("events.*")).parent))
     events.Reload()
     names = set(events.Tags()["scalars"])
     wanted = {"loss", "decode_loss", "auxiliary_loss", "pixel_accuracy", "images_per_second", "grad_norm"}
