@@ -6,6 +6,7 @@ model in a fresh process through the Auto classes and the pipeline, and draws wh
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     make_example_dataset(data)
     make_example_clip(clip, vision="resnet")
     say("2/4  Training a segmenter on them, and evaluating it on held-out scenes")
+    if (model / "recipe.json").exists():  # an earlier demo's, which it is the demo's to replace
+        shutil.rmtree(model)
     recipe = REPOSITORY / "configs" / "example.yaml"
     flags = ["--clip", clip, "--dataset", data, "--output_dir", model]
     flags += ["--max_steps", args.max_steps] if args.max_steps else []
