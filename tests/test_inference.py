@@ -76,6 +76,14 @@ def test_probabilities_sum_to_one_at_every_images_size(processor):
     torch.testing.assert_close(first.sum(0), torch.ones(40, 50))
 
 
+def test_default_preprocessing_is_the_published_one():
+    model = tiny_model(crop_size=64)
+    image = Image.effect_noise((100, 90), 60).convert("RGB")
+    processor = DenseCLIPImageProcessor(size={"shortest_edge": 64, "longest_edge": 2048})
+    default = multi_scale_probabilities(model, image, (1.0,), False)[0]
+    assert torch.equal(default, multi_scale_probabilities(model, image, (1.0,), False, image_processor=processor)[0])
+
+
 def test_no_scale_is_refused(processor):
     with pytest.raises(ValueError, match="at least one factor"):
         multi_scale_probabilities(tiny_model(), Image.new("RGB", (50, 40)), (), image_processor=processor)

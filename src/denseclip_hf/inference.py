@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .fpn_denseclip import resize_bilinear
+from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .resizing_denseclip import resize_argmax, resized_rows
 from .sliding_window_denseclip import sliding_window_logits as average_windows
 
@@ -53,7 +54,7 @@ def multi_scale_probabilities(
     scales: Sequence[float] = PUBLISHED_SCALES,
     flip: bool = True,
     *,
-    image_processor,
+    image_processor=None,
 ) -> list[torch.Tensor]:
     """
     Class probabilities averaged over scaled (and flipped) views, at each image's own size.
@@ -66,7 +67,8 @@ def multi_scale_probabilities(
         images (a picture or a list of pictures, PIL or `(H, W, 3)` arrays): of any sizes.
         scales (`Sequence[float]`): factors on the processor's `size`.
         flip (`bool`): also use each view mirrored left to right.
-        image_processor ([`DenseCLIPImageProcessor`]): with a `shortest_edge` or a fixed `size`.
+        image_processor ([`DenseCLIPImageProcessor`], *optional*): with a `shortest_edge` or a fixed `size`; by default
+            the published preprocessing, see [`published_image_processor`].
 
     Returns:
         `list[torch.Tensor]`: one `(K, H, W)` float32 tensor per image, on the model's device; sums to 1 over K.
@@ -84,7 +86,7 @@ def multi_scale_segmentation(
     scales: Sequence[float] = PUBLISHED_SCALES,
     flip: bool = True,
     *,
-    image_processor,
+    image_processor=None,
     max_probabilities: int = MAX_PROBABILITIES,
 ) -> torch.Tensor:
     """
@@ -119,6 +121,7 @@ def _averaged_probabilities(
     strip = max(1, STRIP_PROBABILITIES // (model.config.num_labels * width))
     total = torch.zeros(model.config.num_labels, height, width, device=model.device)
     count = 0
+    image_processor = image_processor or published_image_processor(model.config)
     for pixel_values, flipped in scaled_views(image, image_processor, scales, flip):
         logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
         # By way of the view's own size, as the original goes; a sliding window is there already.
@@ -129,6 +132,11 @@ def _averaged_probabilities(
             total[:, top:bottom] += probabilities.flip(-1) if flipped else probabilities
         count += 1
     return total.div_(count)
+
+
+def published_image_processor(config) -> DenseCLIPImageProcessorPil:
+    """Preprocessing of the published results: short side as the window's (512 or 640), long side at most 2048."""
+    return DenseCLIPImageProcessorPil(size={"shortest_edge": min(config.crop_size), "longest_edge": 2048})
 
 
 def scaled_views(image, image_processor, scales: Sequence[float], flip: bool) -> Iterator[tuple[torch.Tensor, bool]]:
