@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_training import pictures
+from test_training import pictures, write_folder
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPTrainingArguments
 from denseclip_hf.recipes import DataArguments, ModelArguments, load_data, load_model, make_trainer, parse_arguments
@@ -22,14 +22,7 @@ TINY = {"neck_hidden_size": 8, "decode_head_hidden_size": 8, "context_decoder_hi
 @pytest.fixture
 def folder(tmp_path):
     """A user's folder: three classes, six pictures."""
-    root = tmp_path / "data"
-    for part in ("images", "masks"):
-        (root / part).mkdir(parents=True)
-    for index, sample in enumerate(pictures(6)):
-        sample["image"].save(root / "images" / f"{index}.jpg")
-        Image.fromarray(sample["mask"]).save(root / "masks" / f"{index}.png")
-    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "car"}}))
-    return root
+    return write_folder(tmp_path / "data", 6)
 
 
 def tiny_arguments(folder, **options):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from test_recipes import TINY, TINY_CLIP
-from test_training import pictures
+from test_training import write_folder
 
 from denseclip_hf.runs import one_sentence_errors, prepare_run, results_json
 
@@ -80,13 +79,7 @@ def test_scripts_end_in_one_sentence():
 @pytest.fixture
 def command(tmp_path):
     """A training run of 12 steps, three epochs, with augmentation and two workers; checkpoints every second step."""
-    data = tmp_path / "data"
-    for part in ("images", "masks"):
-        (data / part).mkdir(parents=True)
-    for index, sample in enumerate(pictures(9)):
-        sample["image"].save(data / "images" / f"{index}.png")
-        Image.fromarray(sample["mask"]).save(data / "masks" / f"{index}.png")
-    (data / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "car"}}))
+    data = write_folder(tmp_path / "data", 9, ".png")
     recipe = {
         "clip_config": TINY_CLIP, "config": TINY, "crop_size": 64, "scale_long": 128, "max_steps": 12,
         "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 2,

@@ -31,6 +31,17 @@ def pictures(count=8, size=(80, 72)):
     return samples
 
 
+def write_folder(root, count, suffix=".jpg"):
+    """The same pictures as a user's folder: images, masks, classes.json."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for index, sample in enumerate(pictures(count)):
+        sample["image"].save(root / "images" / f"{index}{suffix}")
+        Image.fromarray(sample["mask"]).save(root / "masks" / f"{index}.png")
+    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "car"}}))
+    return root
+
+
 def trainer_for(output_dir, model=None, samples=None, evaluate=True, **options):
     samples = pictures() if samples is None else samples
     transform = TrainTransform(crop_size=64, scale=(128, 64))

@@ -8,19 +8,12 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_recipes import TINY, TINY_CLIP
-from test_training import pictures
+from test_training import write_folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    root = tmp_path / "data"
-    for part in ("images", "masks"):
-        (root / part).mkdir(parents=True)
-    for index, sample in enumerate(pictures(6)):
-        sample["image"].save(root / "images" / f"{index}.jpg")
-        Image.fromarray(sample["mask"]).save(root / "masks" / f"{index}.png")
-    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "car"}}))
-    return root
+    return write_folder(tmp_path / "data", 6)
 
 
 def test_training_writes_the_card(folder, tmp_path):
