@@ -1,11 +1,13 @@
 """Shared by all tests: the golden cases and tiny models that build in well under a second."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
@@ -14,6 +16,12 @@ from denseclip_hf.conversion import config_from_original, convert_original_state
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SOS, EOS = 98, 99
+
+# The suite tries few inputs, the same each time; `make fuzz` tries many new ones.
+QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("few", derandomize=True, max_examples=10, database=None, **QUIET)
+settings.register_profile("many", max_examples=int(os.environ.get("EXAMPLES", "1000")), print_blob=True, **QUIET)
+settings.load_profile("few")
 
 
 @cache
