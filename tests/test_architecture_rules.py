@@ -23,6 +23,7 @@ LAYERS = [
         "context_decoder_denseclip",
         "image_encoder_denseclip",
         "loading_denseclip",
+        "losses_denseclip",
     },
     {"open_vocabulary_denseclip"},
     {"modeling_denseclip"},

@@ -17,11 +17,11 @@ def test_neck_adds_coarser_levels_by_nearest_neighbour():
     assert p2[0, 0, :, 0].tolist() == [11.0, 11.0, 10.0, 10.0, 10.0, 10.0, 10.0]
 
 
-def test_head_has_as_many_convolutions_as_upsamplings():
+def test_head_upsamples_between_convolutions_and_once_at_the_end():
     head = SemanticFPNHead(4, 6, 3, 0.1, 1e-5)
     convolutions = [sum(isinstance(layer, nn.Conv2d) for layer in level) for level in head.scale_heads]
     upsamplings = [sum(isinstance(layer, nn.Upsample) for layer in level) for level in head.scale_heads]
-    assert (convolutions, upsamplings) == ([1, 1, 2, 3], [0, 1, 2, 3])
+    assert (convolutions, upsamplings) == ([1, 1, 2, 3], [0, 0, 1, 2])
     levels = [torch.randn(2, 4, size, size) for size in (15, 7, 3, 1)]
     assert head(levels).shape == (2, 3, 15, 15)
 

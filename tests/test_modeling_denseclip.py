@@ -8,7 +8,6 @@ from transformers import AutoModelForSemanticSegmentation, CLIPModel
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
 from denseclip_hf.modeling_clip_resnet import resize_position_grid
-from denseclip_hf.modeling_denseclip import pixel_cross_entropy
 
 
 class Tokenizer:
@@ -62,13 +61,6 @@ def test_loss_is_the_sum_of_its_parts(kind, images, labels):
     output = tiny_model(kind)(images, labels=labels)
     assert output.loss == output.decode_loss + output.auxiliary_loss
     assert output.auxiliary_loss > 0
-
-
-def test_pixel_cross_entropy_counts_ignored_pixels_as_zero():
-    logits = torch.zeros(1, 4, 2, 2)
-    labels = torch.tensor([[[0, 255], [255, 255]]])
-    assert pixel_cross_entropy(logits, labels, 255).item() == pytest.approx(torch.log(torch.tensor(4.0)).item() / 4)
-    assert pixel_cross_entropy(logits, torch.full_like(labels, 255), 255) == 0
 
 
 def test_all_ignored_labels_give_finite_gradients(kind, images):
@@ -225,6 +217,32 @@ def test_eval_gradients_are_those_of_training(images, labels):
     for name, parameter in model.named_parameters():
         if name in kept:
             torch.testing.assert_close(kept[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_forward_passes_of_one_step_share_the_text_tower(images, labels):
+    model = tiny_model(context_decoder_dropout=0.0, decode_head_dropout=0.0, drop_path_rate=0.0).train()
+    gradients = []
+    for shares in (False, True):
+        model.zero_grad()
+        counter = CallCounter(model)
+        for index in range(3):
+            model.share_class_embeddings(until_next=shares and index < 2)
+            model(images + index, labels=labels).loss.backward()
+        assert counter.calls == (1 if shares else 3)
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and "prompts.context_vectors" in gradients[1]
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_weights_that_change_between_passes_that_share_are_refused(images, labels):
+    model = tiny_model().train()
+    model.share_class_embeddings(until_next=True)
+    model(images, labels=labels).loss.backward()
+    with torch.no_grad():
+        model.prompts.context_vectors.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed while gradients were accumulated"):
+        model(images, labels=labels)
 
 
 def test_class_embeddings_from_inference_mode_serve_autograd(images, labels):

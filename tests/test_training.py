@@ -268,7 +268,10 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
                 module.train = lambda mode=True, module=module: module
         options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         trainer = trainer_for(tmp_path, model, max_steps=2, **options)
+        encoded = []
+        model.clip.text_model.encoder.register_forward_hook(lambda *args, encoded=encoded: encoded.append(1))
         trainer.train()
+        assert len(encoded) == 2  # the text tower runs once per optimizer step, not once per batch
         weights.append(model.state_dict())
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-4)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def resize_bilinear(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_bilinear(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """Resize `x` `(B, C, h, w)` to `size` (rows, columns), align_corners False; returned as it is if it fits."""
     if x.shape[-2:] == torch.Size(size):
         return x
@@ -38,16 +38,16 @@ class FPNNeck(nn.Module):
 
 
 class SemanticFPNScaleHead(nn.Sequential):
-    """One level on its way to the finest: (3x3 convolution, batch norm, ReLU, x2 upsampling) as often as needed."""
+    """One level on its way to stride 8: 3x3 convolutions with batch norm and ReLU, x2 upsampling between them."""
 
-    def __init__(self, in_channels: int, channels: int, num_upsamplings: int, eps: float):
+    def __init__(self, in_channels: int, channels: int, num_convs: int, eps: float):
         layers: list[nn.Module] = []
-        for i in range(max(num_upsamplings, 1)):
-            layers.append(nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1, bias=False))
+        for i in range(num_convs):
+            if i:
+                layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+            layers.append(nn.Conv2d(channels if i else in_channels, channels, 3, padding=1, bias=False))
             layers.append(nn.BatchNorm2d(channels, eps=eps))
             layers.append(nn.ReLU(inplace=True))
-            if num_upsamplings:
-                layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
         super().__init__(*layers)
 
 
@@ -65,16 +65,27 @@ class SemanticFPNHead(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, num_labels: int, dropout: float, eps: float):
         super().__init__()
-        self.scale_heads = nn.ModuleList(SemanticFPNScaleHead(in_channels, channels, i, eps) for i in range(4))
+        self.scale_heads = nn.ModuleList(SemanticFPNScaleHead(in_channels, channels, max(i, 1), eps) for i in range(4))
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_labels, 1)
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """p2 … p5 -> logits `(B, K, H / 4, W / 4)`."""
-        finest, *coarser = [head(p) for head, p in zip(self.scale_heads, levels, strict=True)]
-        for level in coarser:
-            finest = finest + resize_bilinear(level, finest.shape[-2:])
+        finest, total, *others = [head(p) for head, p in zip(self.scale_heads, levels, strict=True)]
+        # Every coarser level ends in one more x2 upsampling. It is linear: levels of one size share a single one.
+        for level in others:
+            if level.shape == total.shape:
+                total = total + level
+            else:
+                finest = finest + self._upsample(level, finest.shape[-2:])
+        finest = finest + self._upsample(total, finest.shape[-2:])
         return self.classifier(self.dropout(finest))
+
+    @staticmethod
+    def _upsample(level: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """x2, then to `size`, which differs where a side of the image is no multiple of 32."""
+        level = F.interpolate(level, scale_factor=2, mode="bilinear", align_corners=False)
+        return resize_bilinear(level, size)
 
 
 __all__ = ["FPNNeck", "SemanticFPNHead", "resize_bilinear"]

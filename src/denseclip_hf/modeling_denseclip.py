@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
@@ -22,6 +21,7 @@ from .fpn_denseclip import FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, resiz
 from .freezing_denseclip import freeze_classes, refuse_if_frozen
 from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_image
 from .loading_denseclip import class_names, clip_report, load_clip, load_clip_weights, replace_classes
+from .losses_denseclip import pixel_cross_entropy
 from .mixed_sizes_denseclip import forward_by_size
 from .modeling_clip_resnet import CLIPResNetModel
 from .open_vocabulary_denseclip import ScoreSegmentation, encode_texts, predict_from_scores
@@ -68,16 +68,6 @@ class Segmentation(NamedTuple):
     score_maps: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     feature_maps: tuple[torch.Tensor, ...] | None = None
-
-
-def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """
-    Cross entropy of `logits` `(B, K, h, w)`, resized to `labels` `(B, H, W)`, averaged over all B*H*W pixels.
-
-    Ignored pixels count as zero, as in the original: a padded image weighs less and one without labels gives 0.
-    """
-    logits = resize_bilinear(logits, labels.shape[-2:]).float()
-    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
 
 
 class DenseCLIPPreTrainedModel(PreTrainedModel):
@@ -203,6 +193,16 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         if self.config.frozen_classes:
             return self.class_embeddings
         return self._class_embeddings.get(self.prompts, self.clip, self.training)
+
+    def share_class_embeddings(self, until_next: bool) -> None:
+        """
+        Let training forward passes of one optimizer step share one pass through the text tower.
+
+        For gradient accumulation, as [`DenseCLIPTrainer`] does it: call it before every forward pass, with `True` if
+        another one follows before the optimizer's step. The gradient of all of them goes through the text tower once,
+        in the backward pass of the last.
+        """
+        self._class_embeddings.share_until_next = until_next
 
     @can_return_tuple
     def forward(
@@ -421,7 +421,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
     def train(self, mode: bool = True):
         if mode:
             refuse_if_frozen(self.config, "be trained")
-        self._class_embeddings.clear()
+        if mode != self.training:
+            self._class_embeddings.clear()
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):

@@ -1,0 +1,62 @@
+"""Time this implementation beside the original's way of working, in one run: `python scripts/benchmark.py`.
+
+Writes `benchmark.json` and the same as tables, `benchmark.md`, into `--output_dir`, after every task. See
+docs/performance.md.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from denseclip_hf.benchmark_tasks import IMAGE_SIZES, TASKS, Settings
+from denseclip_hf.runs import one_sentence_errors, write_atomically
+
+
+def hardware(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    threads, versions = torch.get_num_threads(), f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{name}, {threads} threads, {versions}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=["denseclip-rn50", "denseclip-vit-b16"])
+    parser.add_argument("--rounds", type=int, default=7, help="times every case is run, in turn")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes on a CPU)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"))
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = Settings(args.presets, args.rounds, args.device, args.compile)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"hardware": hardware(args.device), "rounds": args.rounds, "tasks": {}}
+    text = [f"Measured on {report['hardware']}; {args.rounds} rounds, medians."]
+    for name in args.tasks:
+        logging.info("%s: %s", name, TASKS[name].__doc__)
+        report["tasks"][name] = TASKS[name](settings)
+        text += [f"\n### {name}\n{TASKS[name].__doc__}\n", table(report["tasks"][name])]
+        write_atomically(args.output_dir / "benchmark.json", json.dumps(report, indent=2) + "\n")
+        write_atomically(args.output_dir / "benchmark.md", "\n".join(text) + "\n")
+        print(text[-2] + text[-1])
+    print(f"Results are in {args.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
