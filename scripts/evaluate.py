@@ -17,15 +17,19 @@ def main(argv: list[str] | None = None) -> int:
     from denseclip_hf.measurement import EvaluationArguments, measure
     from denseclip_hf.recipes import parse_arguments
     from denseclip_hf.reports import report_table
+    from denseclip_hf.runs import sentence_of
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         (args,) = parse_arguments([EvaluationArguments], argv)
         report = measure(args)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(sentence_of(error), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     if PartialState().is_main_process:
         print(report_table(report))
         print(f"Results are in {args.output_dir}")

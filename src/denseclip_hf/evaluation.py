@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .metrics import confusion_matrix, scores_from_confusion_matrix
 from .resizing_denseclip import resize_argmax, resize_labels
+from .stopping import OutlivesSignals
 from .transforms import reduce_labels
 
 
@@ -107,7 +108,9 @@ def evaluate_segmentation(
     config, device = model.config, accelerator.device if accelerator else model.device
     prepare = _Preparation(None if predict else image_processor, do_reduce_labels, config.semantic_loss_ignore_index)
     share = (_StreamShare if length is None else _Share)(samples, world, rank, prepare)
-    loader = torch.utils.data.DataLoader(share, batch_size=None, num_workers=0 if length is None else num_workers)
+    loader = torch.utils.data.DataLoader(
+        share, batch_size=None, num_workers=0 if length is None else num_workers, worker_init_fn=OutlivesSignals()
+    )
     bar = tqdm(total=length, desc="Evaluating", disable=not progress or rank > 0, leave=False)
     matrix = torch.zeros(config.num_labels, config.num_labels, dtype=torch.int64, device=device)
     totals, was_training = torch.zeros(2, device=device), model.training  # loss, pictures

@@ -5,7 +5,9 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,9 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from .stopping import TrainingStopped
 from .training import DenseCLIPTrainingArguments
 
 
@@ -90,8 +94,15 @@ def finish_run(trainer: Any) -> None:
     """Save `trainer`'s model into its output directory: written aside, then moved, the weights last."""
     folder = Path(trainer.args.output_dir)
     writing = folder / WRITING_DIR
-    trainer.save_model(str(writing))
-    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(writing))
+        trainer.accelerator.wait_for_everyone()
+    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
+        shutil.rmtree(writing, ignore_errors=True)
+        raise OSError(
+            f"the final model could not be written ({error}): the checkpoints are complete; make room and start again "
+            "with the same command."
+        ) from error
     if trainer.is_world_process_zero():
         (writing / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; recipe.json says the same
         for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
@@ -114,8 +125,11 @@ def results_json(metrics: dict[str, Any]) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that it is there whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def one_sentence_errors(main: Callable) -> Callable:
@@ -125,11 +139,42 @@ def one_sentence_errors(main: Callable) -> Callable:
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
+        except TrainingStopped as stop:  # it has said so
+            sys.exit(stop.exit_code)
+        except KeyboardInterrupt:
+            logger.warning("interrupted")
+            sys.exit(128 + signal.SIGINT)
         except (ValueError, OSError, RuntimeError) as error:
             logger.debug("traceback", exc_info=True)
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {sentence_of(error)}")
 
     return wrapped
 
 
-__all__ = ["finish_run", "one_sentence_errors", "prepare_run", "recipe_of", "results_json", "write_atomically"]
+def sentence_of(error: BaseException) -> str:
+    """The message of `error`, in one sentence also if it comes from a data-loader worker or another process."""
+    text = str(error).strip()
+    if text.startswith("Caught ") and "Original Traceback" in text:  # a worker's, with its traceback
+        return text.splitlines()[-1].partition(": ")[2]
+    if text.startswith("DataLoader worker"):
+        return (
+            f"a process that reads data died ({text.rstrip(' .')}), as it does when memory runs out: start the same "
+            "command again, with fewer workers if this happens anew."
+        )
+    if distributed.is_initialized() and re.search(r"gloo|nccl|connection (closed|reset)", text, re.IGNORECASE):
+        return (
+            f"another process of this run is gone ({text.splitlines()[0]}): see what it said, then start the same "
+            "command again; training goes on from its last checkpoint."
+        )
+    return text
+
+
+__all__ = [
+    "finish_run",
+    "one_sentence_errors",
+    "prepare_run",
+    "recipe_of",
+    "results_json",
+    "sentence_of",
+    "write_atomically",
+]

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from .batch_norm import synchronise_batch_norms
 from .evaluation import evaluate_segmentation
 from .runs import WRITING_DIR
+from .stopping import OutlivesSignals, StopCallback
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
 
@@ -79,6 +80,19 @@ class DenseCLIPTrainer(Trainer):
         )
         if isinstance(train_dataset, (AugmentedDataset, AugmentedStream)):
             self.add_callback(EpochCallback(train_dataset))
+        self._stop = StopCallback()
+        self.add_callback(self._stop)
+
+    def train(self, *args, **kwargs):
+        """[`Trainer.train`], which SIGTERM and Ctrl-C end with a checkpoint and [`TrainingStopped`]."""
+        with self._stop.listening():
+            return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        for part in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's, and torch's inside
+            part.worker_init_fn = OutlivesSignals(part.worker_init_fn)
+        return loader
 
     # Recipe
 
@@ -221,7 +235,10 @@ class DenseCLIPTrainer(Trainer):
         self._writing_dir = str(writing)
         try:
             super()._save_checkpoint(model, trial)
-        except OSError as error:
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish(writing, run_dir, name)
+        except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
             shutil.rmtree(writing, ignore_errors=True)
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} could not be written ({error}): those before it are "
@@ -230,23 +247,23 @@ class DenseCLIPTrainer(Trainer):
         finally:
             self._writing_dir = None
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_global_step:
-                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                if best.exists() or best.name == name:
-                    self.state.best_model_checkpoint = str(best)
-            written = writing / name
-            self.state.save_to_json(str(written / "trainer_state.json"))
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            os.replace(written, run_dir / name)
-            shutil.rmtree(writing)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        self.accelerator.wait_for_everyone()
+
+    def _publish(self, writing: Path, run_dir: Path, name: str) -> None:
+        """Move a complete checkpoint to where it belongs, and remove those that are too many."""
+        if self.state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.exists() or best.name == name:
+                self.state.best_model_checkpoint = str(best)
+        self.state.save_to_json(str(writing / name / "trainer_state.json"))
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+        os.replace(writing / name, run_dir / name)
+        shutil.rmtree(writing)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=False,
+        )
 
 
 def peak_memory() -> float:

@@ -1,0 +1,111 @@
+"""Ending a training run early without losing it: SIGTERM and Ctrl-C finish the step and save a checkpoint first."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import parent_process
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback
+
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """Training ended by a signal, its checkpoint complete. `exit_code` is 128 + the signal's number, as in shells."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class StopCallback(TrainerCallback):
+    """
+    Ends training at the end of the step in which SIGTERM or Ctrl-C arrives at any of its processes.
+
+    While [`listening`], signals are only noted. After a step all processes agree on whether one has come; if so, a
+    checkpoint is saved and [`TrainingStopped`] raised. Further signals change nothing: launchers repeat them.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # a signal's number, 0 while there is none
+        self.agreed = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note signals instead of dying of them (in the main thread; elsewhere Python allows no handlers)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.received = self.agreed = 0
+        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.received:  # too late for a step's end: what the signal does without us
+            signal.raise_signal(self.received)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = self.received or number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.agreed = self.received
+        if args.world_size > 1:
+            number = torch.tensor(self.received, device=args.device)
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+            self.agreed = int(number)
+        if self.agreed:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.agreed:
+            message = (
+                f"stopped at step {state.global_step} ({signal.Signals(self.agreed).name}): the checkpoint is complete, "
+                "and the same command goes on from it."
+            )
+            if state.is_world_process_zero:
+                logger.warning(message)
+            raise TrainingStopped(message, self.agreed)
+
+
+class OutlivesSignals:
+    """
+    `worker_init_fn` of a data loader whose workers leave signals to the main process, which still needs their samples.
+
+    A terminal sends Ctrl-C to every process of a command, a scheduler SIGTERM; torch's workers would die of either.
+
+    Args:
+        then (`Callable[[int], None]`, *optional*): another `worker_init_fn`, called too.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None = None):
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        if self.then is not None:
+            self.then(worker_id)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):  # not on macOS
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=self._obey_main_process, daemon=True).start()
+
+    @staticmethod
+    def _obey_main_process() -> None:
+        """End at a SIGTERM from the main process: that is how it clears up workers when it ends in an error."""
+        main = parent_process()
+        while main is not None:
+            if signal.sigwaitinfo({signal.SIGTERM}).si_pid == main.pid:
+                os._exit(0)
+
+
+__all__ = ["OutlivesSignals", "StopCallback", "TrainingStopped"]

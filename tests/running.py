@@ -1,0 +1,100 @@
+"""Training commands that tests start, disturb and start again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from test_recipes import TINY, TINY_CLIP
+from test_training import write_folder
+
+
+TRAIN = Path(__file__).parent.parent / "scripts" / "train.py"
+FAULTY = Path(__file__).parent / "faulty_training.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def training_recipe(folder, **options):
+    """A recipe of 12 steps, three epochs, with augmentation and two workers; checkpoints every second step."""
+    data = write_folder(folder / "data", 9, ".png")
+    recipe = {
+        "clip_config": TINY_CLIP, "config": TINY, "crop_size": 64, "scale_long": 128, "max_steps": 12,
+        "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 2,
+        "logging_steps": 1, "use_cpu": True, "dataset": str(data), "dataloader_num_workers": 2, "report_to": "none",
+        "learning_rate": 1e-3, "disable_tqdm": True, **options,
+    }  # fmt: skip
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    return folder / "recipe.json"
+
+
+class Run:
+    """
+    `scripts/train.py` with its arguments, writing into `folder`.
+
+    Args:
+        folder (`Path`): the output directory.
+        arguments (sequence): recipes and flags.
+        launcher (sequence): what starts a script, Python by default.
+    """
+
+    def __init__(self, folder, arguments, launcher=(sys.executable,)):
+        self.folder, self.launcher = folder, [*launcher]
+        self.arguments = [*map(str, arguments), "--output_dir", str(folder)]
+
+    def end(self, code=0, fault=None):
+        """Run to its end, with a fault of faulty_training.py if named; returns what it said."""
+        script = [str(TRAIN)] if fault is None else [str(FAULTY), fault]
+        done = self._start([*script, *self.arguments])
+        try:
+            said = done.communicate(timeout=200)[0]
+        finally:
+            done.kill()
+        assert done.returncode == code, said
+        return said
+
+    def begin(self, wanted="checkpoint-2"):
+        """Start it in a process group of its own and wait for a checkpoint."""
+        process = self._start([str(TRAIN), *self.arguments])
+        deadline = time.monotonic() + 150
+        while not (self.folder / wanted).exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        return process
+
+    def _start(self, arguments):
+        return subprocess.Popen(
+            [*self.launcher, *arguments],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def checkpoints(self):
+        """Steps of the checkpoints there are."""
+        return sorted(int(path.name.partition("-")[2]) for path in self.folder.glob("checkpoint-*"))
+
+    def losses(self):
+        """The loss of each step."""
+        state = json.loads((self.folder / f"checkpoint-{self.checkpoints()[-1]}" / "trainer_state.json").read_text())
+        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+    def weights(self):
+        return load_file(self.folder / "model.safetensors")
+
+    def ends_as(self, other):
+        """Whether the final weights are those of another run, bit for bit."""
+        expected, weights = other.weights(), self.weights()
+        assert expected.keys() == weights.keys()
+        return all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+def one_sentence(said):
+    """The last line of what a script said, which must hold no traceback."""
+    assert "Traceback" not in said, said
+    return said.strip().splitlines()[-1]
