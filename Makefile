@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast quality style clean
+.PHONY: help setup demo test test-fast docs quality style clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,13 @@ test: $(STAMP)  ## run every test
 
 test-fast: $(STAMP)  ## run the tests that take under two minutes together
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow'
+
+# Not the app's page nor the torchvision processor, which need packages that may be missing.
+MODULES = $(filter-out %__init__ %app_page %_torchvision,$(basename $(wildcard src/denseclip_hf/*.py)))
+
+docs: $(STAMP)  ## write the reference of all modules, from their docstrings, into outputs/api
+	PYTHONWARNINGS=ignore $(VENV)/bin/pdoc --docformat google --template-directory docs/pdoc --no-show-source \
+	    --output-directory outputs/api denseclip_hf $(subst /,.,$(MODULES:src/%=%))
 
 quality: $(STAMP)  ## check formatting, lint and types; changes nothing
 	$(VENV)/bin/ruff check .
