@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .adapters import batch_norms_outside, is_adapted, load_added_adapter
 from .batch_norm import synchronise_batch_norms
 from .evaluation import evaluate_segmentation
 from .runs import WRITING_DIR
@@ -37,7 +38,7 @@ class DenseCLIPTrainer(Trainer):
     `Trainer` with DenseCLIP's parameter groups, schedule, logging and evaluation.
 
     Args:
-        model (`DenseCLIPForSemanticSegmentation`): the model.
+        model (`DenseCLIPForSemanticSegmentation`): the model, with or without adapters of `peft`.
         args ([`DenseCLIPTrainingArguments`]): the recipe.
         train_dataset ([`AugmentedDataset`] or [`AugmentedStream`]): augmented samples.
         eval_dataset (*optional*): samples `{"image", "mask"}`, pictures and raw masks, see [`SegmentationData`].
@@ -67,7 +68,6 @@ class DenseCLIPTrainer(Trainer):
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.image_processor, self.tokenizer, self.do_reduce_labels = image_processor, tokenizer, do_reduce_labels
-        self._groups: list[dict[str, Any]] = []
         self._sums: dict[str, Any] = defaultdict(float)
         self._last_log = time.perf_counter()
         super().__init__(
@@ -78,6 +78,7 @@ class DenseCLIPTrainer(Trainer):
             data_collator=kwargs.pop("data_collator", collate),
             **kwargs,
         )
+        self._still = batch_norms_outside(model)
         if isinstance(train_dataset, (AugmentedDataset, AugmentedStream)):
             self.add_callback(EpochCallback(train_dataset))
         self._stop = StopCallback()
@@ -100,18 +101,20 @@ class DenseCLIPTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         args = self.args
-        self._groups = parameter_groups(
-            self.model if model is None else model,
+        model = self.model if model is None else model
+        groups = parameter_groups(
+            model,
             args.learning_rate,
             args.weight_decay,
             args.image_encoder_lr_multiplier,
             args.text_encoder_lr_multiplier,
             args.exempt_norms_and_biases,
         )
-        for group in self._groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(group["lr"] > 0)
-        trained = [group for group in self._groups if group["lr"] > 0]
+        for group in groups:
+            for parameter in group["params"]:  # an adapter has already frozen what it is not to train
+                parameter.requires_grad_(group["lr"] > 0 and (parameter.requires_grad or not is_adapted(model)))
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        trained = [group for group in groups if group["params"]]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         self.optimizer = optimizer_class(trained, **options)
         return self.optimizer
@@ -148,6 +151,10 @@ class DenseCLIPTrainer(Trainer):
         names = inputs.pop("name", None)
         if self.args.channels_last:
             inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
+        if model.training and self._shares_class_embeddings:
+            self.model.share_class_embeddings(until_next=not self.accelerator.sync_gradients)
+        for batch_norm in self._still:
+            batch_norm.eval()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not torch.isfinite(loss):
             files = f" on {', '.join(map(str, names))}" if names else ""
@@ -159,6 +166,11 @@ class DenseCLIPTrainer(Trainer):
         if model.training:
             self._count(outputs, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _shares_class_embeddings(self) -> bool:
+        """Whether micro-batches share a pass through the text tower: not one that is spread or compiled."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile)
 
     @torch.no_grad()
     def _count(self, outputs, labels: torch.Tensor) -> None:
@@ -221,6 +233,18 @@ class DenseCLIPTrainer(Trainer):
         for part in (self.image_processor, self.tokenizer):
             if part is not None:
                 part.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            load_added_adapter(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            load_added_adapter(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _get_output_dir(self, trial):
         return self._writing_dir or super()._get_output_dir(trial)

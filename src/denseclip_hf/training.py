@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from .adapters import plain_name
+
 
 class GroupRow(NamedTuple):
     """One row of the table of parameter groups."""
@@ -20,6 +22,7 @@ class GroupRow(NamedTuple):
 
 # The first row whose pattern matches the beginning of a parameter's name has it.
 GROUP_TABLE = [
+    GroupRow("lora", r".*\.lora_", "one"),  # of `peft`; new, wherever it is
     GroupRow("logit_scale", r"clip\.logit_scale$", "zero"),  # only CLIP's contrastive loss trains it
     GroupRow("text_encoder", r"clip\.text_(model|projection)\.", "text_encoder"),
     GroupRow("image_encoder", r"clip\.(vision_model|visual_projection)\.|pyramid\.", "image_encoder"),
@@ -40,7 +43,7 @@ def parameter_groups(
     All parameters of `model`, each in exactly one group with its own base learning rate and decay.
 
     Args:
-        model (`DenseCLIPForSemanticSegmentation`): the model.
+        model (`DenseCLIPForSemanticSegmentation`): the model, with or without adapters of `peft`.
         lr (`float`): learning rate of what is new.
         weight_decay (`float`): decay of everything but the context decoder's layer norms, as in the original.
         image_encoder_lr_multiplier (`float`): on `lr`, for the image tower and the ViT's pyramid.
@@ -61,7 +64,7 @@ def parameter_groups(
     }
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        row = next((row for row in GROUP_TABLE if re.match(row.pattern, name)), None)
+        row = next((row for row in GROUP_TABLE if re.match(row.pattern, plain_name(name))), None)
         if row is None:
             raise ValueError(f"no parameter group covers {name}: add a row for it to `GROUP_TABLE`.")
         exempt = exempt_norms_and_biases and row.decays and parameter.dim() < 2
