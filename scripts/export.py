@@ -6,13 +6,14 @@ text tower, for the Auto classes).
 
 import argparse
 import sys
+from pathlib import Path
 
 from PIL import Image
 from transformers import AutoTokenizer
 
 from denseclip_hf.checkpoints import new_directory
 from denseclip_hf.exporting import FILES, check_export, export, load_for_export
-from denseclip_hf.model_card import write_model_card
+from denseclip_hf.model_card import shown_name, write_model_card
 from denseclip_hf.original_release import check_picture
 
 
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
                 model.save_pretrained(directory)
                 processor.save_pretrained(directory)
                 AutoTokenizer.from_pretrained(args.model).save_pretrained(directory)
-                write_model_card(directory, name=args.output_dir, source=f"`{args.model}`, its classes frozen")
+                source = f"`{shown_name(args.model)}`, its classes frozen"
+                write_model_card(directory, name=Path(args.output_dir).name, source=source)
                 print(f"{model.num_parameters() / 1e6:.1f} M parameters")
             else:
                 path = export(model, processor, directory, args.format)

@@ -2,15 +2,18 @@ import csv
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from denseclip_hf import MeanBoundaryIoU, MeanIoU
@@ -18,6 +21,7 @@ from denseclip_hf.evaluation import evaluate_segmentation
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.inference import multi_scale_probabilities, multi_scale_segmentation
 from denseclip_hf.measurement import EvaluationArguments, measure
+from denseclip_hf.model_card import write_model_card
 from denseclip_hf.reports import MatchedSamples, match_classes, report_table, scores_of_classes
 
 
@@ -164,6 +168,66 @@ def test_undefined_scores_are_null(arguments, tmp_path):
 def test_half_precision_and_few_images(arguments):
     report = measure(arguments(dtype="bf16", max_images=2))
     assert report["num_images"] == 2 and report["protocol"]["dtype"] == "bfloat16"
+
+
+# The model's card
+
+
+@pytest.fixture
+def with_card(tmp_path, model_dir):
+    folder = shutil.copytree(model_dir, tmp_path / "streets")
+    write_model_card(folder, base_model="openai/x")
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMy own words.\n")
+    return folder
+
+
+def evaluate_into_card(arguments, folder, **options):
+    measure(replace(arguments(), model=str(folder), **options))
+    text = (folder / "README.md").read_text()
+    assert "My own words." in text and "openai/x" in text
+    return text, ModelCard(text).data.eval_results or []
+
+
+def test_the_card_names_every_protocol_once(arguments, with_card, tmp_path):
+    protocols = [
+        {},
+        {"inference_mode": "slide", "crop_size": [48], "stride": [32]},
+        {"scales": [0.75, 1.25], "flip": True},
+    ]
+    for options in [*protocols, {}]:
+        text, results = evaluate_into_card(arguments, with_card, **options)
+    assert len(results) == 9 and str(tmp_path) not in text
+    for words in (
+        "whole pictures, short",
+        "windows of 48 x 48, step 32 x 32",
+        "whole pictures, scales 0.75 1.25, flips",
+    ):
+        assert text.count(f"| data | validation | {words}") == 1, words
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    protocol = {key: value for key, value in report["protocol"].items() if value is not None}
+    written = {result.metric_name: result.metric_value for result in results if result.metric_args == protocol}
+    expected = {"mIoU": "mean_iou", "mAcc": "mean_accuracy", "aAcc": "overall_accuracy"}
+    assert written == pytest.approx({name: report["metrics"][key] for name, key in expected.items()}, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"update_card": False}, {"max_images": 2}], ids=["switched off", "a part"])
+def test_the_card_stays_as_it_is(arguments, with_card, options):
+    before = (with_card / "README.md").read_text()
+    assert evaluate_into_card(arguments, with_card, **options) == (before, [])
+
+
+def test_a_model_without_card_gets_none(arguments, model_dir):
+    measure(arguments())
+    assert not (Path(model_dir) / "README.md").exists()
+
+
+def test_a_card_that_can_not_be_written_is_no_failure(arguments, with_card, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("denseclip_hf.measurement.update_results", refuse)
+    evaluate_into_card(arguments, with_card)
+    assert "stays as it is: it can not be written (Permission denied)" in caplog.text
 
 
 # Several processes

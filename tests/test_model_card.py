@@ -10,7 +10,7 @@ from conftest import tiny_config, tiny_model
 from huggingface_hub import ModelCard
 
 from denseclip_hf.model_card import read_results, results_of_training, update_results, write_model_card
-from denseclip_hf.model_card_sections import environment
+from denseclip_hf.model_card_sections import environment, protocol_words
 
 
 RESULTS = {
@@ -55,9 +55,12 @@ def test_only_measured_numbers_are_in_the_model_index(directory):
     (result,) = entry["results"]
     assert entry["name"] == "my-model"
     assert result["task"]["type"] == "image-segmentation"
-    assert result["dataset"]["split"] == "val" and result["dataset"]["args"] == RESULTS["protocol"]
+    assert result["dataset"]["split"] == "val"
+    assert all(metric["args"] == RESULTS["protocol"] for metric in result["metrics"])
     assert {m["name"]: m["value"] for m in result["metrics"]} == {"mIoU": 0.4351, "aAcc": 0.8}
-    assert "| mIoU (%) | aAcc (%) |" in card.text and "| 43.51 | 80.00 |" in card.text and "7 images" in card.text
+    assert "| data | split | protocol | mIoU (%) | aAcc (%) |" in card.text
+    assert "| example | val | windows of 64 x 64, step ? x ? | 43.51 | 80.00 |" in card.text
+    assert "<summary>Per class: example, val, 7 images, windows of 64 x 64, step ? x ?</summary>" in card.text
     assert "| class 0 | 50.00 | 60.00 |" in card.text and "| class 2 | 25.00 | – |" in card.text
     assert "class 1 | –" not in card.text and "nan" not in card.text.lower()
 
@@ -69,7 +72,46 @@ def test_measuring_again_replaces_and_measuring_elsewhere_adds(directory):
     (entry,) = ModelCard(path.read_text()).data.to_dict()["model-index"]
     found = {r["dataset"]["split"]: {m["name"]: m["value"] for m in r["metrics"]} for r in entry["results"]}
     assert found == {"val": {"mIoU": 0.5, "aAcc": 0.9}, "test": {"mIoU": 0.4351, "aAcc": 0.8}}
-    assert path.read_text().count("## Results") == 1
+    text = path.read_text()
+    assert text.count("## Results") == 1 and text.count("Per class") == 1
+    assert "| 50.00 | 90.00 |" in text and "| example | test |" in text
+
+
+def test_every_protocol_has_a_line(directory):
+    update_results(directory, RESULTS)
+    protocol = {"inference_mode": "whole", "crop_size": None, "scales": [0.5, 1.0], "flip": True, "dtype": "float32"}
+    results = {**RESULTS, "protocol": protocol, "metrics": {"mean_iou": 0.6, "mean_accuracy": 0.7}}
+    update_results(directory, results)
+    path = update_results(directory, {**results, "protocol": {**protocol, "crop_size": None}})
+    card = ModelCard(path.read_text())
+    assert "| windows of 64 x 64, step ? x ? | 43.51 | – | 80.00 |" in card.text
+    assert card.text.count("| whole pictures, scales 0.5 1, flips, float32 | 60.00 | 70.00 | – |") == 1
+    (result,) = card.data.to_dict()["model-index"][0]["results"]
+    modes = [(metric["name"], metric["args"]["inference_mode"]) for metric in result["metrics"]]
+    assert sorted(modes) == [("aAcc", "slide"), ("mAcc", "whole"), ("mIoU", "slide"), ("mIoU", "whole")]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "words"),
+    [
+        ({"inference_mode": "whole", "scales": [1.0], "flip": False}, "whole pictures"),
+        ({"inference_mode": "slide", "crop_size": [3, 4], "stride": [1, 2]}, "windows of 3 x 4, step 1 x 2"),
+        ({"size": {"shortest_edge": 5, "longest_edge": 9}}, "short side 5, long side at most 9"),
+        ({"size": {"height": 5, "width": 9}, "own": True}, 'size {"height": 5, "width": 9}, own true'),
+        ({}, ""),
+    ],
+)
+def test_protocols_in_words(protocol, words):
+    assert protocol_words(protocol) == words
+
+
+def test_a_measurement_changes_the_results_alone(directory):
+    path = write_model_card(directory, base_model="openai/x", source="a friend", training={"Steps": 3})
+    before = path.read_text()
+    assert "| Started from | `openai/x` |" in before and "| Weights | a friend |" in before
+    after = update_results(directory, RESULTS).read_text()
+    results = re.search(r"\n<!-- generated: results -->.*?<!-- end of generated: results -->\n", after, re.DOTALL)
+    assert after.replace(results[0], "").split("---", 2)[2].rstrip() == before.split("---", 2)[2].rstrip()
 
 
 def test_writing_again_keeps_what_a_person_edited(directory):
@@ -109,6 +151,20 @@ def test_local_paths_stay_out_of_the_front_matter(directory, tmp_path):
     front = yaml.safe_load(path.read_text().split("---")[1])
     assert "base_model" not in front and "datasets" not in front
     assert "c\\|d" in path.read_text()
+
+
+def test_of_local_paths_only_the_last_part_is_told(directory, tmp_path):
+    for name in ("clip", "streets"):
+        (tmp_path / name).mkdir()
+    results = {**RESULTS, "dataset": str(tmp_path / "streets")}
+    path = write_model_card(
+        directory, base_model=str(tmp_path / "clip"), dataset=str(tmp_path / "streets"), results=results
+    )
+    text = path.read_text()
+    assert str(tmp_path) not in text and "| streets | val |" in text
+    assert "| Started from | `clip` (a local folder) |" in text and "| Data | `streets` (a local folder) |" in text
+    dataset = ModelCard(text).data.to_dict()["model-index"][0]["results"][0]["dataset"]
+    assert (dataset["name"], dataset["type"]) == ("streets", "streets")
 
 
 def test_results_of_training(kind):

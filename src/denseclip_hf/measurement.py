@@ -20,6 +20,7 @@ from .data_layouts import default_palette
 from .evaluation import evaluate_segmentation
 from .inference import colourise, comparison_picture, multi_scale_segmentation, overlay
 from .metrics import boundary_counts, confusion_matrix
+from .model_card import CARD, update_results
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .pictures import confusion_picture, indexed_picture
 from .reports import MatchedSamples, build_report, match_classes, nan_mean, save_report, scores_of_classes
@@ -63,11 +64,15 @@ class EvaluationArguments:
     save_predictions: bool = field(default=False, metadata={"help": "Write predictions as indexed PNG."})
     worst: int = field(default=0, metadata={"help": "Draw so many images with the lowest mean IoU."})
     confusion_matrix: bool = field(default=False, metadata={"help": "Draw the confusion matrix."})
+    update_card: bool = field(
+        default=True,
+        metadata={"help": "Add the result to the card of a model in a local folder (not with --max_images)."},
+    )
 
 
 def measure(args: EvaluationArguments) -> dict[str, Any]:
     """
-    Evaluate as `args` say and write the results into `output_dir`.
+    Evaluate as `args` say and write the results into `output_dir` and the model's card.
 
     On several processes each picture is counted once; the main process writes `evaluation.json`, `evaluation.csv` and,
     as asked, `predictions/`, `worst.png`, `confusion_matrix.png`.
@@ -116,8 +121,21 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     if accelerator.is_main_process:
         save_report(report, Path(args.output_dir))
         collector.draw(Path(args.output_dir), scores["confusion_matrix"], worst)
+        _add_to_card(args, report)
     accelerator.wait_for_everyone()
     return report
+
+
+def _add_to_card(args: EvaluationArguments, report: dict[str, Any]) -> None:
+    """Put a measurement of the whole split into the card of a local model that has one."""
+    card = Path(args.model) / CARD
+    if not args.update_card or args.max_images is not None or not card.is_file():
+        return
+    try:
+        update_results(args.model, report)
+        logger.info("The result is in the model's card %s.", card)
+    except OSError as error:
+        logger.warning("The model's card %s stays as it is: it can not be written (%s).", card, error.strerror)
 
 
 def load_model(name: str, dtype: str = "auto"):

@@ -16,9 +16,20 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from .configuration_denseclip import DenseCLIPConfig
-from .model_card_sections import about, citation, classes, limits, results_tables, training_table, usage
+from .model_card_sections import (
+    about,
+    citation,
+    classes,
+    is_hub_name,
+    limits,
+    results_tables,
+    shown_name,
+    training_table,
+    usage,
+)
 
 
+CARD = "README.md"
 LIBRARY, PIPELINE = "transformers", "image-segmentation"
 TAGS = ["denseclip", "clip", "semantic-segmentation", "image-segmentation", "vision"]
 # Sections that are added to a card which lacks them; the others were taken out by somebody, and stay out.
@@ -65,10 +76,6 @@ def write_model_card(
     """
     model_dir = Path(model_dir)
     config = DenseCLIPConfig.from_pretrained(model_dir)
-    path = model_dir / "README.md"
-    old = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
-    data = _front_matter(old.data if old else ModelCardData(), license, base_model, dataset)
-    name = name or model_dir.resolve().name
     sections = {
         "about": about(config, _parameters(model_dir), source, base_model),
         "picture": f"![Prediction]({picture})" if picture else "",
@@ -79,21 +86,15 @@ def write_model_card(
         "limits": limits(config),
         "citation": citation(),
     }
-    if results is not None:
-        _check_results(results)
-        data.model_name = data.model_name or name
-        data.eval_results = _merged(data.eval_results, eval_results(results))
-        sections["results"] = results_tables(results)
-    body = _merge_body(old.text.lstrip("\n") if old else f"# {name}\n", sections, new=old is None)
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
-    return path
+    return _write(model_dir, sections, results, name, license, base_model, dataset)
 
 
 def update_results(model_dir: str | os.PathLike, results: Mapping[str, Any]) -> Path:
     """
     Put a measurement into the card of `model_dir`: its model-index and its table.
 
-    Results for other data, splits or protocols in the model-index stay; the same measurement is replaced.
+    Results for other data, splits or protocols stay in both; the same measurement is replaced. Per-class numbers are
+    this one's. Of a local folder of data only the name appears. Other sections stay as they are.
 
     Args:
         model_dir (`str` or `os.PathLike`): a saved model.
@@ -107,22 +108,49 @@ def update_results(model_dir: str | os.PathLike, results: Mapping[str, Any]) -> 
     Raises:
         ValueError: naming the key that is missing.
     """
-    return write_model_card(model_dir, results=results)
+    model_dir = Path(model_dir)
+    if not (model_dir / CARD).is_file():
+        return write_model_card(model_dir, results=results)
+    return _write(model_dir, {}, results)
+
+
+def _write(
+    model_dir: Path,
+    sections: dict[str, str],
+    results: Mapping[str, Any] | None,
+    name: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+) -> Path:
+    """The card of `model_dir` with new `sections` and `results`, and what it had before."""
+    path = model_dir / CARD
+    old = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
+    data = _front_matter(old.data if old else ModelCardData(), license, base_model, dataset)
+    name = name or model_dir.resolve().name
+    if results is not None:
+        _check_results(results)
+        data.model_name = data.model_name or name
+        data.eval_results = _merged(data.eval_results, eval_results(results))
+        sections["results"] = results_tables(results, data.eval_results)
+    body = _merge_body(old.text.lstrip("\n") if old else f"# {name}\n", sections, new=old is None)
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+    return path
 
 
 def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
     """The numbers of a measurement, as in [`update_results`], for the front matter's model-index."""
-    protocol = dict(results.get("protocol") or {})
+    protocol = {key: value for key, value in dict(results.get("protocol") or {}).items() if value is not None}
     return [
         EvalResult(
             task_type=PIPELINE,
             dataset_type=_slug(results["dataset"]),
-            dataset_name=str(results["dataset"]),
+            dataset_name=shown_name(results["dataset"]),
             dataset_split=str(results["split"]),
-            dataset_args=protocol or None,
             metric_type=metric_type,
             metric_name=name,
             metric_value=round(float(results["metrics"][key]), 4),
+            metric_args=protocol or None,  # not `dataset_args`, which only one measurement of a split can have
         )
         for key, (metric_type, name) in METRICS.items()
         if _is_number(results["metrics"].get(key))
@@ -152,7 +180,7 @@ def results_of_training(
         for index, name in config.id2label.items()
     }
     return {
-        "dataset": Path(dataset).name if Path(dataset).exists() else dataset,
+        "dataset": dataset,
         "split": split,
         "protocol": protocol,
         "metrics": {key: metrics[f"eval_{key}"] for key in METRICS if f"eval_{key}" in metrics},
@@ -170,11 +198,6 @@ def _front_matter(data: Any, license: str | None, base_model: str | None, datase
     if dataset and is_hub_name(dataset):
         data.datasets = data.datasets or [dataset]
     return data
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether `name` is written like a repository's on the Hub, and is no file or folder here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _merged(old: Sequence[EvalResult] | None, new: list[EvalResult]) -> list[EvalResult]:
@@ -217,7 +240,7 @@ def _parameters(model_dir: Path) -> int | None:
 
 
 def _slug(name: str) -> str:
-    return name if is_hub_name(name) else re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-") or "dataset"
+    return name if is_hub_name(name) else re.sub(r"[^a-z0-9]+", "-", shown_name(name).lower()).strip("-") or "dataset"
 
 
 def _is_number(value: Any) -> bool:

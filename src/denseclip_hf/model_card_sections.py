@@ -3,13 +3,17 @@
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
 
 
+METRIC_ORDER = ("mIoU", "mAcc", "aAcc")
 PACKAGES = ("denseclip_hf", "torch", "transformers", "accelerate", "datasets")
 
 
@@ -33,7 +37,7 @@ def about(config: Any, parameters: int | None, source: str | None, base_model: s
     if parameters:
         rows.append(("Parameters", f"{parameters / 1e6:.1f} M"))
     if base_model:
-        rows.append(("Started from", f"`{base_model}`"))
+        rows.append(("Started from", _origin(base_model)))
     if source:
         rows.append(("Weights", source))
     return (
@@ -90,34 +94,76 @@ def classes(config: Any) -> str:
 
 def training_table(training: Mapping[str, Any] | None, dataset: str | None) -> str:
     """Data and recipe."""
-    rows = [("Data", f"`{dataset}`")] if dataset else []
+    rows = [("Data", _origin(dataset))] if dataset else []
     rows += [(key, _cell(_plain(value))) for key, value in (training or {}).items() if value is not None]
     return f"## Training\n\n{_table(('', ''), rows)}"
 
 
-def results_tables(results: Mapping[str, Any]) -> str:
-    """Overall and per-class numbers, in per cent."""
-    names = {"mean_iou": "mIoU", "mean_accuracy": "mAcc", "overall_accuracy": "aAcc"}
-    measured = {name: results["metrics"].get(key) for key, name in names.items()}
-    overall = {name: text for name, value in measured.items() if (text := _percent(value))}
-    text = f"## Results\n\nMeasured on `{results['dataset']}`, split `{results['split']}`"
-    if results.get("num_images"):
-        text += f", {results['num_images']} images"
-    text += ".\n"
-    if results.get("protocol"):
-        text += (
-            "Protocol: " + ", ".join(f"{key} {_plain(value)}" for key, value in results["protocol"].items()) + ".\n"
-        )
-    text += "\n" + _table(tuple(f"{name} (%)" for name in overall), [tuple(overall.values())])
-    rows = [
+def results_tables(results: Mapping[str, Any], measured: Sequence[EvalResult]) -> str:
+    """
+    Every measurement in per cent, a line each, and the classes of the newest.
+
+    Args:
+        results (`Mapping[str, Any]`): the newest, see [`update_results`].
+        measured (`Sequence[EvalResult]`): all numbers of the model-index, the newest included.
+    """
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for result in measured:
+        protocol = protocol_words(result.metric_args or {})
+        key = (_cell(result.dataset_name), result.dataset_split or "", _cell(protocol))
+        lines.setdefault(key, {})[result.metric_name or result.metric_type] = _percent(result.metric_value) or "–"
+    named = {metric: None for line in lines.values() for metric in line}
+    metrics = [*(m for m in METRIC_ORDER if m in named), *(m for m in named if m not in METRIC_ORDER)]
+    head = ("data", "split", "protocol", *(f"{metric} (%)" for metric in metrics))
+    rows = [(*key, *(line.get(metric, "–") for metric in metrics)) for key, line in lines.items()]
+    text = f"## Results\n\n{_table(head, rows)}"
+    classes = [
         (_cell(name), _percent(values.get("iou")) or "–", _percent(values.get("accuracy")) or "–")
         for name, values in (results.get("per_category") or {}).items()
         if _percent(values.get("iou")) or _percent(values.get("accuracy"))
     ]
-    if rows:
-        table = _table(("class", "IoU (%)", "accuracy (%)"), rows)
-        text += f"\n\n<details><summary>Per class</summary>\n\n{table}\n\n</details>"
+    if classes:
+        images = f", {results['num_images']} images" if results.get("num_images") else ""
+        of = f"{shown_name(results['dataset'])}, {results['split']}{images}, "
+        of += protocol_words(results.get("protocol") or {})
+        table = _table(("class", "IoU (%)", "accuracy (%)"), classes)
+        text += f"\n\n<details><summary>Per class: {of.rstrip(', ')}</summary>\n\n{table}\n\n</details>"
     return text
+
+
+def protocol_words(protocol: Mapping[str, Any]) -> str:
+    """A protocol as `scripts/evaluate.py` writes it, in words."""
+    rest = {key: value for key, value in protocol.items() if value is not None}
+    words = []
+    if rest.pop("inference_mode", None) == "slide":
+        height, width = rest.pop("crop_size", ("?", "?"))
+        down, right = rest.pop("stride", ("?", "?"))
+        words.append(f"windows of {height} x {width}, step {down} x {right}")
+    elif "inference_mode" in protocol:
+        words.append("whole pictures")
+    if (scales := rest.pop("scales", [1.0])) != [1.0]:
+        words.append(f"scales {' '.join(f'{scale:g}' for scale in scales)}")
+    words += ["flips"] if rest.pop("flip", False) else []
+    if isinstance(size := rest.get("size"), Mapping) and "shortest_edge" in size:
+        del rest["size"]
+        longest = f", long side at most {size['longest_edge']}" if size.get("longest_edge") else ""
+        words.append(f"short side {size['shortest_edge']}{longest}")
+    words += [str(rest.pop("dtype"))] if "dtype" in rest else []
+    return ", ".join(words + [f"{key} {_plain(value)}" for key, value in rest.items()])
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` is written like a repository's on the Hub, and is no file or folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None and not Path(name).exists()
+
+
+def shown_name(name: str) -> str:
+    """What others are told of a Hub name (all of it) or a local path (its last part)."""
+    return str(name) if is_hub_name(name) else Path(name).resolve().name or "data"
+
+
+def _origin(name: str) -> str:
+    return f"`{shown_name(name)}`" + (" (a local folder)" if Path(name).exists() else "")
 
 
 def limits(config: Any) -> str:
@@ -181,4 +227,16 @@ def _plain(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list, tuple, bool)) else str(value)
 
 
-__all__ = ["about", "citation", "classes", "environment", "limits", "results_tables", "training_table", "usage"]
+__all__ = [
+    "about",
+    "citation",
+    "classes",
+    "environment",
+    "is_hub_name",
+    "limits",
+    "protocol_words",
+    "results_tables",
+    "shown_name",
+    "training_table",
+    "usage",
+]

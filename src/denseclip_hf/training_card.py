@@ -41,6 +41,7 @@ def write_training_card(model_args: Any, data_args: Any, args: Any, data: Any, m
         split = data_args.validation_split or "validation"
         results = results_of_training(metrics, model.config, data_args.dataset, split, processor.size)
         results["num_images"] = len(data.validation)
+        results["protocol"]["dtype"] = precision(args)
         draw_example(model, processor, data.validation[0]["image"]).save(folder / PICTURE)
     return write_model_card(
         folder,
@@ -64,10 +65,15 @@ def training_summary(data_args: Any, args: Any) -> dict[str, Any]:
         "Schedule": f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, "
         f"{args.warmup_steps:g} warm-up steps",
         "Crops": f"{data_args.crop_size} x {data_args.crop_size} pixels",
-        "Precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "Precision": precision(args),
         "Seed": args.seed,
         **environment(),
     }
+
+
+def precision(args: Any) -> str:
+    """What a run's matrices are multiplied in."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
 
 @torch.no_grad()
