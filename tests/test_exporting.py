@@ -14,7 +14,7 @@ from conftest import tiny_model
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation
 
-from denseclip_hf import DenseCLIPImageProcessor
+from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
 from denseclip_hf.example_clip import make_example_tokenizer
 from denseclip_hf.exporting import check_export, export, run_exported
 
@@ -106,6 +106,23 @@ def test_failures_leave_nothing(directory, tmp_path, capsys, monkeypatch):
     assert script()([str(directory), str(tmp_path / "out")]) == 1
     assert "pip install 'denseclip_hf[export]'" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_leaves_nothing(directory, tmp_path, capsys, monkeypatch):
+    def fail_half_way(self, folder, **_):
+        (Path(folder) / "config.json").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DenseCLIPForSemanticSegmentation, "save_pretrained", fail_half_way)
+    assert script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"]) == 1
+    assert "frozen could not be written (No space left on device); nothing is left of it" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_card_of_a_frozen_model_names_no_path(directory, tmp_path):
+    script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
+    card = (tmp_path / "frozen" / "README.md").read_text()
+    assert "# frozen" in card and "`model`, its classes frozen" in card and str(tmp_path) not in card
 
 
 def test_unknown_format(tmp_path):

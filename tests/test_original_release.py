@@ -4,9 +4,12 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import OrderedDict
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -261,12 +264,30 @@ def test_a_real_full_disk_leaves_nothing(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["released.pth", "words"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_directory_without_write_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="Permission denied"), new_directory(tmp_path / "model"):
+@contextmanager
+def locked_directory(mode):
+    """A directory that this process, no longer root's if it was, may not write to."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(mode)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read-only", "closed"])
+def test_directory_without_write_permission(mode):
+    with (
+        locked_directory(mode) as folder,
+        pytest.raises(OutputError, match="model could not be written .Permission denied.; nothing is left"),
+        new_directory(folder / "model"),
+    ):
         pass
-    tmp_path.chmod(0o700)
 
 
 def test_an_unwritable_place_is_refused():

@@ -205,15 +205,17 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         OutputError: if `target` is taken, or can't be written (permissions, a full disk).
     """
     target = Path(target).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{target} already exists: remove it or choose another name.")
     partial: Path | None = None
     try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise OutputError(f"{target} already exists: remove it or choose another name.")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield partial
         partial.chmod(0o777 & ~_umask())
         os.replace(partial, target)
+    except OutputError:
+        raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"{target} could not be written ({reason}); nothing is left of it.") from error
