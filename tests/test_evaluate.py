@@ -202,7 +202,7 @@ def test_the_card_names_every_protocol_once(arguments, with_card, tmp_path):
         "windows of 48 x 48, step 32 x 32",
         "whole pictures, scales 0.75 1.25, flips",
     ):
-        assert text.count(f"| data | validation | {words}") == 1, words
+        assert text.count(f"| {tmp_path.name} data | validation | {words}") == 1, words
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     protocol = {key: value for key, value in report["protocol"].items() if value is not None}
     written = {result.metric_name: result.metric_value for result in results if result.metric_args == protocol}

@@ -10,7 +10,7 @@ from conftest import tiny_config, tiny_model
 from huggingface_hub import ModelCard
 
 from denseclip_hf.model_card import read_results, results_of_training, update_results, write_model_card
-from denseclip_hf.model_card_sections import environment, protocol_words
+from denseclip_hf.model_card_sections import environment, protocol_words, shown_name
 
 
 RESULTS = {
@@ -137,6 +137,19 @@ def test_a_readme_without_front_matter_is_kept(directory):
     card = ModelCard(update_results(directory, RESULTS).read_text())
     assert card.text.lstrip().startswith("# Mine\n\nAll mine.\n") and "| 43.51 |" in card.text
     assert card.data.pipeline_tag == "image-segmentation" and "## How to use" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("someone/streets", "someone/streets"),
+        ("/data/of/mine/streets", "streets"),
+        ("/data/of/streets/data", "streets data"),
+        ("scene_parse_150", "scene_parse_150"),
+    ],
+)
+def test_names_that_others_are_told(name, shown):
+    assert shown_name(name) == shown
 
 
 @pytest.mark.parametrize("key", ["dataset", "split", "metrics"])

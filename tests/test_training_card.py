@@ -32,5 +32,6 @@ def test_training_writes_the_card(folder, tmp_path):
     assert values["mIoU"] == round(metrics["eval_mean_iou"], 4) and entry["name"] == "streets"
     assert "| Steps | 2 |" in card.text and "| Batch size | 2 |" in card.text and "torch 2" in card.text
     assert "base_model" not in card.data.to_dict() and "datasets" not in card.data.to_dict()
+    assert "| Weights | trained from random ones, nothing pretrained |" in card.text and str(tmp_path) not in card.text
     assert "![Prediction](example.png)" in card.text
     assert Image.open(tmp_path / "streets" / "example.png").width == 80

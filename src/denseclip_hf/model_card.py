@@ -58,7 +58,7 @@ def write_model_card(
 
     Args:
         model_dir (`str` or `os.PathLike`): a saved model; its config, and how many weights there are, are read.
-        name (`str`, *optional*): title of a new card, by default the directory's name.
+        name (`str`, *optional*): title of a new card, by default made of the directory's.
         source (`str`, *optional*): where the weights come from, in words.
         license (`str`, *optional*): the Hub's identifier; "unknown" in a new card unless given.
         base_model (`str`, *optional*): CLIP it started from; in the front matter if it is a name on the Hub.
@@ -127,7 +127,7 @@ def _write(
     path = model_dir / CARD
     old = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
     data = _front_matter(old.data if old else ModelCardData(), license, base_model, dataset)
-    name = name or model_dir.resolve().name
+    name = name or shown_name(str(model_dir.resolve()))
     if results is not None:
         _check_results(results)
         data.model_name = data.model_name or name

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import EvalResult
 
 
+PLAIN_NAMES = ("", "data", "dataset", "model", "output")
 METRIC_ORDER = ("mIoU", "mAcc", "aAcc")
 PACKAGES = ("denseclip_hf", "torch", "transformers", "accelerate", "datasets")
 
@@ -158,8 +159,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def shown_name(name: str) -> str:
-    """What others are told of a Hub name (all of it) or a local path (its last part)."""
-    return str(name) if is_hub_name(name) else Path(name).resolve().name or "data"
+    """What others are told of a Hub name (all of it) or a local path (its last part, or two if that says little)."""
+    if is_hub_name(name):
+        return str(name)
+    path = Path(name).resolve()
+    return f"{path.parent.name} {path.name}".strip() if path.name in PLAIN_NAMES else path.name
 
 
 def _origin(name: str) -> str:
@@ -173,9 +177,10 @@ def limits(config: Any) -> str:
 - It knows the {config.num_labels} classes above; whatever else is in a picture gets one of them.
 - It was trained on pictures of one data set, at one resolution: other cameras, weather, regions or sizes of things can
   be much worse than the numbers suggest, and rare classes are worse than common ones.
-- CLIP was trained on pictures and captions from the internet and carries their biases, about people above all. Look at
-  its results on your own data before you let anything depend on it; do not use it to identify people or judge them.
-- The licences of CLIP's weights and of the training data apply beside this model's own."""
+- Pretrained CLIPs have learnt from pictures and captions of the internet; what starts from one carries their biases,
+  about people above all. Look at its results on your own data before you let anything depend on it; do not use it to
+  identify people or judge them.
+- The licences of the weights it started from and of the training data apply beside this model's own."""
 
 
 def citation() -> str:

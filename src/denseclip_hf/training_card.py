@@ -33,7 +33,7 @@ def write_training_card(model_args: Any, data_args: Any, args: Any, data: Any, m
         `Path` of the card.
     """
     folder = Path(args.output_dir)
-    start = model_args.model or (None if model_args.clip_config != "{}" else model_args.clip)
+    from_nothing = model_args.model is None and model_args.clip_config != "{}"
     results = None
     if metrics:
         model = DenseCLIPForSemanticSegmentation.from_pretrained(folder).eval()
@@ -45,7 +45,8 @@ def write_training_card(model_args: Any, data_args: Any, args: Any, data: Any, m
         draw_example(model, processor, data.validation[0]["image"]).save(folder / PICTURE)
     return write_model_card(
         folder,
-        base_model=start,
+        base_model=None if from_nothing else model_args.model or model_args.clip,
+        source="trained from random ones, nothing pretrained" if from_nothing else None,
         dataset=data_args.dataset,
         training=training_summary(data_args, args),
         results=results,
