@@ -371,7 +371,7 @@ def test_pictures_that_are_refused(tmp_path, make, words):
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (30, 30)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="bomb.png has more pixels than Pillow decodes"):
+    with pytest.raises(ValueError, match="bomb.png has more pixels than are decoded"):
         read_image(tmp_path / "bomb.png")
 
 

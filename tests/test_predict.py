@@ -246,7 +246,10 @@ class Handler(BaseHTTPRequestHandler):
         picture((40, 30)).save(stream, "PNG")
         self.send_response(404 if "missing" in self.path else 200)
         self.end_headers()
-        self.wfile.write(b"<html>not here</html>" if "missing" in self.path else stream.getvalue())
+        self.wfile.write(b"<html>no picture</html>" if ".html" in self.path else stream.getvalue())
+        for _ in range(40 if "endless" in self.path else 0):
+            self.wfile.write(b"0" * 1000)
+            time.sleep(0.05)
 
     def log_message(self, *args):
         pass
@@ -264,12 +267,24 @@ def server(monkeypatch):
 
 @pytest.mark.parametrize(
     ("path", "sentence"),
-    [("photo.png", None), ("missing.png", "gives no picture"), ("slow.png", "can not be fetched")],
+    [
+        ("photo.png", None),
+        ("missing.png", "can not be fetched (Not Found)"),
+        ("page.html", "cannot be read as a picture"),
+        ("slow.png", "can not be fetched (timed out)"),
+        ("endless.png", "can not be fetched (it takes longer than 0.5 seconds)"),
+    ],
 )
 def test_addresses(server, tmp_path, path, sentence):
     sources, _ = find_sources([f"{server}/{path}"])
     summary = predict_sources(segmenter(), sources, tmp_path, timeout=0.5, progress=False)
     assert summary.done == (sentence is None) and all(sentence in problem for problem in summary.problems)
+
+
+def test_downloads_are_bounded(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("denseclip_hf.prediction_inputs.MAX_DOWNLOAD", 10)
+    summary = predict_sources(segmenter(), find_sources([f"{server}/photo.png"])[0], tmp_path, progress=False)
+    assert "more than 0 MiB" in summary.problems[0]
 
 
 def test_an_address_without_server_is_one_sentence(tmp_path):

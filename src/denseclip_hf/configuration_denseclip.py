@@ -15,6 +15,8 @@ _BASE_OPTIONS = {
     "quantization_config", "is_composition", "use_cache", "custom_pipelines",
 }  # fmt: skip
 
+MAX_LAYERS, MAX_SIZE = 1000, 2**24
+
 
 def refuse_unknown_options(config: PreTrainedConfig, options: dict[str, Any]) -> None:
     """Raise `ValueError` for the first of `options` that is neither a field of `config` nor known to transformers."""
@@ -236,6 +238,7 @@ class DenseCLIPConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         refuse_unknown_options(self, kwargs)
+        _refuse_absurd("num_labels", kwargs.get("num_labels"))
         if self.clip_config is None:
             self.clip_config = PRESETS["denseclip-vit-b16"]["clip_config"]
         if isinstance(self.clip_config, dict):
@@ -308,6 +311,11 @@ class DenseCLIPConfig(PreTrainedConfig):
 
     def _check_architecture(self) -> None:
         vision = self.clip_config.vision_config
+        for part in (self, self.clip_config, self.clip_config.text_config, vision):
+            for name, value in vars(part).items():
+                _refuse_absurd(name, value)
+        _refuse_absurd("depth", sum(vision.depths) if self.has_resnet else 0)
+        _refuse_absurd("image_size", (self.image_size // max(self.embedding_stride, 1)) ** 2)
         if not 0 <= self.score_map_level <= 3:
             raise ValueError(
                 f"`score_map_level` must be 0 (stride 4), 1, 2 or 3 (stride 32), got {self.score_map_level}."
@@ -381,6 +389,13 @@ def clip_config_class(clip_config: dict[str, Any]) -> type[CLIPConfig]:
     vision_type = vision.get("model_type") if isinstance(vision, dict) else getattr(vision, "model_type", None)
     is_resnet = "clip_resnet" in (clip_config.get("model_type"), (vision_type or "").removesuffix("_vision_model"))
     return CLIPResNetConfig if is_resnet else CLIPConfig
+
+
+def _refuse_absurd(name: str, value: Any) -> None:
+    """Raise `ValueError` for a size that would exhaust memory: configs come from strangers too."""
+    most = MAX_LAYERS if name.endswith("layers") or name == "depth" else MAX_SIZE
+    if isinstance(value, int) and value > most:
+        raise ValueError(f"`{name}` makes {value}, more than any model has (at most {most}).")
 
 
 def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:

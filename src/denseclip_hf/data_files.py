@@ -1,6 +1,6 @@
 """Reading one picture and its mask from files or bytes: converted where that loses nothing, refused otherwise."""
 
-import struct
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -9,15 +9,28 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .transforms import reduce_labels
 
 
 NAMELESS = "a sample without a file name"
 EXIF_ORIENTATION = 0x0112
-# What Pillow raises for files that are broken in one way or another.
-BROKEN_FILE = (OSError, SyntaxError, EOFError, struct.error, ValueError)
+# What turns a picture of that EXIF orientation upright. (ImageOps.exif_transpose writes all tags anew, which fails for
+# damaged ones.)
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Formats with pixels in them. Pillow knows others, some of which start programs (EPS runs Ghostscript).
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# Where a stream's files may be: a data set chooses its addresses, and fsspec knows some that log in or run templates.
+PROTOCOLS = {"hf", "http", "https", "file", "s3", "gs", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"}
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -27,6 +40,14 @@ def name_of(source: Any) -> str:
         return str(source)
     path = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", None)
     return str(path) if path else NAMELESS
+
+
+def file_stem(name: str) -> str:
+    """What to call new files about the picture at a path or address: of at most 200 bytes, and no path itself."""
+    stem = re.split(r"[/\\]", name)[-1]
+    stem = stem[: stem.rfind(".")] if "." in stem[1:] else stem
+    stem = re.sub(r'[\x00-\x1f\x7f<>:"|?*\ud800-\udfff]', "_", stem)
+    return stem.encode()[:200].decode(errors="ignore").strip(" .")
 
 
 def _open(source: Any) -> Image.Image:
@@ -40,23 +61,31 @@ def _open(source: Any) -> Image.Image:
         content = source["bytes"]
         if content is None:
             content = _content(name)
-        image = Image.open(BytesIO(content))
+        image = Image.open(BytesIO(content), formats=_formats())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} is missing; restore the file or remove the sample.") from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{name} has more pixels than Pillow decodes ({error}); shrink it together with its mask, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
+            f"{name} has more pixels than are decoded ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if "
+            "you trust the file."
         ) from error
-    except BROKEN_FILE as error:
+    except Exception as error:  # a damaged file fails in any of many ways
         raise _broken(name, error) from error
     image.filename = name  # type: ignore[attr-defined]
     return image
 
 
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _content(path: str) -> bytes:
     """A file read whole, so that no handle stays open however many samples are held."""
     if "://" in path:  # what a stream gives: on the Hub, or inside an archive
+        if unknown := {part.split("://")[0] for part in path.split("::") if "://" in part} - PROTOCOLS:
+            raise ValueError(f"{min(unknown)}:// is none of the kinds of address that are read")
         with fsspec.open(path, "rb") as file:
             return file.read()
     return Path(path).read_bytes()
@@ -69,7 +98,7 @@ def _broken(name: str, error: BaseException) -> ValueError:
 def _decode(image: Image.Image, name: str) -> None:
     try:
         image.load()
-    except BROKEN_FILE as error:
+    except Exception as error:
         raise _broken(name, error) from error
 
 
@@ -80,7 +109,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
-    except BROKEN_FILE:
+    except Exception:
         return 1
 
 
@@ -106,11 +135,14 @@ def read_image(source: Any, decode: bool = True) -> Image.Image:
     if image.mode == "RGB" and orientation == 1 and not decode:
         return image
     _decode(image, name)
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
     if image.mode in (*SIXTEEN_BIT_MODES, "F"):
         image = Image.fromarray(_eight_bit(np.asarray(image), name))
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    try:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:  # some colour spaces have no way to RGB
+        raise _broken(name, error) from error
     image.filename = name  # type: ignore[attr-defined]
     return image
 

@@ -99,7 +99,7 @@ def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
             value = json.loads(Path(value).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source}, which should hold the class names, does not exist.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} is not a JSON file ({error}); correct it.") from error
     if isinstance(value, Mapping) and "id2label" in value:
         names, options = value["id2label"], value
@@ -133,10 +133,12 @@ def _numbered(names: Any, source: str) -> dict[int, str]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{message}; {list(names)[:3]} are no ids.") from error
     if list(id2label) != list(range(len(names))):
-        missing = sorted(set(range(max(id2label) + 1)) - set(id2label))[:5]
+        missing = [i for i in range(len(names)) if i not in id2label][:5]
         raise ValueError(f"{message}; the ids {missing or list(id2label)[:5]} are missing, negative or double.")
     if not all(isinstance(name, str) and name.strip() for name in id2label.values()):
         raise ValueError(f"{message}; one is empty or no text.")
+    if any("\ud800" <= character <= "\udfff" for name in id2label.values() for character in name):
+        raise ValueError(f"{message}; one holds half a character (a lone surrogate), which no file can.")
     if len(set(id2label.values())) < len(id2label):
         double = next(name for name in id2label.values() if list(id2label.values()).count(name) > 1)
         raise ValueError(f"{message}; {double!r} stands there twice.")

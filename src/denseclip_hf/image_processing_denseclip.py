@@ -32,6 +32,8 @@ from .resizing_denseclip import fit_within, resize_argmax, resize_image, resize_
 logger = logging.get_logger(__name__)
 
 LABEL_PADDING = 255
+# Of a resized picture (1.5 GiB of float32): long and narrow ones would otherwise grow without bound.
+MAX_PIXELS = 2**27
 _MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 
@@ -274,12 +276,17 @@ class DenseCLIPImageProcessorPil(DenseCLIPImageProcessorBase, PilBackend):  # ty
 
 def _output_size(image: torch.Tensor, size: SizeDict) -> tuple[int, int]:
     if size.height and size.width:
-        return size.height, size.width
-    if size.shortest_edge:
-        return fit_within(image.shape[-2], image.shape[-1], size.shortest_edge, size.longest_edge)
-    raise ValueError(
-        f"size must have the keys shortest_edge and optionally longest_edge, or height and width, got {dict(size)}."
-    )
+        height, width = size.height, size.width
+    elif size.shortest_edge:
+        height, width = fit_within(image.shape[-2], image.shape[-1], size.shortest_edge, size.longest_edge)
+    else:
+        raise ValueError(
+            f"size must have the keys shortest_edge and optionally longest_edge, or height and width, got "
+            f"{dict(size)}."
+        )
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"The resized picture would have {height}×{width} pixels, above {MAX_PIXELS}: lower size.")
+    return height, width
 
 
 def _check_one_size(pictures: list[torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from .data import SegmentationData, load_segmentation_dataset
-from .data_files import NAMELESS, name_of
+from .data_files import NAMELESS, file_stem, name_of
 from .data_layouts import default_palette
 from .evaluation import evaluate_segmentation
 from .inference import colourise, comparison_picture, multi_scale_segmentation, overlay
@@ -147,15 +147,15 @@ def load_model(name: str, dtype: str = "auto"):
         dtype (`str`): a key of `DTYPES`; `auto` is what the weights were saved in.
 
     Raises:
-        OSError: with one sentence, if there is none.
+        OSError, ValueError: with one sentence, if there is none, or its files are broken.
     """
     try:
         model = DenseCLIPForSemanticSegmentation.from_pretrained(name, dtype=DTYPES[dtype])
         return model, AutoImageProcessor.from_pretrained(name)
-    except OSError as error:
+    except Exception as error:  # transformers fails in any of many ways on files that are no model
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if Path(name).is_dir():
-            raise
-        reason = str(error).splitlines()[0]
+            raise ValueError(f"the model {name} can not be loaded: {reason}") from error
         raise OSError(f"{name} is neither a folder here nor a model on the Hub that can be read: {reason}") from error
 
 
@@ -252,7 +252,7 @@ class _Collector:
                     heapq.heappop(self.worst)
         if self.args.save_predictions:
             name = name_of(self.samples.samples[index]["image"])
-            stem = "" if name == NAMELESS else f"_{Path(name.split('::')[0]).stem}"
+            stem = "" if name == NAMELESS else f"_{file_stem(name.split('::')[0])}"
             picture = indexed_picture(prediction.cpu().numpy(), self.palette)
             picture.save(self.folder / f"{index:06d}{stem}.png")
 

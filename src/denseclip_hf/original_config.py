@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 
+# Far above what a config needs, and far below what exhausts memory.
+MAX_VALUES = 10_000
+MAX_NUMBER = 1e15
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -41,8 +44,8 @@ def parse_original_config(text: str, source: str = "the config") -> dict[str, An
     """As [`read_original_config`], for a file's text (a checkpoint's `meta` has it); `_base_` stays a name."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{source} is no Python config file ({error}).") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{source} is no Python config file ({error or 'too deeply nested'}).") from error
     values: dict[str, Any] = {}
     for statement in tree.body:
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
@@ -50,7 +53,9 @@ def parse_original_config(text: str, source: str = "the config") -> dict[str, An
         name = statement.targets[0].id
         try:
             values[name] = _value(statement.value, values)
-        except _NotPlain as error:
+            if _size(values[name]) > MAX_VALUES:
+                raise _NotPlain(f"more than {MAX_VALUES} values")
+        except (_NotPlain, RecursionError, TypeError, ArithmeticError) as error:
             values.pop(name, None)
             if name in ("model", "_base_"):
                 raise ValueError(
@@ -58,6 +63,17 @@ def parse_original_config(text: str, source: str = "the config") -> dict[str, An
                     "(nothing is executed): write the values out."
                 ) from error
     return values
+
+
+def _size(value: Any, limit: int = MAX_VALUES) -> int:
+    """How many values there are in nested containers, counted to just above `limit`: names may repeat large ones."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    count = 1
+    for part in parts:
+        count += _size(part, limit - count)
+        if count > limit:
+            break
+    return count
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -72,8 +88,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path} is no Python config file: it is not text.") from error
     own = parse_original_config(text, str(path))
     bases = own.pop("_base_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, (list, tuple)) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"`_base_` of {path} must name config files, got {bases!r}.")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged |= _read(path.parent / base, (*seen, path.resolve()))
     return merge_options(merged, own)
 
@@ -108,7 +127,10 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
         left, right = _number(node.left, names), _number(node.right, names)
         if right == 0 and isinstance(node.op, (ast.Div, ast.FloorDiv)):
             raise _NotPlain(f"`{ast.unparse(node)}`")
-        return _OPERATORS[type(node.op)](left, right)
+        result = _OPERATORS[type(node.op)](left, right)
+        if abs(result) > MAX_NUMBER:
+            raise _NotPlain(f"`{ast.unparse(node)[:60]}`")
+        return result
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict" and not node.args:
         options = {str(keyword.arg): _value(keyword.value, names) for keyword in node.keywords if keyword.arg}
         if len(options) == len(node.keywords):

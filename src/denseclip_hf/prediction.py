@@ -199,8 +199,10 @@ def _save(folder: Path, name: str, results: Iterable[Named], overwrite: bool) ->
     """Write pictures; instead of overwriting any, return a sentence."""
     for kind, picture in results:
         file = folder / f"{name}_{kind}.png"
+        if overwrite:
+            file.unlink(missing_ok=True)  # a link there would be followed
         try:
-            with file.open("wb" if overwrite else "xb") as stream:
+            with file.open("xb") as stream:
                 picture.save(stream, format="PNG")
         except FileExistsError:
             return f"{file} is there already: choose another folder, or allow to overwrite it."

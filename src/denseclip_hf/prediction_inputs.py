@@ -3,22 +3,26 @@
 import glob
 import importlib
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from PIL import Image
-from transformers.image_utils import load_image
 
-from .data_files import BROKEN_FILE, read_image
+from .data_files import file_stem, read_image
 
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+# Most bytes that are fetched from an address.
+MAX_DOWNLOAD = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,14 @@ class Source:
 
     address: str
     name: str
+
+    @property
+    def shown(self) -> str:
+        """The address for messages: without the password or key that it may hold."""
+        if not _is_url(self.address):
+            return self.address
+        parts = urlsplit(self.address)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     @property
     def is_video(self) -> bool:
@@ -47,9 +59,9 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
     addresses: list[str] = []
     problems: list[str] = []
     for item in map(str, inputs):
-        if _is_url(item) or Path(item).is_file():
+        if _is_url(item) or os.path.isfile(item):
             found = [item]
-        elif Path(item).is_dir():
+        elif os.path.isdir(item):
             files = sorted(path for path in Path(item).iterdir() if path.suffix.lower() in PICTURES | VIDEOS)
             found = [str(path) for path in files if path.is_file()]
             if not found:
@@ -62,10 +74,10 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
     sources: list[Source] = []
     taken: set[str] = set()
     for address in dict.fromkeys(addresses):
-        stem = PurePosixPath(urlsplit(address).path).stem if _is_url(address) else Path(address).stem
-        name, number = stem or "picture", 2
+        stem = file_stem(urlsplit(address).path if _is_url(address) else address) or "picture"
+        name, number = stem, 2
         while name.casefold() in taken:
-            name, number = f"{stem or 'picture'}_{number}", number + 1
+            name, number = f"{stem}_{number}", number + 1
         taken.add(name.casefold())
         sources.append(Source(address, name))
     return sources, problems
@@ -81,21 +93,26 @@ def read_picture(source: Source, timeout: float = 20.0) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return load_image(source.address, timeout) if _is_url(source.address) else read_image(source.address)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels"
-            raise ValueError(f"{source.address} is refused because it has more than {limit}: shrink it.") from error
-        except BROKEN_FILE as error:
-            if _is_url(source.address):
-                raise ValueError(f"{source.address} gives no picture that can be read.") from error
-            raise
-        except Exception as error:
-            if not _is_url(source.address):
-                raise
-            # Of the client that transformers uses, which it may exchange.
-            reason = str(error) or type(error).__name__
-            raise OSError(f"{source.address} can not be fetched ({reason}).") from error
+        if not _is_url(source.address):
+            return read_image(source.address)
+        return read_image({"path": source.shown, "bytes": _fetched(source, timeout)})
+
+
+def _fetched(source: Source, timeout: float) -> bytes:
+    """What is at an address, within `timeout` seconds and `MAX_DOWNLOAD` bytes."""
+    content, end = bytearray(), time.monotonic() + timeout
+    try:
+        with urlopen(Request(source.address, headers={"User-Agent": "denseclip_hf"}), timeout=timeout) as response:
+            while block := response.read1(1 << 16):
+                content += block
+                if len(content) > MAX_DOWNLOAD:
+                    raise OSError(f"it has more than {MAX_DOWNLOAD >> 20} MiB")
+                if time.monotonic() > end:
+                    raise TimeoutError(f"it takes longer than {timeout:g} seconds")
+    except (OSError, ValueError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise OSError(f"{source.shown} can not be fetched ({reason}).") from error
+    return bytes(content)
 
 
 def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Iterator[tuple[str, Image.Image]]:
@@ -119,7 +136,10 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
 
 
 def _is_url(address: str) -> bool:
-    return address.startswith(("http://", "https://"))
+    try:
+        return urlsplit(address).scheme in ("http", "https")
+    except ValueError:
+        return False
 
 
 __all__ = ["Source", "find_sources", "read_frames", "read_picture"]

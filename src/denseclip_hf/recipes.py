@@ -1,5 +1,6 @@
 """From flags or a recipe file to data, model and trainer: what the scripts share."""
 
+import argparse
 import difflib
 import json
 import logging
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, HfArgumentParser, set_seed
@@ -25,6 +26,8 @@ from .transforms import AugmentedDataset, AugmentedStream, TrainTransform
 
 
 logger = logging.getLogger(__name__)
+
+MAX_RECIPE_BYTES = 100_000
 
 
 @dataclass
@@ -106,13 +109,35 @@ def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> 
         for name, value in read_recipe(argv.pop(0), known).items():
             both = isinstance(value, dict) and isinstance(recipe.get(name), dict)
             recipe[name] = {**recipe[name], **value} if both else value
-    # As strings, argparse converts values as it would flags; mappings are JSON there.
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    hints = {name: str(hint) for kind in types for name, hint in get_type_hints(kind).items()}
     for name, value in recipe.items():
-        if isinstance(value, dict):
-            parser.set_defaults(**{name: json.dumps(value)})
-        else:
-            parser.set_defaults(**{name: repr(value) if isinstance(value, float) else value})
+        if isinstance(value, list) and "list" not in hints[name]:
+            raise ValueError(f"the recipe gives `{name}` a list, but it takes one value.")
+        parser.set_defaults(**{name: _as_flag(actions[name], value)})
     return list(parser.parse_args_into_dataclasses(args=argv))
+
+
+def _as_flag(action: argparse.Action, value: Any) -> Any:
+    """A recipe's value as the default of `action`: a string, which argparse converts as it would a flag's."""
+    try:
+        if isinstance(value, list):
+            convert: Any = action.type or str
+            return [convert(str(item)) for item in value]
+        if isinstance(value, dict):
+            return json.dumps(value)
+        return value if value is None or (isinstance(value, bool) and action.type is not str) else str(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the recipe's value of `{action.dest}` can't be used: {error}.") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a few lines can stand for billions of values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("anchors and aliases (&, *) are not read")
+        return super().compose_node(parent, index)
 
 
 def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]:
@@ -120,15 +145,17 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"there is no recipe {file}.")
+    if file.stat().st_size > MAX_RECIPE_BYTES:
+        raise ValueError(f"the recipe {file} has more than {MAX_RECIPE_BYTES} bytes, which no recipe needs.")
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        recipe = yaml.load(file.read_text(encoding="utf-8"), _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must be a mapping from options to values.")
     for name in recipe:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(str(name), known, n=1)
             hint = f": did you mean `{close[0]}`?" if close else ", see `--help`."
             raise ValueError(f"the option `{name}` of the recipe {file} is unknown{hint}")
     return recipe
@@ -164,11 +191,12 @@ def load_data(args: DataArguments) -> SegmentationData:
 def load_model(args: ModelArguments, data: SegmentationData, crop_size: int):
     """Model and tokenizer of `args` for the classes of `data`."""
     palette = [list(colour) for colour in data.palette]
-    options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **json.loads(args.config)}
+    own = _options(args.config, "config")
+    options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **own}
     if args.model is not None:
         return _trained_model(args, data)
     clip: Any
-    if clip_config := json.loads(args.clip_config):
+    if clip_config := _options(args.clip_config, "clip_config"):
         tokenizer = _tokenizer_for(args, data)
         clip = _random_clip(clip_config, tokenizer)
     else:
@@ -179,10 +207,21 @@ def load_model(args: ModelArguments, data: SegmentationData, crop_size: int):
     return model, tokenizer
 
 
+def _options(text: str, name: str) -> dict[str, Any]:
+    """The options in a flag that is JSON."""
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{name}` is not valid JSON ({error}).") from error
+    if not isinstance(options, dict):
+        raise ValueError(f'`{name}` must be a JSON mapping of options, such as {{"gamma_init": 1.0}}, got {text}.')
+    return options
+
+
 def _trained_model(args: ModelArguments, data: SegmentationData):
     model = DenseCLIPForSemanticSegmentation.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    if json.loads(args.config):
+    if _options(args.config, "config"):
         raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")
     names = list(data.id2label.values())
     if names != list(dict(model.config.id2label or {}).values()):

@@ -215,7 +215,7 @@ class TrainTransform:
                 _, (_, _, width, height) = drafted
                 extent = (height, width)
             image.load()
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # a damaged file fails in any of many ways
             raise ValueError(f"{_name(image)} cannot be decoded ({error}); save it anew or remove it.") from error
         return resize_region(image if image.mode == "RGB" else image.convert("RGB"), new_size, box, extent)
 

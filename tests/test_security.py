@@ -1,0 +1,384 @@
+"""Files of strangers run no code, write nowhere else and exhaust no memory; secrets of the user appear nowhere."""
+
+import ast
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from PIL import Image
+from test_evaluate import save_data
+from test_predict import segmenter
+from test_recipes import KINDS, TINY_CLIP
+from test_recipes import TINY as TINY_OPTIONS
+from test_training import trainer_for, write_folder
+
+import denseclip_hf
+from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+from denseclip_hf.checkpoints import CheckpointError, read_checkpoint, state_dict_of
+from denseclip_hf.data import load_segmentation_dataset
+from denseclip_hf.data_files import file_stem, read_image
+from denseclip_hf.data_layouts import parse_classes
+from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.measurement import EvaluationArguments, load_model, measure
+from denseclip_hf.original_config import parse_original_config
+from denseclip_hf.prediction import predict_sources
+from denseclip_hf.prediction_inputs import Source, find_sources, read_picture
+from denseclip_hf.recipes import parse_arguments
+
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*Path(denseclip_hf.__file__).parent.glob("*.py"), *(ROOT / "scripts").glob("*.py")])
+SECRET = "hf_ThisTokenMustNotAppearAnywhere"
+
+
+# No code of others
+
+
+def unsafe_calls(tree):
+    """Calls that run what a file says, or unpack archives wherever they say."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        last = name.rpartition(".")[2]
+        if (
+            name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load")
+            or (name == "torch.load" and options.get("weights_only") != "True")
+            or name.startswith(("pickle.load", "pickle.Unpickler", "marshal.", "shelve.", "dill.", "joblib."))
+            or name in ("torch.jit.load", "yaml.full_load", "yaml.load_all", "shutil.unpack_archive")
+            or (name == "yaml.load" and [ast.unparse(argument) for argument in call.args[1:]] != ["_PlainLoader"])
+            or (last in ("extract", "extractall"))
+            or options.get("allow_pickle", "False") != "False"
+            or options.get("trust_remote_code", "False") != "False"
+            or options.get("shell", "False") != "False"
+        ):
+            yield f"line {call.lineno}: {ast.unparse(call)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_no_unsafe_call_stands_in_the_code(path):
+    assert not list(unsafe_calls(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["torch.load(f)", "pickle.loads(b)", "yaml.load(s, yaml.Loader)", "eval(s)", "a.extractall(d)", "run(c, shell=x)"],
+)
+def test_unsafe_calls_are_found(code):
+    assert list(unsafe_calls(ast.parse(code)))
+
+
+class Payload:
+    """Unpickled without care, it makes a directory."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """What a payload would make; it must not be there at the end."""
+    path = tmp_path / "the payload ran"
+    yield path
+    assert not path.exists()
+
+
+def test_the_payload_works(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, 2))], ids=["zip", "bare"]
+)
+def test_code_in_a_checkpoint_is_not_run(tmp_path, marker, write):
+    write({"meta": Payload(marker)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="asks for .*mkdir, and only tensors"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_code_in_a_model_directory_is_not_run(tmp_path, marker):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Payload(marker)}, folder / "pytorch_model.bin")
+    DenseCLIPImageProcessorPil().save_pretrained(folder)
+    with pytest.raises(ValueError, match="model .*can not be loaded"):
+        load_model(str(folder))
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(marker)))
+    with pytest.raises(ValueError, match="model .*can not be loaded"):
+        load_model(str(folder))
+
+
+def test_code_in_a_clip_directory_is_not_run(tmp_path, marker):
+    tiny_config().clip_config.save_pretrained(tmp_path / "clip")
+    torch.save({"x": Payload(marker)}, tmp_path / "clip" / "pytorch_model.bin")
+    with pytest.raises(Exception, match="."):  # transformers' own words
+        DenseCLIPForSemanticSegmentation.from_clip(str(tmp_path / "clip"), ["sky"], tokenizer=object())
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_code_in_a_checkpoint_to_resume_from_is_not_run(tmp_path, marker, file):
+    trainer_for(tmp_path / "run", save_strategy="steps", save_steps=2, evaluate=False).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    torch.save({"x": Payload(marker)}, checkpoint / file)
+    try:
+        trainer_for(tmp_path / "run", evaluate=False).train(resume_from_checkpoint=str(checkpoint))
+    except Exception as error:
+        assert file != "training_args.bin" and "mkdir" in str(error)
+    else:
+        assert file == "training_args.bin"  # which nothing reads
+
+
+def test_code_in_a_data_set_is_not_run(tmp_path, marker):
+    evil = pickle.dumps(Payload(marker))
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        for name in ("0.jpg", "0.pkl", "0.pyd", "0.npy"):
+            info = tarfile.TarInfo(name)
+            info.size = len(evil)
+            archive.addfile(info, io.BytesIO(evil))
+    (tmp_path / "train.pkl").write_bytes(evil)
+    with pytest.raises((ValueError, OSError)):
+        load_segmentation_dataset(tmp_path, classes=["sky"])
+
+
+def test_pictures_start_no_program(tmp_path, marker):
+    """Pillow would hand PostScript, whatever its file is called, to Ghostscript."""
+    (tmp_path / "x.jpg").write_text(f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({marker}) (w) file\n%%EOF\n")
+    with pytest.raises(ValueError, match="x.jpg cannot be read as a picture"):
+        read_image(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("address", ["reference://x::http://host/y.json", "sftp://host/x.png", "zip://x::ssh://h/y"])
+def test_a_data_set_chooses_no_odd_protocol(address):
+    with pytest.raises(ValueError, match="is none of the kinds of address"):
+        read_image({"path": address, "bytes": None})
+
+
+# No exhausted memory
+
+
+def png(width, height, data=b""):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(2**31 - 1, 2**31 - 1), (50_000, 50_000), (2**30, 1), (0, 5), (1, 0)])
+def test_absurd_dimensions_are_refused_before_a_pixel_is_made(tmp_path, size):
+    (tmp_path / "x.png").write_bytes(png(*size))
+    with pytest.raises(ValueError, match="x.png (has more pixels than are decoded|cannot be read as a picture)"):
+        read_image(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="x.png"):
+        read_picture(Source(str(tmp_path / "x.png"), "x"))
+
+
+def test_pictures_are_not_enlarged_without_bound():
+    processor = DenseCLIPImageProcessorPil(size={"shortest_edge": 512, "longest_edge": 10**9})
+    with pytest.raises(ValueError, match="would have 512×2560000 pixels"):
+        processor(Image.new("RGB", (5000, 1)))
+
+
+def test_many_aliases_in_a_recipe_are_refused(tmp_path):
+    lines = ["a0: &a0 [lol, lol]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
+    (tmp_path / "r.yaml").write_text("config:\n  " + "\n  ".join(lines))
+    with pytest.raises(ValueError, match="anchors and aliases"):
+        parse_arguments(KINDS, [str(tmp_path / "r.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a" * 200_000, "which no recipe needs"),
+        ("[" * 5000, "not valid YAML"),
+        ("1: 2", "option `1` of the recipe .* is unknown"),
+        ("2001-02-30: 2", "not valid YAML"),
+        ("\udcff", "not valid YAML"),
+        ("seed: [1, 2]", "gives `seed` a list, but it takes one value"),
+        ("config: {a: 2001-01-01}", "value of `config` can't be used"),
+    ],
+)
+def test_odd_recipes_are_refused(tmp_path, text, sentence):
+    (tmp_path / "r.yaml").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=sentence):
+        parse_arguments(KINDS, [str(tmp_path / "r.yaml")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a = 99\n" + "a = a * a\n" * 60 + "model = dict(x=a)", "a = [1]\n" + "a = [a, a]\n" * 60 + "model = dict(x=a)"]
+    + ["a = dict(b=1)\n" + "a = dict(b=a, c=a)\n" * 60 + "model = a", "model = " + "-" * 100_000 + "1"],
+)
+def test_configs_that_grow_are_refused(text):
+    with pytest.raises(ValueError, match="computes `model`|no Python config file"):
+        parse_original_config(text)
+
+
+def test_absurd_ids_in_classes_json_are_refused(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", str(10**12): "road"}}))
+    with pytest.raises(ValueError, match="must name the classes"):
+        parse_classes(tmp_path / "classes.json")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_labels": 10**9, "class_token_ids": None, "id2label": None},
+        {"context_decoder_num_layers": 10**9},
+        {"neck_hidden_size": 10**12},
+        {"clip_config": {"vision_config": {"image_size": 10**7, "patch_size": 16}}},
+        {"clip_config": {"text_config": {"num_hidden_layers": 10**8}}},
+    ],
+)
+def test_absurd_sizes_in_a_config_are_refused(options):
+    with pytest.raises(ValueError, match="more than any model has"):
+        DenseCLIPConfig(**options)
+
+
+def test_compressed_checkpoints_are_refused(tmp_path):
+    torch.save({"state_dict": {"x": torch.zeros(1000)}}, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as source, zipfile.ZipFile(tmp_path / "bomb.pth", "w", 8) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(CheckpointError, match="is refused: its data is compressed"):
+        read_checkpoint(tmp_path / "bomb.pth")
+
+
+def test_weights_that_are_larger_than_their_file_are_refused(tmp_path):
+    torch.save({"state_dict": {"x": torch.zeros(1).expand(10**9)}}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="no `state_dict` of tensors"):
+        state_dict_of(read_checkpoint(tmp_path / "x.pth"))
+
+
+# Nothing is written elsewhere
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("../../x.jpg", "x"),
+        ("..\\..\\x.jpg", "x"),
+        ("C:\\a\\x.jpg", "x"),
+        ("..", ""),
+        ("/", ""),
+        ("a\0b\n.png", "a_b_"),
+        ("x" * 300 + ".png", "x" * 200),
+        ("ü" * 200 + ".png", "ü" * 100),
+        ("not utf-8 \udcff.png", "not utf-8 _"),
+        ("sky at night.v2.tif", "sky at night.v2"),
+        (".hidden", "hidden"),
+    ],
+)
+def test_names_of_results_are_no_paths(name, stem):
+    assert file_stem(name) == stem
+
+
+def test_predictions_stay_in_their_folder(tmp_path):
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    for folder in ("a", "b", "c"):
+        (inputs / folder).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(inputs / folder / "x.png")
+    long = inputs / ("n" * 250 + ".png")
+    (inputs / "link.png").symlink_to(inputs / "a" / "x.png")
+    Image.new("RGB", (64, 64)).save(long)
+    odd = inputs / "..\\..\\y?.png"
+    Image.new("RGB", (64, 64)).save(odd)
+    out.mkdir()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (out / "x_mask.png").symlink_to(victim)
+    sources, _ = find_sources([inputs / "a" / ".." / "a" / "x.png", inputs / "b", inputs / "c", inputs])
+    summary = predict_sources(segmenter(), sources, out, overwrite=True, progress=False)
+    assert not summary.problems and summary.done == 6
+    assert victim.read_text() == "precious" and not (out / "x_mask.png").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "victim"}
+    expected = {"x", "x_2", "x_3", "link", "n" * 200, "y_"}
+    assert {path.name.removesuffix("_mask.png") for path in out.glob("*_mask.png")} == expected
+
+
+@pytest.mark.parametrize("path", ["../../../x.png", "/etc/x.png", "a\0b.png", "n" * 5000, "..", "zip://a/../b::c/d"])
+def test_evaluated_pictures_stay_in_their_folder(tmp_path, path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(tmp_path / "model")
+    stream, mask = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (64, 64)).save(stream, "PNG")
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(mask, "PNG")
+    rows = {
+        "image": [{"path": path, "bytes": stream.getvalue()}],
+        "mask": [{"path": path, "bytes": mask.getvalue()}],
+    }
+    features = datasets.Features({name: datasets.Image(decode=False) for name in rows})
+    splits = datasets.DatasetDict(validation=datasets.Dataset.from_dict(rows, features))
+    splits.save_to_disk(tmp_path / "data")
+    before = {str(file) for file in tmp_path.rglob("*")}
+    args = EvaluationArguments(
+        model=str(tmp_path / "model"), dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "out" / "deep"),
+        classes="class 0,class 1,class 2", save_predictions=True,
+    )  # fmt: skip
+    measure(args)
+    after = {str(file) for file in tmp_path.rglob("*")} - before
+    assert all(file.startswith(str(tmp_path / "out")) for file in after)
+    (prediction,) = (tmp_path / "out" / "deep" / "predictions").iterdir()
+    assert prediction.name.startswith("000000") and Image.open(prediction).size == (64, 64)
+
+
+# Secrets
+
+
+def files_with(secret, folder):
+    return [file for file in folder.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
+
+
+@pytest.mark.slow
+def test_tokens_appear_in_no_file_and_no_line(tmp_path):
+    data = write_folder(tmp_path / "data", 6)
+    recipe = {
+        "clip_config": TINY_CLIP, "config": TINY_OPTIONS, "dataset": str(data), "crop_size": 64, "scale_long": 128,
+        "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1, "use_cpu": True,
+        "output_dir": str(tmp_path / "run"), "report_to": "tensorboard", "logging_steps": 1, "log_level": "debug",
+    }  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    environment = {**os.environ, "HF_TOKEN": SECRET, "HUGGING_FACE_HUB_TOKEN": SECRET, "HF_HUB_OFFLINE": "1"}
+    output = tmp_path / "measured"
+    commands = [
+        ["train.py", tmp_path / "recipe.json", "--hub_token", SECRET],
+        ["evaluate.py", "--model", tmp_path / "run", "--dataset", data, "--output_dir", output],
+    ]
+    for command in commands:
+        result = subprocess.run(
+            [sys.executable, ROOT / "scripts" / command[0], *map(str, command[1:])],
+            capture_output=True, text=True, env=environment, check=True,
+        )  # fmt: skip
+        assert SECRET not in result.stdout + result.stderr
+    assert files_with(SECRET, tmp_path) == []
+    assert (output / "evaluation.json").exists() and (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+def test_passwords_in_addresses_are_not_shown(tmp_path):
+    sources, _ = find_sources([f"http://user:{SECRET}@127.0.0.1:9/x.png?token={SECRET}"])
+    summary = predict_sources(segmenter(), sources, tmp_path, timeout=0.5, progress=False)
+    assert "http://127.0.0.1:9/x.png can not be fetched" in summary.problems[0] and SECRET not in summary.problems[0]
+
+
+def test_paths_in_classes_json_are_names(tmp_path):
+    """Whatever a class is called, it is text: nothing is opened, and no file gets its name as a path."""
+    names = save_data(tmp_path / "data", names=["../../etc/passwd", "/etc/passwd", "file:///etc/passwd"])
+    data = load_segmentation_dataset(names)
+    assert list(data.id2label.values()) == ["../../etc/passwd", "/etc/passwd", "file:///etc/passwd"]
