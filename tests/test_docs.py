@@ -1,0 +1,137 @@
+"""The documentation is true: its commands and snippets run, its links and the names it mentions exist."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
+from denseclip_hf.data import load_segmentation_dataset
+from denseclip_hf.example import make_example_dataset
+from denseclip_hf.example_clip import make_example_clip
+from denseclip_hf.loading_denseclip import load_clip
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLIP = "openai/clip-vit-base-patch16"
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+
+
+def shorter(code, numbers):
+    """`code` with other numbers, each of which must be in it."""
+    for old, new in numbers.items():
+        assert old in code, f"{old} is no longer in\n{code}"
+        code = code.replace(old, new)
+    return code
+
+
+def run(command, folder):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with the scripts and recipes of a clone, in which nothing was made yet."""
+    for name in ("scripts", "configs", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """A CLIP, a small data set and an untrained model, as `make demo` would leave them."""
+    folder = tmp_path_factory.mktemp("example")
+    data, clip = make_example_dataset(folder / "data", 4, 2), make_example_clip(folder / "clip", "vit")
+    names = load_segmentation_dataset(data).id2label
+    sizes = {"neck_hidden_size": 16, "decode_head_hidden_size": 16}
+    _, tokenizer = load_clip(clip)
+    model = DenseCLIPForSemanticSegmentation.from_clip(clip, names, image_size=96, **sizes)
+    processor = DenseCLIPImageProcessor(size={"shortest_edge": 96, "longest_edge": 384})
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.mark.slow
+def test_tutorial(clone):
+    said = [run(["bash", "-euc", step], clone) for step in blocks("docs/tutorial.md", "bash")]
+    assert "No problems." in said[1] and "mean" in said[2]
+    assert "mean" in said[3] and "confusion" in said[3]
+    assert "Nothing was uploaded" in said[-1]
+
+
+@pytest.mark.slow
+def test_readme(clone, example):
+    shutil.copytree(example, clone / "outputs" / "demo")
+    shutil.copytree(example / "data", clone / "my_data")
+    shutil.copytree(example / "clip", clone / CLIP)  # in place of the Hub's
+    commands = [block for block in blocks("README.md", "") if block.startswith("python scripts/check_data.py")]
+    code = shorter(commands[0], {"--max_steps 2000": "--max_steps 1 --crop_size 96", "--bf16": ""})
+    run(["bash", "-euc", code], clone)
+    shutil.rmtree(clone / "outputs" / "mine")
+    code = "\n".join(blocks("README.md", "python"))  # one process, for speed
+    code = shorter(
+        code, {"max_steps=2000": "max_steps=1", "640": "96", ", bf16=True": ', image_size=96, report_to="none"'}
+    )
+    run([sys.executable, "-c", code], clone)
+
+
+@pytest.mark.slow
+def test_new_words(clone, example):
+    shutil.copytree(example / "model", clone / "path" / "to" / "model")
+    shutil.copy(example / "data" / "val" / "images" / "0000.jpg", clone / "photo.jpg")
+    (code,) = blocks("docs/new_words.md", "python")
+    run([sys.executable, "-c", code], clone)
+
+
+@pytest.mark.slow
+def test_extending(clone, example):
+    shutil.copytree(example / "data", clone / "my_data")
+    (code,) = blocks("docs/extending.md", "python")
+    run([sys.executable, "-c", code], clone)
+    (command,) = blocks("docs/extending.md", "bash")
+    assert "No problems." in run(["bash", "-euc", command], clone)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        file, _, anchor = target.partition("#")
+        found = page if not file else (page.parent / file)
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(), re.M)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, f"{page.name} links to {target}, but there are {anchors}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = (ROOT / "README.md").read_text()
+    assert not [page.name for page in PAGES[2:] if f"docs/{page.name}" not in linked]
+
+
+@pytest.mark.parametrize("page", ["method.md", "extending.md"])
+def test_names_in_the_text_are_in_the_code(page):
+    source = "\n".join(path.read_text() for path in (*ROOT.glob("src/*/*.py"), *ROOT.glob("tests/*.py")))
+    text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / page).read_text(), flags=re.M | re.S)
+    for quoted in set(re.findall(r"`([^`]+)`", text)):
+        if "NAME" in quoted:
+            continue
+        if re.fullmatch(r"[A-Za-z_][\w.]*\(?\)?", quoted) and not (ROOT / quoted).exists():
+            name = quoted.rstrip("()").removesuffix(".py").split(".")[-1]
+            known = re.search(rf"\b{name}\b", source) or list(ROOT.glob(f"src/*/{name}.py"))
+            assert known, f"{page} mentions {quoted}, which is nowhere"
+        elif "/" in quoted and re.fullmatch(r"[\w/.]+", quoted):
+            assert (ROOT / quoted).exists(), f"{page} mentions {quoted}, which is nowhere"
