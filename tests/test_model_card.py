@@ -132,6 +132,12 @@ def test_writing_again_keeps_what_a_person_edited(directory):
     assert write_model_card(directory).read_text() == before  # nothing new is known: nothing changes
 
 
+def test_what_it_started_from_stays_known(directory):
+    write_model_card(directory, base_model="openai/x", source="a friend")
+    text = write_model_card(directory, license="mit").read_text()
+    assert "| Started from | `openai/x` |" in text and "| Weights | a friend |" in text and "license: mit" in text
+
+
 def test_a_readme_without_front_matter_is_kept(directory):
     (directory / "README.md").write_text("# Mine\n\nAll mine.\n")
     card = ModelCard(update_results(directory, RESULTS).read_text())

@@ -76,8 +76,9 @@ def write_model_card(
     """
     model_dir = Path(model_dir)
     config = DenseCLIPConfig.from_pretrained(model_dir)
+    origin_is_known = bool(source or base_model) or not (model_dir / CARD).is_file()
     sections = {
-        "about": about(config, _parameters(model_dir), source, base_model),
+        "about": about(config, _parameters(model_dir), source, base_model) if origin_is_known else "",
         "picture": f"![Prediction]({picture})" if picture else "",
         "usage": usage(config),
         "results": "",
