@@ -29,8 +29,16 @@ def test_a_broken_off_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert not (tmp_path / ".writing").exists()
 
 
+def test_a_run_that_ended_before_it_trained_is_in_nobodys_way(tmp_path):
+    prepare_run(tmp_path, RECIPE)
+    other = {**RECIPE, "seed": 2}
+    assert prepare_run(tmp_path, other) is None
+    assert json.loads((tmp_path / "recipe.json").read_text()) == other
+
+
 def test_another_recipe_is_refused(tmp_path):
     prepare_run(tmp_path, RECIPE)
+    (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(ValueError, match="another recipe .seed 1 -> 2.: name a new output directory"):
         prepare_run(tmp_path, {**RECIPE, "seed": 2})
 

@@ -68,15 +68,14 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> str | 
         ) from error
     shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # a checkpoint that was broken off
     kept = folder / RECIPE_FILE
-    checkpoint = get_last_checkpoint(str(folder))
-    if not kept.exists():
-        if checkpoint or any(folder.iterdir()):
-            raise ValueError(
-                f"the output directory {folder} is not empty and holds no run of this program: name a new one, so "
-                "that nothing is overwritten."
-            )
+    if os.listdir(folder) in ([], [RECIPE_FILE]):  # new, or of a run that ended before it trained
         write_atomically(kept, json.dumps(recipe, indent=2) + "\n")
         return None
+    if not kept.exists():
+        raise ValueError(
+            f"the output directory {folder} is not empty and holds no run of this program: name a new one, so that "
+            "nothing is overwritten."
+        )
     before = json.loads(kept.read_text())
     if different := [name for name in recipe if before.get(name) != recipe[name]]:
         changes = ", ".join(f"{name} {before.get(name)!r} -> {recipe[name]!r}" for name in different[:5])
@@ -85,7 +84,7 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> str | 
         )
     if (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds a finished run of this recipe: name a new output directory to train again.")
-    if checkpoint:
+    if checkpoint := get_last_checkpoint(str(folder)):
         logger.info("Going on from %s.", checkpoint)
     return checkpoint
 
