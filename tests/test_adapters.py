@@ -168,6 +168,7 @@ def test_adapters_train_with_activation_checkpointing(base, way, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_adapted_models_learn(base, way, tmp_path):
     samples = pictures()

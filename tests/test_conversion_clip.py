@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
-from denseclip_hf.checkpoints import CheckpointError, read_torchscript
+from denseclip_hf.checkpoints import CheckpointError, OutputError, read_torchscript
 from denseclip_hf.conversion_clip import clip_config_from_weights, convert_clip
 from denseclip_hf.example_clip import make_example_tokenizer
 
@@ -148,6 +148,35 @@ def test_bad_checkpoints_are_refused(tmp_path, case):
     with pytest.raises(ValueError, match=message):
         convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no file"),
+        (b"", "is not a checkpoint"),
+        (b"<html>404 Not Found</html>", "is not a checkpoint: it begins with"),
+    ],
+    ids=["missing", "empty", "a web page"],
+)
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "RN50.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        convert_clip(tmp_path / "RN50.pt", tmp_path / "out", tokenizer())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def fail_half_way(self, directory, **_):
+        (Path(directory) / "tokenizer.json").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    _, path = write("vit", "state dict", tmp_path)
+    monkeypatch.setattr(type(tokenizer()), "save_pretrained", fail_half_way)
+    with pytest.raises(OutputError, match="out could not be written .No space left on device.; nothing is left"):
+        convert_clip(path, tmp_path / "out", tokenizer())
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_missing_key_is_named(tmp_path):
