@@ -139,6 +139,7 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Median of the rounds, in seconds."""
         return statistics.median(self.seconds)
 
     def ratio_to(self, other: "Timing") -> tuple[float, float, float]:

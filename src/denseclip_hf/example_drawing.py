@@ -140,9 +140,11 @@ class Pen:
     def box(
         self, x0: float, y0: float, x1: float, y1: float, colour: Colour, texture: str = "grain", amount=0.06
     ) -> None:
+        """An upright rectangle, corners in the coordinates of `polygon`."""
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour, texture, amount)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
+        """An ellipse by its centre and radii, as a polygon of 20 corners."""
         turns = np.linspace(0, 2 * np.pi, 20, endpoint=False)
         self.polygon([(x + rx * float(np.cos(t)), y + ry * float(np.sin(t))) for t in turns], colour)
 

@@ -42,6 +42,7 @@ class Source:
 
     @property
     def is_video(self) -> bool:
+        """Whether this is a file that is decoded frame by frame."""
         return not _is_url(self.address) and Path(self.address).suffix.lower() in VIDEOS
 
 

@@ -1,4 +1,4 @@
-"""Sliding-window inference as the published numbers were measured with (spec: overlapping logits are averaged)."""
+"""Sliding-window inference as the published numbers were measured with: overlapping logits are averaged."""
 
 from collections.abc import Callable
 
