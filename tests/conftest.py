@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from safetensors.torch import load_file
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
@@ -20,7 +20,8 @@ SOS, EOS = 98, 99
 # The suite tries few inputs, the same each time; `make fuzz` tries many new ones.
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("few", derandomize=True, max_examples=10, database=None, **QUIET)
-settings.register_profile("many", max_examples=int(os.environ.get("EXAMPLES", "1000")), print_blob=True, **QUIET)
+MANY = {"max_examples": int(os.environ.get("EXAMPLES", "1000")), "phases": [Phase.explicit, Phase.generate]}
+settings.register_profile("many", print_blob=True, **MANY, **QUIET)
 settings.load_profile("few")
 
 

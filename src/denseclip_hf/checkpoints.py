@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -42,6 +43,18 @@ class CheckpointError(ValueError):
 
 class OutputError(OSError):
     """A directory that could not be written; nothing of it is left. The message is one sentence."""
+
+
+@contextmanager
+def looking_into(subject: str) -> Iterator[None]:
+    """Turn what fails on data of an unexpected structure into a [`CheckpointError`] about `subject`."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{subject} has no {error.args[0] if error.args else 'such key'}.") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{subject} holds something of an unexpected type or shape ({reason}).") from error
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -268,6 +281,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 __all__ = [
     "CheckpointError",
     "OutputError",
+    "looking_into",
     "new_directory",
     "read_checkpoint",
     "read_torchscript",

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
+from .checkpoints import StateDict, looking_into
 from .configuration_denseclip import DenseCLIPConfig
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 
-
-StateDict = dict[str, torch.Tensor]
 
 # Pattern of an original key -> our key. `{}` stand for the groups in order; what is not a plain renaming is below.
 _TRANSFORMER_BLOCK = [
@@ -146,6 +145,7 @@ def rename(state_dict: StateDict, table: list[tuple[str, str]]) -> StateDict:
     return converted
 
 
+@looking_into("the checkpoint")
 def convert_original_state_dict(state_dict: StateDict, config: DenseCLIPConfig) -> StateDict:
     """
     The authors' `state_dict` with our keys; loads into the model of `config` with `strict=True`.
@@ -197,6 +197,7 @@ def _list(keys: list[str], most: int = 5) -> str:
     return ", ".join(keys[:most]) + more
 
 
+@looking_into("the original config")
 def config_from_original(
     model_kwargs: dict[str, Any], id2label: dict[int, str], class_token_ids: list[list[int]] | None
 ) -> DenseCLIPConfig:

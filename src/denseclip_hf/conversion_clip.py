@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .checkpoints import CheckpointError, StateDict, new_directory, read_checkpoint, state_dict_of
+from .checkpoints import CheckpointError, StateDict, looking_into, new_directory, read_checkpoint, state_dict_of
 from .configuration_denseclip import CLIPResNetConfig
 from .conversion import check_keys, clip_key_table, rename
 from .modeling_clip_resnet import CLIPResNetModel
@@ -80,6 +80,7 @@ def convert_clip(
     return model
 
 
+@looking_into("the checkpoint")
 def clip_config_from_weights(weights: StateDict, hidden_act: str = "quick_gelu") -> CLIPConfig:
     """
     A CLIP's config, as its weights' names and shapes tell it.
@@ -94,9 +95,10 @@ def clip_config_from_weights(weights: StateDict, hidden_act: str = "quick_gelu")
     Raises:
         CheckpointError: if they are not the weights of a CLIP.
     """
-    for key in ("visual.conv1.weight", "token_embedding.weight", "positional_embedding", "text_projection"):
-        if key not in weights:
-            raise CheckpointError(f"this is not a CLIP of OpenAI's architecture: it has no {key}.")
+    axes = {"visual.conv1.weight": 4, "token_embedding.weight": 2, "positional_embedding": 2, "text_projection": 2}
+    for key, count in axes.items():
+        if key not in weights or weights[key].dim() != count:
+            raise CheckpointError(f"this is not a CLIP of OpenAI's architecture: it has no {key} of {count} axes.")
     positions, width = weights["positional_embedding"].shape
     vocabulary, projection = len(weights["token_embedding.weight"]), weights["text_projection"].shape[1]
     text_config = {
@@ -120,6 +122,7 @@ def clip_config_from_weights(weights: StateDict, hidden_act: str = "quick_gelu")
     return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=projection)
 
 
+@looking_into("the checkpoint")
 def convert_clip_state_dict(weights: StateDict, config: Any) -> StateDict:
     """
     OpenAI's `weights` with transformers' keys, in float32; loads into the model of `config` with `strict=True`.
@@ -163,7 +166,7 @@ def _vit(weights: StateDict) -> dict[str, Any]:
 
 
 def _count(weights: StateDict, pattern: str) -> int:
-    return 1 + max((int(match[1]) for key in weights if (match := re.match(pattern, key))), default=-1)
+    return len({match[1] for key in weights if (match := re.match(pattern, key))})
 
 
 def _side(positions: torch.Tensor) -> int:

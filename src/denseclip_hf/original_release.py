@@ -13,7 +13,15 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.initialization import no_init_weights
 
-from .checkpoints import CheckpointError, StateDict, new_directory, read_checkpoint, sha256_of, state_dict_of
+from .checkpoints import (
+    CheckpointError,
+    StateDict,
+    looking_into,
+    new_directory,
+    read_checkpoint,
+    sha256_of,
+    state_dict_of,
+)
 from .configuration_denseclip import DenseCLIPConfig
 from .conversion import config_from_original, convert_original_state_dict
 from .data_layouts import ClassTable, ade20k_classes, parse_classes
@@ -74,7 +82,8 @@ def convert_release(
     """
     content = read_checkpoint(checkpoint)
     weights = state_dict_of(content, checkpoint)
-    meta = content.get("meta") or {}
+    meta = content.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
     model_kwargs = model_kwargs_from_weights(weights)
     if config_file is not None:
         model_kwargs = merge_options(model_kwargs, _model_of(read_original_config(config_file), str(config_file)))
@@ -84,9 +93,10 @@ def convert_release(
     table = class_table(weights, meta, classes)
     config: Any
     config, tokenizer = _config(model_kwargs, table, tokenizer)
+    converted = convert_original_state_dict(weights, config)  # compares shapes before anything of that size is made
     with no_init_weights():
         model = DenseCLIPForSemanticSegmentation(config)
-    model.load_state_dict(convert_original_state_dict(weights, config), strict=True)
+    model.load_state_dict(converted, strict=True)
     processor = DenseCLIPImageProcessorPil(
         size={"shortest_edge": config.crop_size[0], "longest_edge": LONGEST_EDGE},
         do_reduce_labels=bool(table.do_reduce_labels),
@@ -126,6 +136,7 @@ def _model_of(config: dict[str, Any], source: str) -> dict[str, Any]:
     return config["model"]
 
 
+@looking_into("the checkpoint's `meta`")
 def class_table(weights: StateDict, meta: dict[str, Any], classes: str | os.PathLike | None = None) -> ClassTable:
     """
     Names and colours of the classes: from the file `classes`, a checkpoint's `meta`, or ADE20K's.
@@ -153,6 +164,7 @@ def class_table(weights: StateDict, meta: dict[str, Any], classes: str | os.Path
     return table
 
 
+@looking_into("the checkpoint")
 def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
     """
     The original's model options, as far as names and shapes of the weights tell.
@@ -204,13 +216,13 @@ def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
 def _refuse_others(weights: StateDict) -> None:
     if any(key.startswith(("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")) for key in weights):
         raise CheckpointError("this is a detection checkpoint; only semantic segmentation models are converted.")
-    needed = ["decode_head.conv_seg.weight", "neck.lateral_convs.0.conv.weight", "backbone.conv1.weight"]
+    axes = {"decode_head.conv_seg.weight": 4, "neck.lateral_convs.0.conv.weight": 4, "backbone.conv1.weight": 4}
     if "gamma" in weights:
-        needed += ["contexts", "text_encoder.positional_embedding", "text_encoder.text_projection"]
-        needed += ["text_encoder.token_embedding.weight", "context_decoder.memory_proj.1.weight"]
-    for key in needed:
-        if key not in weights:
-            raise CheckpointError(f"this is not a DenseCLIP segmentation checkpoint: it has no {key}.")
+        axes |= {"contexts": 3, "text_encoder.positional_embedding": 2, "text_encoder.text_projection": 2}
+        axes |= {"text_encoder.token_embedding.weight": 2, "context_decoder.memory_proj.1.weight": 2}
+    for key, count in axes.items():
+        if key not in weights or weights[key].dim() != count:
+            raise CheckpointError(f"this is not a DenseCLIP segmentation checkpoint: it has no {key} of {count} axes.")
 
 
 def _vit_kwargs(weights: StateDict, guided: bool) -> dict[str, Any]:
@@ -254,7 +266,7 @@ def _score_map_level(weights: StateDict) -> int:
 
 
 def _count(weights: StateDict, pattern: str) -> int:
-    return 1 + max((int(match[1]) for key in weights if (match := re.match(pattern, key))), default=-1)
+    return len({match[1] for key in weights if (match := re.match(pattern, key))})
 
 
 def _side(positions: torch.Tensor) -> int:

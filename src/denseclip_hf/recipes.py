@@ -114,6 +114,8 @@ def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> 
     for name, value in recipe.items():
         if isinstance(value, list) and "list" not in hints[name]:
             raise ValueError(f"the recipe gives `{name}` a list, but it takes one value.")
+        if value is None and "None" not in hints[name]:
+            raise ValueError(f"the recipe gives `{name}` no value, but it needs one: leave it out for its default.")
         parser.set_defaults(**{name: _as_flag(actions[name], value)})
     return list(parser.parse_args_into_dataclasses(args=argv))
 

@@ -1,0 +1,408 @@
+"""Damaged and invented files end in a result or in a sentence (`ValueError`, `OSError`), never in anything else.
+
+`make fuzz EXAMPLES=1000` tries that many inputs per test; the suite itself a few.
+"""
+
+import io
+import json
+import resource
+import shutil
+import signal
+import struct
+import zlib
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_reference import reference_clip
+from conftest import tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save as safetensors_bytes
+from test_conversion_clip import FORMATS
+from test_conversion_clip import tokenizer as clip_tokenizer
+from test_original_release import release, tokenizer
+from test_recipes import CONFIGS, KINDS
+
+from denseclip_hf.checkpoints import read_checkpoint, state_dict_of
+from denseclip_hf.conversion import config_from_original
+from denseclip_hf.conversion_clip import convert_clip
+from denseclip_hf.data_files import SampleReader, read_image
+from denseclip_hf.data_layouts import parse_classes
+from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.measurement import load_model
+from denseclip_hf.original_config import parse_original_config
+from denseclip_hf.original_release import convert_release
+from denseclip_hf.recipes import parse_arguments
+
+
+SECONDS, BYTES = 60, 2 << 30  # of one input: far above what any needs
+PROCESSOR = DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 256})
+
+
+class Hangs(BaseException):
+    """Not an `Exception`, so that nothing catches it on its way."""
+
+
+@contextmanager
+def result_or_sentence():
+    """Lets `ValueError` and `OSError` with words pass, and nothing that hangs or fills the memory."""
+
+    def too_long(*_):
+        raise Hangs
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    old = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        assert str(error).strip(), repr(error)
+    except SystemExit as error:  # argparse, which has told why
+        assert error.code == 2
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < BYTES, f"it took {grown / 2**30:.1f} GiB"
+
+
+@st.composite
+def damaged(draw, files):
+    """One of `files` (bytes) after a few accidents."""
+    content = bytearray(draw(st.sampled_from(files)))
+    for _ in range(draw(st.integers(1, 6))):
+        start = draw(st.integers(0, max(len(content) - 1, 0)) | st.integers(0, min(len(content), 200)))
+        end = min(start + draw(st.integers(1, 40)), len(content))
+        accident = draw(st.sampled_from(["flip", "replace", "cut", "insert", "remove", "repeat", "extreme"]))
+        if accident == "flip" and content:
+            content[min(start, len(content) - 1)] ^= 1 << draw(st.integers(0, 7))
+        elif accident == "replace":
+            content[start:end] = draw(st.binary(max_size=40))
+        elif accident == "cut":
+            del content[start:]
+        elif accident == "insert":
+            content[start:start] = draw(st.binary(max_size=40))
+        elif accident == "remove":
+            del content[start:end]
+        elif accident == "repeat":
+            content[start:start] = content[start:end] * draw(st.integers(1, 50))
+        else:  # a number of the file format becomes a large, negative or zero one
+            number = draw(st.sampled_from([0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**31, 10**6]))
+            content[start : start + 4] = struct.pack(draw(st.sampled_from(["<I", ">I"])), number)
+    return bytes(content)
+
+
+# Values as JSON has them, with a taste for what configs hold
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def changed(draw, value):
+    """A JSON mapping with a few values, at any depth, taken out or replaced."""
+    value = json.loads(json.dumps(value))
+    for _ in range(draw(st.integers(1, 3))):
+        holder = value
+        while True:
+            keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(holder[key], (dict, list)) and holder[key] and draw(st.integers(0, 4)):
+                holder = holder[key]
+                continue
+            if draw(st.integers(0, 3)):
+                holder[key] = draw(JSON)
+            else:
+                del holder[key]
+            break
+    return value
+
+
+# Pictures and masks
+
+
+def _picture_files():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 52, 3)).astype(np.uint8)
+    picture, files = Image.fromarray(pixels), []
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    formats = [
+        ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "LA", {}), ("PNG", "1", {}), ("PNG", "I;16", {}),
+        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"progressive": True}),
+        ("TIFF", "RGB", {"exif": exif}), ("TIFF", "F", {}), ("TIFF", "CMYK", {"compression": "tiff_lzw"}),
+        ("TIFF", "LAB", {}), ("BMP", "RGB", {}), ("BMP", "P", {}), ("GIF", "P", {}), ("PPM", "RGB", {}),
+        ("WEBP", "RGB", {"exif": exif}), ("PNG", "RGBA", {"exif": exif}), ("MPO", "RGB", {}), ("AVIF", "RGB", {}),
+        ("JPEG2000", "RGB", {}),
+    ]  # fmt: skip
+    for format, mode, options in formats:
+        stream = io.BytesIO()
+        if mode == "LAB":
+            converted = Image.merge("LAB", picture.split())
+        elif mode == "I;16":
+            converted = Image.fromarray(pixels[..., 0].astype(np.uint16) * 250)
+        else:
+            converted = picture.convert(mode)
+        try:
+            converted.save(stream, format, **options)
+        except (KeyError, OSError):  # this Pillow was built without it
+            continue
+        files.append(stream.getvalue())
+    return files
+
+
+PICTURES = _picture_files()
+HEADERS = [
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff\xe0",
+    b"II*\0",
+    b"MM\0*",
+    b"BM",
+    b"GIF89a",
+    b"RIFF",
+    b"P6\n",
+    b"%!PS-Adobe",
+]
+
+
+@st.composite
+def invented_png(draw):
+    """A PNG whose checksums are right and whose contents are anything."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    sides = st.integers(0, 300) | st.sampled_from([2**15, 2**20, 2**31 - 1, 2**32 - 1])
+    header = struct.pack(">II", draw(sides), draw(sides)) + bytes(
+        draw(st.lists(st.integers(0, 16), min_size=5, max_size=5))
+    )
+    kinds = [
+        b"PLTE",
+        b"tRNS",
+        b"eXIf",
+        b"iCCP",
+        b"zTXt",
+        b"iTXt",
+        b"gAMA",
+        b"pHYs",
+        b"acTL",
+        b"fcTL",
+        b"fdAT",
+        b"sRGB",
+    ]
+    extra = b"".join(
+        chunk(kind, draw(st.binary(max_size=60))) for kind in draw(st.lists(st.sampled_from(kinds), max_size=4))
+    )
+    data = zlib.compress(draw(st.binary(max_size=400)) * draw(st.sampled_from([1, 10, 1000])))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+FILES = (
+    damaged(PICTURES)
+    | invented_png()
+    | st.builds(bytes.__add__, st.sampled_from([b"", *HEADERS]), st.binary(max_size=200))
+)
+
+
+@given(FILES)
+def test_pictures(content):
+    with result_or_sentence():
+        picture = read_image({"path": "x", "bytes": content})
+        assert picture.mode == "RGB"
+        if max(picture.size) < 2000:
+            assert PROCESSOR(picture, return_tensors="pt")["pixel_values"].isfinite().all()
+
+
+@given(FILES, st.booleans(), st.booleans())
+def test_masks(content, palette, reduce):
+    colours = [[0, 0, 0], [255, 0, 0], [0, 0, 255]] if palette else None
+    reader = SampleReader(3, do_reduce_labels=reduce, palette=colours)
+    with result_or_sentence():
+        mask = reader.read_mask({"path": "x", "bytes": content})
+        ids = reader.class_ids(mask)
+        assert mask.ndim == 2 and set(np.unique(ids)) <= {0, 1, 2, 255}
+
+
+# Class lists, recipes, the authors' configs
+
+
+CLASSES = {"id2label": {"0": "sky", "1": "road"}, "palette": [[0, 0, 255], [9, 9, 9]], "ignore_index": 255}
+
+
+@given(changed({**CLASSES, "do_reduce_labels": True, "ignore_colors": [[1, 2, 3]]}) | JSON)
+def test_class_lists(value):
+    with result_or_sentence():
+        table = parse_classes(value)
+        assert list(table.id2label) == list(range(len(table.id2label)))
+        json.dumps(table.id2label, ensure_ascii=False).encode()
+
+
+SHARED_FOLDER = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, *settings().suppress_health_check]
+)
+
+
+@SHARED_FOLDER
+@given(content=damaged([json.dumps(CLASSES).encode()]) | st.binary(max_size=100))
+def test_class_files(tmp_path, content):
+    (tmp_path / "classes.json").write_bytes(content)
+    with result_or_sentence():
+        parse_classes(tmp_path / "classes.json")
+
+
+@SHARED_FOLDER
+@given(content=damaged([path.read_bytes() for path in CONFIGS]) | st.binary(max_size=100))
+def test_recipe_files(tmp_path, content, capsys):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with result_or_sentence():
+        parse_arguments(KINDS[:2], [str(tmp_path / "r.yaml")])
+
+
+RECIPE = {
+    "clip": "a/b", "config": {"gamma_init": 1.0}, "dataset": "x", "crop_size": 64, "photometric": False,
+    "ratio_min": 0.5, "validation_split": None, "scale_short": 5,
+}  # fmt: skip
+
+
+@SHARED_FOLDER
+@given(value=changed(RECIPE))
+def test_recipes(tmp_path, value, capsys):
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    with result_or_sentence():
+        model, data = parse_arguments(KINDS[:2], [str(tmp_path / "r.json")])
+        assert isinstance(data.crop_size, int) and isinstance(model.config, str)
+        assert isinstance(data.ratio_min, float) and isinstance(data.dataset, (str, type(None)))
+
+
+@given(damaged([release()["meta"]["config"].encode()]) | st.binary(max_size=60))
+def test_original_configs(content):
+    with result_or_sentence():
+        config = parse_original_config(content.decode("latin-1"))
+        if isinstance(config.get("model"), dict):
+            config_from_original(config["model"], dict(enumerate("abcde")), None)
+
+
+# Checkpoints and model directories
+
+
+def _bytes_of(content, zipped=True):
+    stream = io.BytesIO()
+    torch.save(content, stream, _use_new_zipfile_serialization=zipped)
+    return stream.getvalue()
+
+
+@cache
+def checkpoint_files():
+    """By suffix: files as PyTorch, TorchScript and safetensors write them, all small."""
+    content = {"state_dict": {"a.b": torch.zeros(2, 3), "c": torch.ones(2).half()}, "meta": {"CLASSES": ["x"]}}
+    module = torch.nn.Module()
+    module.register_buffer("a", torch.zeros(2, 3))
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.script(module), stream)
+    pth = [_bytes_of(content), _bytes_of(content, zipped=False), stream.getvalue()]
+    return {".pth": pth, ".safetensors": [safetensors_bytes({"a.b": torch.zeros(2, 3), "c": torch.ones(2).half()})]}
+
+
+@SHARED_FOLDER
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@given(data=st.data())
+def test_checkpoints(tmp_path, suffix, data):
+    file = tmp_path / f"x{suffix}"
+    file.write_bytes(data.draw(damaged(checkpoint_files()[suffix]) | st.binary(max_size=200)))
+    with result_or_sentence():
+        for value in state_dict_of(read_checkpoint(file)).values():
+            value.float().sum()
+
+
+@st.composite
+def odd_weights(draw, weights):
+    """A state dict with a few weights missing, renamed or of another shape or type."""
+    weights = dict(weights)
+    for key in draw(st.lists(st.sampled_from(sorted(weights)), min_size=1, max_size=3, unique=True)):
+        change = draw(st.sampled_from(["remove", "rename", "shape", "dtype", "number"]))
+        value = weights.pop(key)
+        if change == "rename":
+            weights[draw(st.sampled_from([f"{key}.x", key.replace("0", "7"), key.replace("weight", "bias"), ""]))] = (
+                value
+            )
+        elif change == "shape":
+            weights[key] = torch.zeros(draw(st.lists(st.integers(0, 4), max_size=4)))
+        elif change == "dtype":
+            weights[key] = value.to(draw(st.sampled_from([torch.int64, torch.float16, torch.complex64, torch.bool])))
+        elif change == "number":
+            weights[key.replace("0", "999999999")] = value
+    return weights
+
+
+@SHARED_FOLDER
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["seg_vit", "seg_resnet"])
+@given(data=st.data())
+def test_releases(tmp_path, name, data):
+    content = release(name)
+    content["state_dict"] = data.draw(odd_weights(content["state_dict"]))
+    content["meta"] |= data.draw(st.dictionaries(st.sampled_from(["CLASSES", "PALETTE", "config"]), JSON))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    torch.save(content, tmp_path / "x.pth")
+    with result_or_sentence():
+        convert_release(tmp_path / "x.pth", tmp_path / "out", tokenizer())
+
+
+@SHARED_FOLDER
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@given(data=st.data())
+def test_clips(tmp_path, kind, data):
+    weights = data.draw(odd_weights(reference_clip(kind, len(clip_tokenizer())).state_dict()))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    FORMATS["training checkpoint"](_Holder(weights), tmp_path / "x.pt")
+    with result_or_sentence():
+        convert_clip(tmp_path / "x.pt", tmp_path / "out", clip_tokenizer())
+
+
+class _Holder:
+    def __init__(self, weights):
+        self.weights = weights
+
+    def state_dict(self):
+        return self.weights
+
+
+@cache
+def model_files(kind):
+    """Name to content of a saved model directory."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model(kind).save_pretrained(folder)
+        PROCESSOR.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@SHARED_FOLDER
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@given(data=st.data())
+def test_model_directories(tmp_path, kind, data):
+    files = dict(model_files(kind))
+    name = data.draw(st.sampled_from(sorted(files)))
+    content = files[name]
+    if name.endswith(".json") and data.draw(st.booleans()):
+        files[name] = json.dumps(data.draw(changed(json.loads(content)))).encode()
+    else:
+        files[name] = data.draw(damaged([content]))
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    with result_or_sentence():
+        model, processor = load_model(str(folder))
