@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast docs quality style clean
+.PHONY: help setup demo test test-fast fuzz docs quality style clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ MODULES = $(filter-out %__init__ %app_page %_torchvision,$(basename $(wildcard s
 docs: $(STAMP)  ## write the reference of all modules, from their docstrings, into outputs/api
 	PYTHONWARNINGS=ignore $(VENV)/bin/pdoc --docformat google --template-directory docs/pdoc --no-show-source \
 	    --output-directory outputs/api denseclip_hf $(subst /,.,$(MODULES:src/%=%))
+
+EXAMPLES ?= 1000
+fuzz: $(STAMP)  ## try EXAMPLES damaged and invented inputs per reader and per property
+	OMP_NUM_THREADS=1 EXAMPLES=$(EXAMPLES) $(PY) -m pytest -n 2 --hypothesis-profile=many tests/test_fuzz.py tests/test_properties.py
 
 quality: $(STAMP)  ## check formatting, lint and types; changes nothing
 	$(VENV)/bin/ruff check .
