@@ -22,7 +22,8 @@ CLIP = "openai/clip-vit-base-patch16"
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    return [code for kind, code in found if kind == language]
 
 
 def shorter(code, numbers):
