@@ -1,0 +1,47 @@
+"""A page to try DenseCLIP models on one's own pictures.
+
+    pip install '.[app]'
+    python app.py --model outputs/demo/model
+
+Several models can be given, by directory or by name on the Hub; without `--model` they are read from the environment
+variable DENSECLIP_MODELS (with commas between them), as a Space has it. See docs/app.md.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # a Space has the sources, but nothing installed
+
+from denseclip_hf.app_answers import AppModels
+from denseclip_hf.app_page import build_page, launch
+from denseclip_hf.measurement import DTYPES
+from denseclip_hf.prediction_inputs import find_sources
+from denseclip_hf.runs import one_sentence_errors
+
+
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help="directory, or name on the Hub; may be given several times")
+    parser.add_argument("--examples", nargs="*", default=[], help="pictures to choose from: files, folders, patterns")
+    parser.add_argument("--device", help="by default a GPU if there is one")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto")
+    parser.add_argument("--host", help="address to listen at; by default GRADIO_SERVER_NAME or 127.0.0.1")
+    parser.add_argument("--port", type=int, help="by default GRADIO_SERVER_PORT, or a free one from 7860")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    from_environment = [name.strip() for name in os.environ.get("DENSECLIP_MODELS", "").split(",") if name.strip()]
+    models = AppModels(args.model or from_environment, args.device, args.dtype)
+    sources, problems = find_sources(args.examples)
+    for problem in problems:
+        logging.warning(problem)
+    launch(build_page(models, [source.address for source in sources]), models, args.host, args.port)
+
+
+if __name__ == "__main__":
+    main()
