@@ -242,7 +242,7 @@ class DenseCLIPTrainer(Trainer):
 
     def _load_best_model(self):
         if getattr(self.model, "_hf_peft_config_loaded", False):
-            load_added_adapter(self.model, self.state.best_model_checkpoint)
+            load_added_adapter(self.model, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
