@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .stopping import TrainingStopped
@@ -103,7 +102,6 @@ def finish_run(trainer: Any) -> None:
             "with the same command."
         ) from error
     if trainer.is_world_process_zero():
-        (writing / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; recipe.json says the same
         for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
             os.replace(file, folder / file.name)
         writing.rmdir()

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .adapters import batch_norms_outside, is_adapted, load_added_adapter
@@ -81,6 +83,8 @@ class DenseCLIPTrainer(Trainer):
         self._still = batch_norms_outside(model)
         if isinstance(train_dataset, (AugmentedDataset, AugmentedStream)):
             self.add_callback(EpochCallback(train_dataset))
+        if self.is_fsdp_enabled:
+            hold_scalars(self.model)
         self._stop = StopCallback()
         self.add_callback(self._stop)
 
@@ -230,9 +234,11 @@ class DenseCLIPTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads, with `hub_token` in it
         for part in (self.image_processor, self.tokenizer):
             if part is not None:
-                part.save_pretrained(output_dir or self.args.output_dir)
+                part.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if getattr(self.model, "_hf_peft_config_loaded", False):
@@ -288,6 +294,15 @@ class DenseCLIPTrainer(Trainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=False,
         )
+
+
+def hold_scalars(model: nn.Module) -> None:
+    """FSDP2 shards no parameter without a dimension: CLIP's temperature, which is not trained, becomes a buffer."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
 
 
 def peak_memory() -> float:
