@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from denseclip_hf.checkpoints import new_directory
-from denseclip_hf.exporting import FILES, check_export, export, load_for_export
+from denseclip_hf.exporting import FILES, check_export, export
+from denseclip_hf.measurement import load_model
 from denseclip_hf.model_card import shown_name, write_model_card
 from denseclip_hf.original_release import check_picture
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         image = Image.open(args.image).convert("RGB") if args.image else check_picture((256, 320))
-        model, processor = load_for_export(args.model)
+        model, processor = load_model(args.model, "fp32")
         with new_directory(args.output_dir) as directory:
             if args.format == "frozen":
                 model.freeze_classes()

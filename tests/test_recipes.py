@@ -81,6 +81,13 @@ def test_missing_recipe_and_data_set_are_named():
         load_data(DataArguments())
 
 
+def test_a_clip_that_is_nowhere_is_named(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model_args, data_args = ModelArguments(clip="nobody/nothing"), DataArguments(dataset=str(folder))
+    with pytest.raises(OSError, match="nobody/nothing is neither a folder here nor a name on the Hub"):
+        load_model(model_args, load_data(data_args), 64)
+
+
 def test_a_folder_trains_from_random_weights(folder, tmp_path):
     args = DenseCLIPTrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,

@@ -10,9 +10,6 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from .image_processing_denseclip import DenseCLIPImageProcessorPil
-from .modeling_denseclip import DenseCLIPForSemanticSegmentation
-
 
 # Sides are multiples of 32, so that every feature map's size follows from them; from 64 pixels on.
 SIDE_STEP, LEAST_SIDE, MOST_SIDE = 32, 64, 4096
@@ -124,10 +121,4 @@ def check_export(model: Any, processor: Any, path: str | os.PathLike, image: Any
     return (run_exported(path, pixel_values) - expected).abs().max().item()
 
 
-def load_for_export(model_dir: str | os.PathLike) -> tuple[Any, Any]:
-    """Model in float32, and image processor, of a directory or Hub repository."""
-    model = DenseCLIPForSemanticSegmentation.from_pretrained(model_dir, dtype=torch.float32).eval()
-    return model, DenseCLIPImageProcessorPil.from_pretrained(model_dir)
-
-
-__all__ = ["check_export", "export", "export_program", "load_for_export", "run_exported"]
+__all__ = ["check_export", "export", "export_program", "run_exported"]
