@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from accelerate import state
+from accelerate.utils import DistributedType
 from torch.utils.data import get_worker_info
 
 from denseclip_hf import evaluation, runs, trainer, transforms
@@ -74,6 +76,19 @@ def worker():
         return get(self, index)
 
     transforms.AugmentedDataset.__getitem__ = fail
+
+
+def fsdp():
+    """No fault: accelerate shards on the CPU too, which it does on GPUs only."""
+    start = state.PartialState.__init__
+
+    def with_gpus(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        shared = state.PartialState._shared_state
+        if shared["distributed_type"] == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+
+    state.PartialState.__init__ = with_gpus
 
 
 def rank():

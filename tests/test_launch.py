@@ -1,0 +1,113 @@
+"""`accelerate launch` on two processes of the CPU (gloo): as one process does; and one of them is killed."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from running import ENVIRONMENT, TRAIN, Run, one_sentence, training_recipe
+from test_recipes import TINY
+from test_training import NO_DROPOUT
+
+
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launcher(*options):
+    options = options or ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
+    options = [*options, "--mixed_precision", "no", "--main_process_port", free_port()]
+    return [sys.executable, "-m", "accelerate.commands.launch", *map(str, options)]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return training_recipe(tmp_path_factory.mktemp("launch"), config={**TINY, **NO_DROPOUT}, max_steps=6)
+
+
+@pytest.fixture(scope="module")
+def launched(recipe):
+    run = Run(recipe.parent / "launched", [recipe], launcher())
+    run.end()
+    return run
+
+
+def test_launched_training_equals_one_process_with_the_doubled_batch(recipe, launched):
+    one = Run(recipe.parent / "one", [recipe, "--per_device_train_batch_size", "4"])
+    one.end()
+    torch.testing.assert_close(torch.tensor(launched.losses()), torch.tensor(one.losses()), atol=2e-4, rtol=1e-3)
+    expected, weights = one.weights(), launched.weights()
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], atol=3e-4, rtol=1e-2, msg=name)
+
+
+def test_launched_evaluation_equals_one_process(launched, recipe, tmp_path):
+    options = ["--model", launched.folder, "--dataset", recipe.parent / "data", "--device", "cpu"]
+    losses, reports = [], []
+    for start in ([sys.executable], launcher()):
+        folder = tmp_path / str(len(reports))
+        command = [*start, TRAIN.parent / "evaluate.py", *options, "--split", "train", "--output_dir", folder]
+        subprocess.run([*map(str, command)], env=ENVIRONMENT, check=True, timeout=200)
+        report = json.loads((folder / "evaluation.json").read_text())
+        losses.append(report["metrics"].pop("loss", 0.0))
+        reports.append(json.dumps(report))  # NaN, the score of what never occurs, equals itself there
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert reports[0] == reports[1]
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(launched, recipe, tmp_path):
+    run = Run(tmp_path / "run", [recipe], launcher())
+    assert "Signal 9 (SIGKILL) received" in run.end(code=1, fault="rank")
+    assert run.checkpoints() == [2, 4] and not (run.folder / "model.safetensors").exists()
+    run.end()
+    assert run.ends_as(launched) and run.losses() == launched.losses()
+
+
+def test_without_a_launcher_the_others_say_so(recipe, tmp_path):
+    """A launcher ends them itself, often before they can say anything."""
+    address = ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}", "WORLD_SIZE=2"]
+    first, second = (
+        Run(tmp_path / "run", [recipe], ["env", f"RANK={rank}", f"LOCAL_RANK={rank}", *address, sys.executable])
+        for rank in (0, 1)
+    )
+    with ThreadPoolExecutor() as pool:
+        killed = pool.submit(second.end, code=-signal.SIGKILL, fault="rank")
+        said = one_sentence(first.end(code=1, fault="rank"))  # within its time limit
+        killed.result()
+    assert said.startswith("error: another process of this run is gone") and "start the same command again" in said
+
+
+def test_fsdp_takes_the_same_steps(recipe, launched, tmp_path):
+    """FSDP2 as configs/accelerate/fsdp2.yaml says, but in float32."""
+    config = TRAIN.parent.parent / "configs" / "accelerate" / "fsdp2.yaml"
+    start = launcher("--config_file", config, "--num_processes", "2")
+    run = Run(tmp_path / "run", [recipe], start)
+    run.end(fault="fsdp")
+    torch.testing.assert_close(torch.tensor(run.losses()), torch.tensor(launched.losses()), atol=2e-4, rtol=1e-3)
+    expected, weights = launched.weights(), run.weights()
+    assert weights.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], atol=3e-4, rtol=1e-2, msg=name)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(launched, recipe, tmp_path):
+    run = Run(tmp_path / "run", [recipe], launcher())
+    process = run.begin()
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGTERM)
+    said = process.communicate(timeout=100)[0]
+    step = int(re.search(r"stopped at step (\d+) \(SIGTERM\): the checkpoint is complete", said)[1])
+    assert process.returncode == 1 and run.checkpoints()[-1] == step
+    run.end()
+    assert run.ends_as(launched)
