@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_nothing(directory, tmp_path, capsys, monkeypatch):
 def test_the_card_of_a_frozen_model_names_no_path(directory, tmp_path):
     script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     card = (tmp_path / "frozen" / "README.md").read_text()
-    assert "# frozen" in card and "`model`, its classes frozen" in card and str(tmp_path) not in card
+    assert "# frozen" in card and f"`{tmp_path.name} model`, its classes frozen" in card and str(tmp_path) not in card
 
 
 def test_unknown_format(tmp_path):
