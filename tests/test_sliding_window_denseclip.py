@@ -50,7 +50,7 @@ def test_batches_of_images_share_windows_calls():
 def test_a_small_image_is_used_as_it_is():
     seen = []
     sliding_window_logits(lambda crops: seen.append(crops.shape) or crops, torch.randn(1, 3, 5, 9), (8, 8), (4, 4))
-    assert seen == [(2, 3, 5, 8)]
+    assert seen == [(1, 3, 5, 8)] * 2  # on a CPU one by one: batches are slower there
 
 
 def test_logits_of_another_size_are_resized_to_the_window():

@@ -12,7 +12,7 @@ _BASE_OPTIONS = {
     "model_type", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "auto_map",
     "output_attentions", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "per_layer_config",
-    "quantization_config", "is_composition", "use_cache", "custom_pipelines",
+    "quantization_config", "is_composition", "use_cache", "custom_pipelines", "tie_word_embeddings",
 }  # fmt: skip
 
 MAX_LAYERS, MAX_SIZE = 1000, 2**24
@@ -180,7 +180,8 @@ class DenseCLIPConfig(PreTrainedConfig):
         inference_mode (`str`, defaults to `"whole"`): `"slide"` makes eval mode average overlapping windows.
         crop_size (`int` or `list[int]`, *optional*): window (height, width); `image_size` of the CLIP by default.
         stride (`int` or `list[int]`, *optional*): window step, two thirds of `crop_size` by default.
-        sliding_window_batch_size (`int`, defaults to 4): windows run through the model at a time.
+        sliding_window_batch_size (`int`, *optional*): windows run through the model at a time; by default 4, on a CPU
+            one, where more are slower.
         frozen_classes (`bool`, defaults to `False`): whether the class embeddings are stored and the text tower is
             gone; set by [`DenseCLIPForSemanticSegmentation.freeze_classes`].
         palette (`list[list[int]]`, *optional*): K colours (r, g, b) from 0 to 255, for pictures of the result.
@@ -232,7 +233,7 @@ class DenseCLIPConfig(PreTrainedConfig):
     inference_mode: str = "whole"
     crop_size: int | list[int] | tuple[int, ...] | None = None
     stride: int | list[int] | tuple[int, ...] | None = None
-    sliding_window_batch_size: int = 4
+    sliding_window_batch_size: int | None = None
     frozen_classes: bool = False
     palette: list[list[int]] | None = None
 
@@ -263,6 +264,15 @@ class DenseCLIPConfig(PreTrainedConfig):
         self._check_architecture()
         self._check_inference()
         self._check_prompts()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if config_dict.get("model_type") in (CLIPConfig.model_type, CLIPResNetConfig.model_type):
+            raise ValueError(
+                "this is a CLIP, not a segmenter yet: build one with "
+                "`DenseCLIPForSemanticSegmentation.from_clip(directory, id2label=…)`."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **options) -> "DenseCLIPConfig":
@@ -349,7 +359,7 @@ class DenseCLIPConfig(PreTrainedConfig):
                 f"`crop_size` {self.crop_size} is smaller than `stride` {self.stride}, so windows would leave pixels "
                 "out: make `stride` at most `crop_size`."
             )
-        if self.sliding_window_batch_size < 1:
+        if self.sliding_window_batch_size is not None and self.sliding_window_batch_size < 1:
             raise ValueError(f"`sliding_window_batch_size` must be at least 1, got {self.sliding_window_batch_size}.")
 
     def _check_prompts(self) -> None:

@@ -20,15 +20,19 @@ from .sliding_window_denseclip import sliding_window_logits as average_windows
 # Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 VOID_COLOUR = (0, 0, 0)
-# Probabilities kept for one picture (2 GiB of float32), and those computed at a time (32 MiB).
+# Probabilities kept for one picture (2 GiB of float32), and those computed at a time (16 MiB).
 MAX_PROBABILITIES = 2**29
-STRIP_PROBABILITIES = 2**23
+STRIP_PROBABILITIES = 2**22
 
 logger = logging.getLogger(__name__)
 
 
 def sliding_window_logits(
-    model, pixel_values: torch.Tensor, crop_size: int | Sequence[int], stride: int | Sequence[int], batch_size: int = 4
+    model,
+    pixel_values: torch.Tensor,
+    crop_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    batch_size: int | None = None,
 ) -> torch.Tensor:
     """
     Logits of `model`, put into eval mode, averaged over overlapping windows.
@@ -37,7 +41,7 @@ def sliding_window_logits(
         model ([`DenseCLIPForSemanticSegmentation`]): whatever its `inference_mode`.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
         crop_size, stride (`int` or (height, width)): window and step in pixels.
-        batch_size (`int`): windows that go through the model at a time.
+        batch_size (`int`, *optional*): windows that go through the model at a time; by default 4, on a CPU one.
 
     Returns:
         `torch.Tensor` of shape `(B, K, H, W)`, float32.

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from .fpn_denseclip import resize_bilinear
 
 
-# Resized logits that exist at a time (32 MiB of float32).
-_STRIP_ELEMENTS = 2**23
+# Resized logits that exist at a time (16 MiB of float32).
+_STRIP_ELEMENTS = 2**22
 
 
 def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:

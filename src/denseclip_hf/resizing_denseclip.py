@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 
-# logits that `resize_argmax` interpolates at a time (32 MiB of float32)
-_STRIP_ELEMENTS = 2**23
+# logits that `resize_argmax` interpolates at a time (16 MiB of float32)
+_STRIP_ELEMENTS = 2**22
 
 
 def fit_within(height: int, width: int, shortest_edge: int, longest_edge: int | None = None) -> tuple[int, int]:
