@@ -140,7 +140,9 @@ def heat_maps(
     models: AppModels, image: Image.Image, name: str, chosen: Sequence[str], words=(), sentences: bool = False
 ) -> list[tuple[Image.Image, str]]:
     """
-    A heat map and its caption for each of the `chosen` words, with one scale of colours for all; at most 1024 pixels.
+    A heat map and its caption (word, lowest and highest cosine) for each of the `chosen` words.
+
+    The colours have one scale for all; the longer side is at most 1024 pixels.
 
     Raises:
         ValueError: for no word or too many, and as [`Segmenter`] does.
@@ -152,7 +154,7 @@ def heat_maps(
     scores = score_maps_of(segmenter.model, pixel_values, segmenter.score_embeds)[0, segmenter.score_rows]
     lowest, highest, small = scores.min().item(), scores.max().item(), _shrunk(image)
     return [
-        (heat_map(small, score, lowest, highest), f"{word}: cosine {score.min():.2f} to {score.max():.2f}")
+        (heat_map(small, score, lowest, highest), f"{word} {score.min():.2f} to {score.max():.2f}")
         for word, score in zip(segmenter.score_names, scores, strict=True)
     ]
 

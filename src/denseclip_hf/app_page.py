@@ -67,7 +67,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
                     label="Picture", type="filepath", sources=["upload", "clipboard"], elem_id="picture"
                 )
                 # Gradio would open the file itself, and fail without saying why on what is no picture or too large.
-                picture.preprocess = lambda upload: upload and upload.path  # type: ignore[method-assign]
+                picture.preprocess = _path_of  # type: ignore
                 gr.Examples([str(file) for file in examples or drawn_examples()], picture, label="Examples")
                 name = gr.Dropdown(models.names, value=first, label="Model", elem_id="model")
                 mode = gr.Radio([OWN_CLASSES, NEW_WORDS], value=OWN_CLASSES, label="Segment into", elem_id="mode")
@@ -107,7 +107,14 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
                         elem_id="chosen",
                     )
                     draw = gr.Button("Draw heat maps", elem_id="draw")
-                    maps = gr.Gallery(label="Heat maps", columns=3, object_fit="contain", format="png", elem_id="maps")
+                    maps = gr.Gallery(
+                        label="Heat maps, with the lowest and highest cosine",
+                        columns=3,
+                        height="auto",
+                        object_fit="contain",
+                        format="png",
+                        elem_id="maps",
+                    )
 
         question = [picture, name, mode, words, sentences]
         # One at a time, of whatever kind; no part of an API.
@@ -197,6 +204,10 @@ def drawn_examples(count: int = 4, size: tuple[int, int] = (384, 288)) -> list[P
     for index, file in enumerate(files):
         draw_scene(index, split="val", size=size).image.save(file)
     return files
+
+
+def _path_of(upload: Any) -> str | None:
+    return upload and upload.path
 
 
 def _words(mode: str, words: str) -> list[str]:
