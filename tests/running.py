@@ -50,7 +50,7 @@ class Run:
         script = [str(TRAIN)] if fault is None else [str(FAULTY), fault]
         done = self._start([*script, *self.arguments])
         try:
-            said = done.communicate(timeout=200)[0]
+            said = done.communicate(timeout=500)[0]
         finally:
             done.kill()
         assert done.returncode == code, said
@@ -59,7 +59,7 @@ class Run:
     def begin(self, wanted="checkpoint-2"):
         """Start it in a process group of its own and wait for a checkpoint."""
         process = self._start([str(TRAIN), *self.arguments])
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 500
         while not (self.folder / wanted).exists():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.01)
