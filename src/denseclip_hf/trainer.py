@@ -20,7 +20,7 @@ from .adapters import batch_norms_outside, is_adapted, load_added_adapter
 from .batch_norm import synchronise_batch_norms
 from .evaluation import evaluate_segmentation
 from .runs import WRITING_DIR
-from .stopping import OutlivesSignals, StopCallback
+from .stopping import OutlivesSignals, StopCallback, TrainingStopped
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
 
@@ -91,7 +91,11 @@ class DenseCLIPTrainer(Trainer):
     def train(self, *args, **kwargs):
         """[`Trainer.train`], which SIGTERM and Ctrl-C end with a checkpoint and [`TrainingStopped`]."""
         with self._stop.listening():
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            except TrainingStopped:  # loggers close their books, as at any other end
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+                raise
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -234,7 +238,7 @@ class DenseCLIPTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads, with `hub_token` in it
         for part in (self.image_processor, self.tokenizer):
             if part is not None:
