@@ -87,12 +87,15 @@ def default_palette(num_labels: int) -> list[Color]:
 
 def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
     """
-    Class names from a list, a mapping id → name, a JSON file of either, or a mapping with the keys of `classes.json`:
-    `id2label`, and optionally `palette`, `ignore_index`, `do_reduce_labels`, `ignore_colors`. Other keys are ignored.
+    Class names from a list, a mapping id → name, a JSON file of either (its name ends in `.json`), one string with
+    commas between the names, or a mapping with the keys of `classes.json`: `id2label`, and optionally `palette`,
+    `ignore_index`, `do_reduce_labels`, `ignore_colors`. Other keys are ignored.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or its content is not as described.
     """
+    if isinstance(value, str) and not value.endswith(".json"):
+        value = [name.strip() for name in value.split(",")]
     if isinstance(value, (str, Path)):
         source = str(value)
         try:

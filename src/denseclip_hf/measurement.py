@@ -205,14 +205,11 @@ def _set_protocol(model, image_processor, args: EvaluationArguments) -> dict[str
 
 
 def _load_data(args: EvaluationArguments) -> SegmentationData:
-    classes: Any = args.classes
-    if classes is not None and not classes.endswith(".json"):
-        classes = [name.strip() for name in classes.split(",")]
     data = load_segmentation_dataset(
         args.dataset,
         args.dataset_config,
         validation_split=args.split,
-        classes=classes,
+        classes=args.classes,
         do_reduce_labels=args.do_reduce_labels,
         image_column=args.image_column,
         label_column=args.label_column,

@@ -167,16 +167,13 @@ def load_data(args: DataArguments) -> SegmentationData:
     """The data set of `args`, checked on a sample of its files unless that is switched off."""
     if args.dataset is None:
         raise ValueError("name a data set: `--dataset FOLDER_OR_HUB_NAME`.")
-    classes: Any = args.classes
-    if classes is not None and not classes.endswith(".json"):
-        classes = [name.strip() for name in classes.split(",")]
     data = load_segmentation_dataset(
         args.dataset,
         args.dataset_config,
         train_split=args.train_split,
         validation_split=args.validation_split,
         validation_fraction=args.validation_fraction,
-        classes=classes,
+        classes=args.classes,
         do_reduce_labels=args.do_reduce_labels,
         image_column=args.image_column,
         label_column=args.label_column,
