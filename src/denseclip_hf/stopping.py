@@ -69,9 +69,10 @@ class StopCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.agreed:
+            name = signal.Signals(self.agreed).name
             message = (
-                f"stopped at step {state.global_step} ({signal.Signals(self.agreed).name}): the checkpoint is complete, "
-                "and the same command goes on from it."
+                f"stopped at step {state.global_step} ({name}): the checkpoint is complete, and the same command goes "
+                "on from it."
             )
             if state.is_world_process_zero:
                 logger.warning(message)
