@@ -4,20 +4,21 @@ VENV ?= .venv
 OUTPUT ?= outputs/demo
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast fuzz docs quality style clean
+.PHONY: help setup demo test test-fast test-min conformance fuzz docs quality style clean
 
 help:  ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv and install the package with everything the other commands need
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --constraint constraints.txt torch
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)  ## train on the built-in example, evaluate, draw a picture (under 5 minutes on two cores)
@@ -28,6 +29,16 @@ test: $(STAMP)  ## run every test
 
 test-fast: $(STAMP)  ## run the tests that take under two minutes together
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow'
+
+# Python 3.10, the oldest that pyproject.toml allows, where there is one.
+MIN_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+
+test-min:  ## run every test with the oldest versions that pyproject.toml allows, in .venv-min
+	$(MAKE) test VENV=.venv-min PYTHON=$(MIN_PYTHON) CONSTRAINTS=constraints-min.txt
+
+conformance: $(STAMP)  ## run transformers' own common tests on our classes; pip fetches them once
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/conformance:tests $(PY) -m pytest -n 2 -o addopts=-q -p transformers_suite \
+	    tests/conformance/check_*.py
 
 # Not the app's page nor the torchvision processor, which need packages that may be missing.
 MODULES = $(filter-out %__init__ %app_page %_torchvision,$(basename $(wildcard src/denseclip_hf/*.py)))
@@ -50,4 +61,4 @@ style: $(STAMP)  ## fix formatting and what lint can fix
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove the environment, caches and outputs
-	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) .venv-min outputs build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

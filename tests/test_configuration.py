@@ -106,3 +106,16 @@ def test_prompt_template_follows_the_contexts(contexts, template):
 def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="denseclip-rn50"):
         DenseCLIPConfig.from_preset("rn50")
+
+
+def test_options_of_every_transformers_config_survive_a_file(tmp_path):
+    config = tiny_config()
+    config.tie_word_embeddings = False
+    config.save_pretrained(tmp_path)
+    assert DenseCLIPConfig.from_pretrained(tmp_path).tie_word_embeddings is False
+
+
+def test_a_clip_is_not_taken_for_a_segmenter(kind, tmp_path):
+    tiny_config(kind).clip_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="from_clip"):
+        DenseCLIPConfig.from_pretrained(tmp_path)

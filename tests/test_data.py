@@ -405,6 +405,7 @@ def test_arrays_that_are_no_mask(array):
         (lambda f: write_classes(f, id2label={"0": "sky", "2": "car"}), r"ids \[1\] are missing"),
         (lambda f: write_classes(f, id2label=["a", "b", "a"]), "'a' stands there twice"),
         (lambda f: write_classes(f, id2label=["a", "", "b"]), "one is empty"),
+        (lambda f: write_classes(f, id2label=["a", "\ud800", "b"]), "holds half a character"),
         (lambda f: write_classes(f, id2label=7), "must name the classes"),
         (lambda f: write_classes(f, id2label={"x": "a"}), r"\['x'\] are no ids"),
         (lambda f: write_classes(f, palette=PALETTE[:2]), "3 classes but 2 palette colours"),
@@ -431,6 +432,20 @@ def test_no_data_set_there(tmp_path, name, words):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=words):
         load_segmentation_dataset(tmp_path / name)
+
+
+def test_a_name_that_is_no_data_set(monkeypatch):
+    def absent(*args, **kwargs):
+        raise ConnectionError("no route to the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(FileNotFoundError, match="nobody/nothing can be read neither .* nor .*no route .* check the"):
+        load_segmentation_dataset("nobody/nothing")
+
+
+def test_a_file_of_class_names_that_is_missing(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="names.json, which should hold the class names, does not exist"):
+        load_segmentation_dataset(folder, classes=tmp_path / "names.json")
 
 
 def test_missing_cityscapes_masks(tmp_path):

@@ -64,3 +64,20 @@ def test_contrastive_model_saves_loads_and_learns(tmp_path):
         assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
     assert features.shape == (2, 12)
+
+
+@pytest.mark.parametrize("choice", [-1, [0, -1]])
+def test_hidden_states_of_some_indices(vision, choice):
+    images = torch.randn(1, 3, 64, 64)
+    every, some = (vision(images, output_hidden_states=c).hidden_states for c in (True, choice))
+    kept = [0, 4] if isinstance(choice, list) else [4]
+    assert [index for index, state in enumerate(some) if state is not None] == kept
+    assert all(torch.equal(some[index], every[index]) for index in kept)
+
+
+def test_a_checkpoint_without_logit_scale_gets_clips_start():
+    config = tiny_config("resnet").clip_config
+    weights = CLIPResNetModel(config).state_dict()
+    del weights["logit_scale"]
+    model = CLIPResNetModel.from_pretrained(None, config=config, state_dict=weights)
+    assert model.logit_scale.item() == pytest.approx(config.logit_scale_init_value)

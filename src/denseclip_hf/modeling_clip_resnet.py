@@ -57,6 +57,16 @@ def resize_position_grid(positions: torch.Tensor, size: tuple[int, int]) -> torc
     return torch.cat([positions[:1], grid[0].flatten(1).T])  # 1, C, h, w -> 1 + h*w, C
 
 
+def choose_hidden_states(
+    hidden_states: tuple[torch.Tensor, ...] | None, choice: bool | int | list[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
+    """All of `hidden_states`, none, or those at the indices `choice` names, with `None` in place of the others."""
+    if hidden_states is None or isinstance(choice, bool) or choice is None:
+        return hidden_states if choice else None
+    kept = {index % len(hidden_states) for index in ([choice] if isinstance(choice, int) else choice)}
+    return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
+
+
 class MultiHeadAttention(nn.Module):
     """
     Multi-head attention with separate query, key and value projections, through transformers' attention interface.
@@ -229,14 +239,15 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = True,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> CLIPResNetVisionModelOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): normalised images.
             interpolate_pos_encoding (`bool`): accepted for `CLIPModel`'s sake; positions always fit the input.
-            output_hidden_states (`bool`, *optional*): also return the stem's output.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*): also return the stem's output and the
+                feature maps as `hidden_states`; indices return only those, and `None` for the others.
 
         Returns:
             [`CLIPResNetVisionModelOutput`]
@@ -253,7 +264,7 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
             last_hidden_state=tokens,
             pooler_output=tokens[:, 0] if tokens is not None else None,
             feature_maps=tuple(feature_maps),
-            hidden_states=(stem, *feature_maps) if output_hidden_states else None,
+            hidden_states=choose_hidden_states((stem, *feature_maps), output_hidden_states),
         )
 
 
@@ -283,6 +294,13 @@ class CLIPResNetModel(CLIPModel):
     @classmethod
     def is_custom_code(cls) -> bool:
         return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # CLIP's own leaves it unset when a checkpoint lacks it; a segmenter may have taken it out.
+        if isinstance(module, CLIPResNetModel) and module.logit_scale is not None:
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
 
 __all__ = ["CLIPResNetModel", "CLIPResNetPreTrainedModel", "CLIPResNetVisionModel", "CLIPResNetVisionModelOutput"]

@@ -23,7 +23,7 @@ from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_imag
 from .loading_denseclip import class_names, clip_report, load_clip, load_clip_weights, replace_classes
 from .losses_denseclip import pixel_cross_entropy
 from .mixed_sizes_denseclip import forward_by_size
-from .modeling_clip_resnet import CLIPResNetModel
+from .modeling_clip_resnet import CLIPResNetModel, choose_hidden_states
 from .open_vocabulary_denseclip import ScoreSegmentation, encode_texts, predict_from_scores
 from .prompts_denseclip import ContextPrompts, tokenize_classes
 from .sliding_window_denseclip import sliding_window_logits
@@ -209,7 +209,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         self,
         pixel_values: torch.Tensor | list[torch.Tensor],
         labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> DenseCLIPSemanticSegmenterOutput:
         """
@@ -219,7 +219,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
                 `text_embeds` are then lists too, each image's as it has them alone.
             labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`, *optional*): int64 class ids
                 0 … K-1, or `config.semantic_loss_ignore_index`.
-            output_hidden_states (`bool`, *optional*): also return the image encoder's feature maps.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*): also return the image encoder's feature
+                maps, or those at some indices.
 
         Returns:
             [`DenseCLIPSemanticSegmenterOutput`]
@@ -241,7 +242,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         if labels is not None:
             decode_loss, auxiliary_loss = self._losses(segmentation, labels)
             loss = decode_loss if auxiliary_loss is None else decode_loss + auxiliary_loss
-        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        choice = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return DenseCLIPSemanticSegmenterOutput(
             loss=loss,
             decode_loss=decode_loss,
@@ -249,7 +250,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
             logits=segmentation.logits,
             score_maps=segmentation.score_maps,
             text_embeds=segmentation.text_embeds,
-            hidden_states=segmentation.feature_maps if keep_states else None,
+            hidden_states=choose_hidden_states(segmentation.feature_maps, choice),
         )
 
     def window_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
