@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
-from denseclip_hf.checkpoints import CheckpointError, OutputError, read_torchscript
+from denseclip_hf.checkpoints import CheckpointError, OutputError, _ScriptObject, _tensors, read_torchscript
 from denseclip_hf.conversion_clip import clip_config_from_weights, convert_clip
 from denseclip_hf.example_clip import make_example_tokenizer
 
@@ -203,6 +203,30 @@ def test_code_in_an_archive_is_not_run(tmp_path, pickled, message):
     with pytest.raises(CheckpointError, match=message):
         convert_clip(evil, tmp_path / "out", tokenizer())
     assert not os.path.exists("/tmp/should_not_exist") and not (tmp_path / "out").exists()
+
+
+def test_a_big_endian_archive_is_refused(tmp_path):
+    _, path = write("vit", "torchscript", tmp_path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "big.pt", "w") as target:
+        for name in source.namelist():
+            if not name.endswith("byteorder"):
+                target.writestr(name, source.read(name))
+        target.writestr(f"{source.namelist()[0].split('/')[0]}/byteorder", b"big")
+    with pytest.raises(CheckpointError, match="big.pt can't be used: it was written on a big-endian machine"):
+        convert_clip(tmp_path / "big.pt", tmp_path / "out", tokenizer())
+
+
+@pytest.mark.parametrize("refer", ["itself", "everything twice"])
+def test_modules_that_refer_to_each_other_end(tmp_path, refer):
+    """Cycles and doublings, which PyTorch's own archives do not have, neither hang nor repeat tensors."""
+    module = _ScriptObject()
+    module.attributes = {"x": torch.zeros(1)}
+    if refer == "itself":
+        module.attributes["inner"] = module
+    for _ in range(100 if refer == "everything twice" else 0):
+        inner, module = module, _ScriptObject()
+        module.attributes = {"a": inner, "b": inner}
+    assert len(list(_tensors(module, "", {id(module)}))) == 1
 
 
 def test_a_truncated_archive_is_refused(tmp_path):

@@ -201,6 +201,9 @@ BAD = {
         "not a DenseCLIP segmentation checkpoint: it has no decode_head",
     ),
     "missing key": (_without("context_decoder.out_proj.1.bias"), "lacks the weights of context_decoder"),
+    "missing lateral": (_without("neck.lateral_convs.2.conv.weight"), "has no neck.lateral_convs.2.conv.weight"),
+    "wrong axes": (_with(contexts=torch.zeros(3)), "it has no contexts of 3 axes"),
+    "odd class names": (lambda p: save(p, release(CLASSES=5)), "`meta` holds something of an unexpected type"),
     "unused key": (_with(surprise=torch.zeros(1)), "does not know: surprise"),
     "misshapen key": (_with(gamma=torch.zeros(3)), "gamma has shape"),
     "class list of the wrong length": (

@@ -331,6 +331,16 @@ def test_a_video_without_its_library_is_one_sentence(tmp_path, monkeypatch):
     assert "PyAV" in predict_sources(segmenter(), sources, tmp_path / "out", progress=False).problems[0]
 
 
+def test_a_broken_video_is_one_sentence(tmp_path, monkeypatch):
+    def fail(path):
+        raise RuntimeError("moov atom not found")
+
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(open=fail, error=SimpleNamespace(FFmpegError=RuntimeError)))
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
+    assert summary.done == 0 and "clip.mp4 can not be read as a video (moov atom not found)" in summary.problems[0]
+
+
 # Words
 
 

@@ -74,6 +74,30 @@ def test_broken_recipes_are_refused(text, sentence, tmp_path):
         parse_arguments(KINDS, [str(recipe)])
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"config": "{"}, "`config` is not valid JSON"),
+        ({"config": "[1]"}, "`config` must be a JSON mapping of options"),
+        ({"clip_config": "7"}, "`clip_config` must be a JSON mapping of options"),
+    ],
+)
+def test_options_that_are_no_json_are_refused(folder, options, sentence):
+    model_args = ModelArguments(**{"clip_config": json.dumps(TINY_CLIP), **options})
+    with pytest.raises(ValueError, match=sentence):
+        load_model(model_args, load_data(DataArguments(dataset=str(folder))), 64)
+
+
+def test_lists_and_missing_values_in_a_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("report_to: [none]\nmetric_for_best_model: null\ninclude_for_metrics: [loss, inputs]\n")
+    _, _, args = parse_arguments(KINDS, [str(recipe), "--output_dir", str(tmp_path)])
+    assert args.report_to == [] and args.include_for_metrics == ["loss", "inputs"]
+    recipe.write_text("crop_size: null\n")
+    with pytest.raises(ValueError, match="gives `crop_size` no value, but it needs one"):
+        parse_arguments(KINDS, [str(recipe)])
+
+
 def test_missing_recipe_and_data_set_are_named():
     with pytest.raises(ValueError, match="there is no recipe nowhere.yaml"):
         parse_arguments(KINDS, ["nowhere.yaml"])

@@ -116,7 +116,9 @@ def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> 
             raise ValueError(f"the recipe gives `{name}` a list, but it takes one value.")
         if value is None and "None" not in hints[name]:
             raise ValueError(f"the recipe gives `{name}` no value, but it needs one: leave it out for its default.")
-        parser.set_defaults(**{name: _as_flag(actions[name], value)})
+        if value is not None and not (isinstance(value, bool) and "bool" in hints[name]):
+            value = _as_flag(actions[name], value)
+        parser.set_defaults(**{name: value})
     return list(parser.parse_args_into_dataclasses(args=argv))
 
 
@@ -128,7 +130,7 @@ def _as_flag(action: argparse.Action, value: Any) -> Any:
             return [convert(str(item)) for item in value]
         if isinstance(value, dict):
             return json.dumps(value)
-        return value if value is None or (isinstance(value, bool) and action.type is not str) else str(value)
+        return str(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the recipe's value of `{action.dest}` can't be used: {error}.") from error
 
