@@ -50,6 +50,8 @@ def test_vision_config_decides_the_tower():
         ({"num_context_tokens": -1}, "0 \\(fixed prompt\\) or more"),
         ({"prompt_template": "a photo"}, "must contain {} once"),
         ({"inference_mode": "tiled"}, '"whole" or "slide"'),
+        ({"sliding_window_batch_size": 0}, "at least 1"),
+        ({"palette": [[0, 0, 0]]}, "1 colours for 3 classes"),
         ({"temperature": 0}, "positive"),
         ({"drop_path_rate": 1.0}, "`drop_path_rate` must lie in"),
         ({"context_decoder_num_attention_heads": 3}, "must divide"),

@@ -8,7 +8,13 @@ import torch
 from conftest import FIXTURES, golden_case, golden_config, golden_model
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
-from denseclip_hf.conversion import ORIGINAL_KEY_TABLE, config_from_original, convert_original_state_dict, rename
+from denseclip_hf.conversion import (
+    ORIGINAL_KEY_TABLE,
+    check_keys,
+    config_from_original,
+    convert_original_state_dict,
+    rename,
+)
 
 
 CASES = ["seg_vit", "seg_resnet"]
@@ -178,6 +184,11 @@ def test_missing_key_stops_the_conversion():
     del original["gamma"]
     with pytest.raises(ValueError, match="lacks the weights of gamma"):
         convert_original_state_dict(original, golden_config("seg_vit"))
+
+
+def test_a_weight_without_a_place_stops_the_conversion():
+    with pytest.raises(ValueError, match="no place for: b"):
+        check_keys({"a": torch.zeros(1), "b": torch.zeros(1)}, {"a": torch.zeros(1)})
 
 
 def test_misshapen_key_stops_the_conversion():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
-from denseclip_hf.checkpoints import CheckpointError, OutputError, _ScriptObject, _tensors, read_torchscript
+from denseclip_hf.checkpoints import CheckpointError, OutputError, _ScriptObject, _tensors, _view, read_torchscript
 from denseclip_hf.conversion_clip import clip_config_from_weights, convert_clip
 from denseclip_hf.example_clip import make_example_tokenizer
 
@@ -227,6 +227,19 @@ def test_modules_that_refer_to_each_other_end(tmp_path, refer):
         inner, module = module, _ScriptObject()
         module.attributes = {"a": inner, "b": inner}
     assert len(list(_tensors(module, "", {id(module)}))) == 1
+
+
+@pytest.mark.parametrize("size", [(10**6, 10**6), (3,)])
+def test_a_tensor_that_is_larger_than_its_storage_is_refused(size):
+    with pytest.raises(CheckpointError, match="larger than what is stored"):
+        _view(torch.zeros(2), 0, size, (0,) * len(size))
+
+
+def test_a_zip_archive_of_other_things_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.pt", "w") as archive:
+        archive.writestr("a/photo.jpg", b"")
+    with pytest.raises(CheckpointError, match="photos.pt is a zip archive, but not a checkpoint"):
+        convert_clip(tmp_path / "photos.pt", tmp_path / "out", tokenizer())
 
 
 def test_a_truncated_archive_is_refused(tmp_path):

@@ -218,6 +218,7 @@ def test_streams(tmp_path):
         (hub_like, {"train_split": "trian"}, "no split 'trian'; the data set has train"),
         (hub_like, {"validation_fraction": 1.5}, "validation_fraction is 1.5"),
         (lambda: {"test": hub_like()}, {}, "Which split trains.* test"),
+        (lambda: {"train": hub_like().select([])}, {}, "A split has no samples; remove it or fill it"),
     ],
 )
 def test_refusals_about_datasets(rows, options, words):
@@ -434,6 +435,13 @@ def test_no_data_set_there(tmp_path, name, words):
         load_segmentation_dataset(tmp_path / name)
 
 
+def test_a_folder_whose_splits_have_other_names(folder):
+    (folder / "val").rename(folder / "held_out")
+    (folder / "train").rename(folder / "first")
+    with pytest.raises(ValueError, match="Which split trains. Set train_split to one of first, held_out"):
+        load_segmentation_dataset(folder)
+
+
 def test_a_name_that_is_no_data_set(monkeypatch):
     def absent(*args, **kwargs):
         raise ConnectionError("no route to the Hub")
@@ -489,6 +497,18 @@ def test_report_names_every_problem(folder):
     assert "000.jpg cannot be read" in report.problems[0] and "holds the ids 9" in report.problems[1]
     assert report.splits["train"].num_checked == 4 and len(report.splits["train"].sizes) == 3
     assert "Problems: 2" in str(report)
+
+
+def test_report_of_a_stream_and_of_a_split_without_sound_samples(folder, tmp_path):
+    for mask in (folder / "val" / "masks").iterdir():
+        mask.write_bytes(b"")
+    data = load_segmentation_dataset(folder, read_first=False)
+    report = check_dataset(data, full=True)
+    assert "none of them sound" in str(report) and not report.ok
+    rows = hub_like(4).to_iterable_dataset()
+    stream = load_segmentation_dataset({"train": rows}, classes=NAMES[:2], read_first=False)  # masks hold 0…2
+    (problem,) = check_dataset(stream).problems
+    assert problem.startswith("train: sample 0: ") and "holds the ids 2" in problem
 
 
 def test_quick_check_looks_at_the_same_few_samples(folder):

@@ -226,3 +226,7 @@ def test_ignored_pixels_make_no_contour():
     metric = MeanBoundaryIoU(num_labels=2)
     metric.add(prediction=prediction, reference=reference)
     assert metric.compute()["per_category_boundary_iou"] == pytest.approx([NAN, 1.0], nan_ok=True)
+
+
+def test_nothing_counted_is_a_matrix_of_zeros():
+    assert torch.equal(MeanIoU(num_labels=2).confusion_matrix, torch.zeros(2, 2, dtype=torch.int64))

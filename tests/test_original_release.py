@@ -333,6 +333,7 @@ def test_config_files_are_merged_and_never_run(tmp_path):
         ("model = (", "no Python config"),
         ("_base_ = [f'{x}']", "computes `_base_`"),
         ("model = dict(a=1/0)", "computes `model`"),
+        ("model = dict(a='x' * 2)", "computes `model`"),
     ],
 )
 def test_config_that_is_not_plain_data(text, message):
@@ -347,6 +348,24 @@ def test_missing_and_circular_bases(tmp_path):
     (tmp_path / "a.py").write_text("_base_ = './b.py'\n")
     with pytest.raises(ValueError, match="there is no config file .*b.py, which"):
         read_original_config(tmp_path / "a.py")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"_base_ = 5", "must name config files, got 5"), (b"_base_ = [1]", "must name"), (b"\xff", "it is not text")],
+)
+def test_config_files_that_are_refused(tmp_path, content, message):
+    (tmp_path / "a.py").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_original_config(tmp_path / "a.py")
+
+
+def test_weights_that_are_not_finite_are_noticed(tmp_path):
+    content = release()
+    content["state_dict"]["decode_head.conv_seg.bias"] = torch.full((5,), torch.nan)
+    with pytest.raises(ValueError, match="decode_head.classifier.bias has values that are not finite"):
+        convert_release(save(tmp_path, content), tmp_path / "model", tokenizer())
+    assert not (tmp_path / "model").exists()
 
 
 def test_checkpoint_without_model_in_its_config(tmp_path):

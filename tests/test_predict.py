@@ -183,6 +183,19 @@ def test_batches_give_what_single_pictures_give(photos, tmp_path):
         assert (one == two).mean() > 0.999
 
 
+def test_more_classes_than_a_palette_are_announced(caplog):
+    with caplog.at_level("WARNING"):
+        segmenter(tiny_model(num_labels=257, class_token_ids=[[98, 1, 99]] * 257))
+    assert "257 classes do not fit a palette" in caplog.text
+
+
+def test_a_picture_that_can_not_be_preprocessed_is_left_out(tmp_path, photos):
+    asked = segmenter()
+    asked.image_processor.size = {"height": 10**5, "width": 10**5}
+    summary = predict_sources(asked, find_sources([photos])[0], tmp_path / "out", progress=False)
+    assert summary.done == 0 and len(summary.problems) == 5 and "would have 100000" in summary.problems[0]
+
+
 def test_few_pictures_wait_for_their_size(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -98,6 +98,15 @@ def test_lists_and_missing_values_in_a_recipe(tmp_path):
         parse_arguments(KINDS, [str(recipe)])
 
 
+def test_data_without_a_training_split_is_refused(folder, tmp_path):
+    (tmp_path / "only").mkdir()
+    folder.rename(tmp_path / "only" / "val")
+    (tmp_path / "only" / "val" / "classes.json").rename(tmp_path / "only" / "classes.json")
+    model_args, data_args = tiny_arguments(tmp_path / "only")
+    with pytest.raises(ValueError, match="has no training split: name it with `--train_split`"):
+        make_trainer(model_args, data_args, DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True))
+
+
 def test_missing_recipe_and_data_set_are_named():
     with pytest.raises(ValueError, match="there is no recipe nowhere.yaml"):
         parse_arguments(KINDS, ["nowhere.yaml"])

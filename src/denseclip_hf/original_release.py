@@ -287,11 +287,13 @@ def check_directory(directory: Path, model: Any) -> ConversionReport:
     Load what was written, compare it with `model` bit for bit, and run it on a picture.
 
     Raises:
-        ValueError: if a weight came back different or the logits are not finite.
+        ValueError: if a weight is not finite or came back different, or the logits are not finite.
     """
     loaded = DenseCLIPForSemanticSegmentation.from_pretrained(directory).eval()
     expected = model.state_dict()
     for key, value in loaded.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{key} has values that are not finite: the checkpoint is of a run that failed.")
         if not torch.equal(value, expected[key]):
             raise ValueError(f"{key} came back from disk with other values.")
     processor = DenseCLIPImageProcessorPil.from_pretrained(directory)
