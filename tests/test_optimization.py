@@ -15,6 +15,7 @@ from denseclip_hf.benchmarking import (
     work_like_the_original,
 )
 from denseclip_hf.optimization import optimize_for_inference
+from denseclip_hf.prompts_denseclip import MAX_PACKED_TOKENS, pack_prompts
 
 
 def randomised(kind, **options):
@@ -112,6 +113,15 @@ def test_made_up_names_have_the_lengths_of_ade20k():
     lengths = [len(ids) - 2 for ids in class_token_ids(150)]
     assert sum(lengths) == 184 and min(lengths) == 1 and max(lengths) == 3
     assert len({tuple(ids) for ids in class_token_ids(10_000)}) == 10_000
+
+
+def test_the_text_towers_work_grows_with_the_distinct_tokens():
+    tokens = {number: pack_prompts(class_token_ids(number), 8).token_ids for number in (150, 1500, 10_000)}
+    assert tokens[150].shape == (1, 343)  # SOS, 8 contexts, 184 tokens of names, 150 EOS; unpacked it is 150 x 13
+    own = 334 / 150
+    for number, layout in tokens.items():
+        assert layout.shape[1] <= 9 + MAX_PACKED_TOKENS  # so memory for masks grows as the tokens do
+        assert layout.numel() < 1.1 * (number * own + 9 * len(layout))
 
 
 def test_cases_take_turns_and_ratios_are_paired():
