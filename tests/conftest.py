@@ -94,6 +94,14 @@ def kind(request) -> str:
 
 
 @pytest.fixture
+def compiler():
+    """An empty cache of compiled code, so that a test does not meet the limit on what others compiled before it."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def images() -> torch.Tensor:
     """Two normalised square images at the tiny models' training resolution."""
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

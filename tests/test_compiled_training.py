@@ -8,6 +8,7 @@ from test_training import NO_DROPOUT, trainer_for
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_compiled_training_equals_eager(tmp_path, kind):
     """With the backend that traces but does not generate code: that part is PyTorch's."""
     runs = []

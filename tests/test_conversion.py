@@ -65,14 +65,18 @@ def test_every_stage_agrees_with_the_original(case, image):
 
 
 @pytest.mark.parametrize("windows_at_a_time", [1, 3, 100])
-def test_sliding_window_agrees_with_the_original(case, windows_at_a_time):
+def test_sliding_window_agrees_with_the_original(case, windows_at_a_time, monkeypatch):
     name, model = case
     golden = golden_config(name)
     assert golden.inference_mode == "slide" and golden.crop_size == [64, 64] and golden.stride == [43, 43]
     model.config.inference_mode, model.config.sliding_window_batch_size = "slide", windows_at_a_time
+    batches = []
+    real = model.window_logits
+    monkeypatch.setattr(model, "window_logits", lambda crops: batches.append(len(crops)) or real(crops))
     with torch.no_grad():
         logits = model(golden_case(name)[1]["in/img_b"]).logits
     model.config.inference_mode = "whole"
+    assert max(batches) == min(windows_at_a_time, sum(batches)) > 0
     assert_golden(name, "out/slide", logits)
 
 

@@ -26,6 +26,14 @@ def test_head_upsamples_between_convolutions_and_once_at_the_end():
     assert head(levels).shape == (2, 3, 15, 15)
 
 
+def test_levels_of_one_size_share_the_last_upsampling(monkeypatch):
+    head = SemanticFPNHead(4, 6, 3, 0.0, 1e-5).eval()
+    real, resized = torch.nn.functional.interpolate, []
+    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda x, *a, **k: resized.append(x) or real(x, *a, **k))
+    head([torch.randn(1, 4, size, size) for size in (16, 8, 4, 2)])
+    assert [x.shape[-1] for x in resized] == [4, 2, 4, 8]  # one between two convolutions, two among three, one for all
+
+
 def test_resizing_to_the_same_size_is_free():
     x = torch.randn(1, 2, 3, 4)
     assert resize_bilinear(x, (3, 4)) is x

@@ -141,7 +141,8 @@ def test_eval_runs_the_text_tower_once(kind, images):
     forward(model, torch.randn(1, 3, 96, 160))
     with torch.inference_mode():
         model(images)
-    assert counter.calls == 1
+    # SOS and 4 contexts once, then 1 + 2 + 3 tokens of names with an EOS each
+    assert (counter.calls, counter.tokens) == (1, 14)
 
 
 def change_in_place(model):
@@ -228,7 +229,7 @@ def test_forward_passes_of_one_step_share_the_text_tower(images, labels):
         for index in range(3):
             model.share_class_embeddings(until_next=shares and index < 2)
             model(images + index, labels=labels).loss.backward()
-        assert counter.calls == (1 if shares else 3)
+        assert (counter.calls, counter.tokens) == ((1, 14) if shares else (3, 42))
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and "prompts.context_vectors" in gradients[1]
     for name in gradients[0]:

@@ -52,6 +52,13 @@ def test_optimizing_folds_every_batch_norm_and_leaves_the_model_alone(kind):
     assert not [m for m in optimized.modules() if isinstance(m, nn.BatchNorm2d)]
     assert optimized.clip.text_model is None and model.clip.text_model is not None
     assert not any(p.requires_grad for p in optimized.parameters())
+    assert all(
+        module.weight.is_contiguous(memory_format=torch.channels_last)
+        for module in optimized.modules()
+        if isinstance(module, nn.Conv2d)
+    )
+    joined = [isinstance(lateral, nn.Identity) for lateral in optimized.neck.lateral_convs]
+    assert joined == [kind == "vit"] * 2 + [False] * 2
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     model.train()
@@ -81,6 +88,7 @@ def test_the_originals_way_gives_the_same_results(kind, mode):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("optimized", [False, True])
 def test_compiles_as_one_graph_for_all_sizes(kind, optimized):
     model = randomised(kind)
@@ -93,6 +101,7 @@ def test_compiles_as_one_graph_for_all_sizes(kind, optimized):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_training_compiles_as_one_graph(kind):
     model = tiny_model(kind, decode_head_dropout=0.0, drop_path_rate=0.0, context_decoder_dropout=0.0).train()
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from denseclip_hf import sliding_window_denseclip
+from denseclip_hf.fpn_denseclip import resize_bilinear
 from denseclip_hf.sliding_window_denseclip import sliding_window_logits, window_starts
 
 
@@ -33,6 +35,20 @@ def test_overlaps_are_averaged_by_hand(batch_size):
     # windows begin at 0, 1, 2; pixel 2 lies in all three: 2 + (0 + 1 + 2) / 3
     assert logits[0, 0, 0].tolist() == [0.0, 1.5, 3.0, 4.5, 6.0]
     assert sum(calls) == 3 and max(calls) <= batch_size
+
+
+def test_windows_are_resized_a_few_classes_at_a_time(monkeypatch):
+    resized = []
+    monkeypatch.setattr(sliding_window_denseclip, "_CHUNK_ELEMENTS", 2 * 8 * 8)
+    monkeypatch.setattr(
+        sliding_window_denseclip,
+        "resize_bilinear",
+        lambda x, size: resized.append(x.shape[1]) or resize_bilinear(x, size),
+    )
+    small = torch.randn(1, 5, 2, 2)
+    logits = sliding_window_logits(lambda crops: small, torch.zeros(1, 3, 8, 8), (8, 8), (4, 4))
+    assert resized == [2, 2, 1]
+    torch.testing.assert_close(logits, resize_bilinear(small, (8, 8)))
 
 
 def test_batches_of_images_share_windows_calls():
