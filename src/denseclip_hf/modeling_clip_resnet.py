@@ -3,6 +3,8 @@
 Shapes: B images, H x W pixels, C channels, D embedding size, h x w the stride-32 grid.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -133,8 +135,33 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
             self.shortcut = CLIPResNetConvLayer(in_channels, out_channels, 1, eps, activation=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and self.training and _in_backward_pass():
+            with _kept_statistics(self):
+                return self._block(x)
+        return self._block(x)
+
+    def _block(self, x: torch.Tensor) -> torch.Tensor:
         residual = x if self.shortcut is None else self.shortcut(self.pool(x))
         return F.relu(self.conv3(self.pool(self.conv2(self.conv1(x)))) + residual, inplace=True)
+
+
+def _in_backward_pass() -> bool:
+    """Whether autograd is at work, as it is when activation checkpointing runs a block for the second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def _kept_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch norms in `block` normalise as in training but leave their running statistics alone."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, counted) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counted
 
 
 class CLIPResNetAttentionPool(nn.Module):
