@@ -154,6 +154,19 @@ def change_data(model):
     model.prompts.context_vectors.data.add_(1.0)
 
 
+def put_average_in_place(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)
+
+
+def scale_projection(model):
+    model.clip.text_projection.weight.data.mul_(2.0)
+
+
+def change_token(model):
+    model.prompts.token_ids[0, -2] += 1
+
+
 def step_optimizer(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model.encode_classes().sum().backward()
@@ -178,6 +191,9 @@ def replace_parameter(model):
     [
         change_in_place,
         change_data,
+        put_average_in_place,
+        scale_projection,
+        change_token,
         step_optimizer,
         load_weights,
         load_part,
@@ -195,6 +211,19 @@ def test_class_embeddings_are_never_stale(change, images):
         expected = model.prompts(model.clip)
         torch.testing.assert_close(model.encode_classes(), expected, atol=0, rtol=0)
     assert model.encode_classes().dtype == expected.dtype
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_callers_may_change_the_class_embeddings_they_got(freeze, images):
+    model = tiny_model(gamma_init=1.0)
+    if freeze:
+        model.freeze_classes()
+    expected = forward(model, images).score_maps
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            embeddings = model.encode_classes()
+            embeddings.mul_(2.0).add_(1.0)
+        assert torch.equal(forward(model, images).score_maps, expected)
 
 
 def test_copies_do_not_share_class_embeddings(images):
@@ -290,20 +319,23 @@ def test_another_class_count_loads_with_ignored_mismatches(tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_activation_checkpointing_changes_no_gradient(kind, images, labels):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_gradient_and_no_statistics(kind, images, labels, reentrant):
     options = {"context_decoder_dropout": 0.0, "decode_head_dropout": 0.0, "drop_path_rate": 0.5}
-    model = tiny_model(kind, **options).train()
-    gradients = []
+    gradients, buffers = [], []
     for checkpointing in (False, True):
+        model = tiny_model(kind, **options).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
-        model.zero_grad()
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(3)
-        model(images, labels=labels).loss.backward()
+        model(images.clone().requires_grad_(), labels=labels).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        buffers.append(dict(model.named_buffers()))
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)
+    for name, buffer in buffers[0].items():
+        assert torch.equal(buffer, buffers[1][name]), name
 
 
 def test_attention_implementations_agree(kind, images):

@@ -28,9 +28,11 @@ class ClassEmbeddingCache:
     """
     Keeps t `(K, D)` for as long as the tensors it was computed from are the same and unchanged.
 
-    Every use compares identity, version, type and device of those tensors (and the contexts' values on the CPU, where
-    that costs nothing and `.data` edits leave no other trace). The model also clears it when it is trained, cast,
-    moved or loaded.
+    Every use compares identity, version, type and device of those tensors. The model also clears it when it is
+    trained, cast, moved or loaded. Edits through `.data` leave none of these traces: on a CPU, where it costs next to
+    nothing, the contexts and a few values of every other tensor are compared too, so that edits of whole tensors (a
+    moving average put in place) are noticed. After such an edit elsewhere, or any edit of text weights between two
+    calls of a compiled model in eval mode, `model.train().eval()` makes the embeddings anew.
 
     In training t is computed anew for every forward pass, or, if `share_until_next` tells of a next one before the
     optimizer's step, once for all of them.
@@ -43,7 +45,7 @@ class ClassEmbeddingCache:
         """Forget the kept embeddings."""
         self.value: torch.Tensor | None = None
         self.key: tuple | None = None
-        self.contexts: torch.Tensor | None = None
+        self.sample: list[torch.Tensor] | None = None
         self.share_until_next = False
         self.shared: torch.Tensor | None = None
         self.shared_key: tuple | None = None
@@ -58,11 +60,11 @@ class ClassEmbeddingCache:
         if trainable and training:
             return self._for_step(prompts, clip, sources)
         if torch.compiler.is_compiling():  # versions can't be read in a graph; `clear` guards it there
-            return prompts(clip) if self.value is None else self.value
+            return prompts(clip) if self.value is None else self.value.clone()
         self._refresh(prompts, clip, sources)
         if trainable:
             return _GradientOnDemand.apply(self.value, lambda: prompts(clip), *trainable)
-        return self.value
+        return self.value.clone()  # callers may normalise it in place
 
     def _for_step(self, prompts: ContextPrompts, clip: CLIPModel, sources: list[torch.Tensor]) -> torch.Tensor:
         """t with its graph; earlier passes of the step get a stand-in that collects their gradients for the last."""
@@ -88,28 +90,40 @@ class ClassEmbeddingCache:
         return value
 
     def _refresh(self, prompts: ContextPrompts, clip: CLIPModel, sources: list[torch.Tensor]) -> None:
-        key = _layout_and_fingerprints(prompts, sources)
-        contexts = prompts.context_vectors
-        if contexts is not None and contexts.device.type != "cpu":
-            contexts = None
-        unchanged = contexts is None or (self.contexts is not None and torch.equal(contexts, self.contexts))
-        if self.value is not None and key == self.key and unchanged:
+        key, sample = _layout_and_fingerprints(prompts, sources), _sample(prompts, sources)
+        if self.value is not None and key == self.key and _equal(sample, self.sample):
             return
         # Neither a caller's inference mode (its tensors can't meet autograd later) nor its autocast may get in.
         device = clip.text_projection.weight.device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             self.value = prompts(clip)
-        self.key = key
-        self.contexts = None if contexts is None else contexts.detach().clone()
+        self.key, self.sample = key, sample
 
 
 def _layout_and_fingerprints(prompts: ContextPrompts, sources: list[torch.Tensor]) -> tuple:
-    return (prompts.eos_index is not None and id(prompts.eos_index), *map(_fingerprint, sources))
+    return tuple(map(_fingerprint, [*prompts.buffers(), *sources]))
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple:
     version = 0 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+@torch.no_grad()
+def _sample(prompts: ContextPrompts, sources: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The contexts and, of every other source, a few values; `None` where reading them would make others wait."""
+    if any(source.device.type != "cpu" or hasattr(source, "placements") for source in sources):
+        return None  # on an accelerator, or spread over processes (DTensor)
+    step = {id(source): max(1, source.numel() // 8) for source in sources}
+    if prompts.context_vectors is not None:
+        step[id(prompts.context_vectors)] = 1
+    return [source.detach().reshape(-1)[:: step[id(source)]].clone() for source in sources]
+
+
+def _equal(sample: list[torch.Tensor] | None, other: list[torch.Tensor] | None) -> bool:
+    if sample is None or other is None:
+        return sample is other
+    return len(sample) == len(other) and all(map(torch.equal, sample, other))
 
 
 __all__ = ["ClassEmbeddingCache"]

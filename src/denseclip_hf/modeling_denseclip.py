@@ -180,10 +180,10 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
 
     def encode_classes(self) -> torch.Tensor:
         """
-        Class embeddings t `(K, D)`, before an image touches them.
+        Class embeddings t `(K, D)`, before an image touches them; a tensor of the caller's own.
 
-        Computed once and kept while nothing they depend on changes; computed anew in training, where they have a
-        gradient to carry. Gradients are right in eval mode too.
+        Computed once and kept while nothing they depend on changes (see [`ClassEmbeddingCache`] for how that is
+        noticed); computed anew in training, where they have a gradient to carry. Gradients are right in eval mode too.
 
         Raises:
             ValueError: if the model has no text guidance or no class names.
@@ -191,7 +191,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         if not self.config.use_text_guidance:
             raise ValueError("this model has no text guidance (`use_text_guidance=False`), so no class embeddings.")
         if self.config.frozen_classes:
-            return self.class_embeddings
+            return self.class_embeddings.clone()
         return self._class_embeddings.get(self.prompts, self.clip, self.training)
 
     def share_class_embeddings(self, until_next: bool) -> None:
