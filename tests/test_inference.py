@@ -76,6 +76,30 @@ def test_probabilities_sum_to_one_at_every_images_size(processor):
     torch.testing.assert_close(first.sum(0), torch.ones(40, 50))
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda array: array,
+        lambda array: torch.from_numpy(array).permute(2, 0, 1),
+        lambda array: torch.from_numpy(array)[None],
+        lambda array: [torch.from_numpy(array).permute(2, 0, 1)[None]],
+    ],
+)
+def test_every_form_of_a_picture_has_the_probabilities_of_the_picture(processor, form):
+    model = tiny_model().train()
+    picture = Image.effect_noise((50, 40), 60).convert("RGB")
+    (expected,) = multi_scale_probabilities(model, picture, (1.0,), image_processor=processor)
+    (probabilities,) = multi_scale_probabilities(model, form(np.array(picture)), (1.0,), image_processor=processor)
+    assert torch.equal(probabilities, expected) and model.training
+
+
+def test_window_sizes_may_be_numpy_integers():
+    images = torch.randn(1, 3, 64, 96)
+    model = tiny_model().train()
+    logits = sliding_window_logits(model, images, np.int64(64), (np.int64(32), 32))
+    assert logits.shape == (1, 3, 64, 96) and model.training
+
+
 def test_default_preprocessing_is_the_published_one():
     model = tiny_model(crop_size=64)
     image = Image.effect_noise((100, 90), 60).convert("RGB")

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from .metrics import confusion_matrix, scores_from_confusion_matrix
+from .open_vocabulary_denseclip import eval_mode
 from .resizing_denseclip import resize_argmax, resize_labels
 from .stopping import OutlivesSignals
 from .transforms import reduce_labels
@@ -113,9 +114,8 @@ def evaluate_segmentation(
     )
     bar = tqdm(total=length, desc="Evaluating", disable=not progress or rank > 0, leave=False)
     matrix = torch.zeros(config.num_labels, config.num_labels, dtype=torch.int64, device=device)
-    totals, was_training = torch.zeros(2, device=device), model.training  # loss, pictures
-    model.eval()
-    with torch.inference_mode(), accelerator.autocast() if accelerator else nullcontext():
+    totals = torch.zeros(2, device=device)  # loss, pictures
+    with eval_mode(model), torch.inference_mode(), accelerator.autocast() if accelerator else nullcontext():
         for batch in same_size_batches(loader, batch_size if world == 1 and predict is None else 1):
             predictions, batch_loss = _predictions(model, batch, device, predict)
             for sample, prediction in zip(batch, predictions, strict=True):
@@ -130,7 +130,6 @@ def evaluate_segmentation(
                         on_prediction(sample["index"], prediction, reference)
                 bar.update(world)
     bar.close()
-    model.train(was_training)
     if accelerator and world > 1:
         matrix, totals = accelerator.reduce(matrix, "sum"), accelerator.reduce(totals, "sum")
     if not totals[1]:

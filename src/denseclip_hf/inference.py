@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .fpn_denseclip import resize_bilinear
+from .image_inputs_denseclip import flatten_images, picture_to_tensor
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .open_vocabulary_denseclip import eval_mode
 from .resizing_denseclip import resize_argmax, resized_rows
 from .sliding_window_denseclip import sliding_window_logits as average_windows
 
@@ -35,10 +37,10 @@ def sliding_window_logits(
     batch_size: int | None = None,
 ) -> torch.Tensor:
     """
-    Logits of `model`, put into eval mode, averaged over overlapping windows.
+    Logits of `model` in eval mode, averaged over overlapping windows.
 
     Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): whatever its `inference_mode`.
+        model ([`DenseCLIPForSemanticSegmentation`]): in any mode, which it keeps; whatever its `inference_mode`.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
         crop_size, stride (`int` or (height, width)): window and step in pixels.
         batch_size (`int`, *optional*): windows that go through the model at a time; by default 4, on a CPU one.
@@ -46,9 +48,8 @@ def sliding_window_logits(
     Returns:
         `torch.Tensor` of shape `(B, K, H, W)`, float32.
     """
-    window, step = ([v, v] if isinstance(v, int) else list(v) for v in (crop_size, stride))
-    model.eval()
-    with torch.no_grad():
+    window, step = ([int(side) for side in (v if isinstance(v, Sequence) else [v, v])] for v in (crop_size, stride))
+    with eval_mode(model), torch.no_grad():
         return average_windows(model.window_logits, pixel_values, window, step, batch_size)
 
 
@@ -67,8 +68,8 @@ def multi_scale_probabilities(
     flipped back, as the published multi-scale results were made.
 
     Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode.
-        images (a picture or a list of pictures, PIL or `(H, W, 3)` arrays): of any sizes.
+        model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode for it, and back.
+        images: a picture or a list of them, of any kind and size the image processor takes; a batch counts as a list.
         scales (`Sequence[float]`): factors on the processor's `size`.
         flip (`bool`): also use each view mirrored left to right.
         image_processor ([`DenseCLIPImageProcessor`], *optional*): with a `shortest_edge` or a fixed `size`; by default
@@ -77,11 +78,11 @@ def multi_scale_probabilities(
     Returns:
         `list[torch.Tensor]`: one `(K, H, W)` float32 tensor per image, on the model's device; sums to 1 over K.
     """
-    results = []
-    for image in images if isinstance(images, (list, tuple)) else [images]:
-        size = np.asarray(image).shape[:2]
-        results.append(_averaged_probabilities(model, image, (size[0], size[1]), scales, flip, image_processor))
-    return results
+    pictures = [picture_to_tensor(image) for image in flatten_images(images, 3)]
+    return [
+        _averaged_probabilities(model, picture, picture.shape[-2:], scales, flip, image_processor)
+        for picture in pictures
+    ]
 
 
 def multi_scale_segmentation(
@@ -104,30 +105,31 @@ def multi_scale_segmentation(
     Returns:
         `torch.Tensor` of shape `(H, W)`: int64, on the model's device.
     """
-    height, width = np.asarray(image).shape[:2]
+    picture = picture_to_tensor(image)
+    height, width = picture.shape[-2:]
     shrink = math.sqrt(min(1.0, max_probabilities / (model.config.num_labels * height * width)))
     if shrink < 1:
         logger.info("A picture of %d x %d pixels is averaged at %.2f of its size.", width, height, shrink)
     size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
-    probabilities = _averaged_probabilities(model, image, size, scales, flip, image_processor)
+    probabilities = _averaged_probabilities(model, picture, size, scales, flip, image_processor)
     return resize_argmax(probabilities[None], (height, width))[0]
 
 
 @torch.no_grad()
 def _averaged_probabilities(
-    model, image, size: tuple[int, int], scales: Sequence[float], flip: bool, image_processor
+    model, picture: torch.Tensor, size: Sequence[int], scales: Sequence[float], flip: bool, image_processor
 ) -> torch.Tensor:
-    """`(K, *size)` probabilities, averaged over the views of one picture."""
+    """`(K, *size)` probabilities, averaged over the views of one picture `(3, H, W)`."""
     if not scales:
         raise ValueError("`scales` is empty: give at least one factor.")
-    model.eval()
     height, width = size
     strip = max(1, STRIP_PROBABILITIES // (model.config.num_labels * width))
     total = torch.zeros(model.config.num_labels, height, width, device=model.device)
     count = 0
     image_processor = image_processor or published_image_processor(model.config)
-    for pixel_values, flipped in scaled_views(image, image_processor, scales, flip):
-        logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
+    for pixel_values, flipped in scaled_views(picture, image_processor, scales, flip):
+        with eval_mode(model):
+            logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
         # By way of the view's own size, as the original goes; a sliding window is there already.
         logits = resize_bilinear(logits, (pixel_values.shape[-2], pixel_values.shape[-1]))[0]
         for top in range(0, height, strip):

@@ -3,7 +3,8 @@
 Shapes: B images, K classes, D embedding size, H x W pixels, h x w the grid of the score maps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -145,6 +146,17 @@ def score_maps_of(
     )
 
 
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """`model` in eval mode, and afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def predict_from_scores(
     model: Any,
     pixel_values: torch.Tensor,
@@ -153,12 +165,8 @@ def predict_from_scores(
     use_context_decoder: bool = True,
 ) -> ScoreSegmentation:
     """Do what [`DenseCLIPForSemanticSegmentation.predict_from_scores`] says."""
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         maps = score_maps_of(model, pixel_values, text_embeds, use_context_decoder)
-    finally:
-        model.train(was_training)
     own = (pixel_values.shape[-2], pixel_values.shape[-1])
     sizes = [own] * len(maps) if target_sizes is None else list(target_sizes)
     if len(sizes) != len(maps):
@@ -167,4 +175,4 @@ def predict_from_scores(
     return ScoreSegmentation(segmentation=segmentation, score_maps=maps)
 
 
-__all__ = ["ZERO_SHOT_TEMPLATES", "ScoreSegmentation", "encode_texts", "predict_from_scores", "score_maps_of"]
+__all__ = ["ZERO_SHOT_TEMPLATES", "ScoreSegmentation", "encode_texts", "eval_mode", "predict_from_scores", "score_maps_of"]
