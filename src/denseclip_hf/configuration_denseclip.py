@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, GenerationConfig, PreTrainedConfig
+from transformers import CLIPConfig, CLIPTextConfig, PreTrainedConfig
 
 
 # What PreTrainedConfig itself understands beside the declared fields; everything else is a misspelt option.
@@ -15,19 +15,27 @@ _BASE_OPTIONS = {
     "quantization_config", "is_composition", "use_cache", "custom_pipelines", "tie_word_embeddings",
 }  # fmt: skip
 
+# What configs of CLIPs on the Hub may carry from older versions of transformers and resembles a field.
+_OLD_CLIP_OPTIONS = {"tie_encoder_decoder", "vision_config_dict", "text_config_dict"}
+
 MAX_LAYERS, MAX_SIZE = 1000, 2**24
 
 
 def refuse_unknown_options(config: PreTrainedConfig, options: dict[str, Any]) -> None:
     """Raise `ValueError` for the first of `options` that is neither a field of `config` nor known to transformers."""
-    generation = GenerationConfig._get_default_generation_params()
     for name in options:
-        if name in _BASE_OPTIONS or name in generation:
-            continue
-        fields = list(type(config).__dataclass_fields__)
-        close = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "see its docstring for the options it has."
-        raise ValueError(f"`{type(config).__name__}` has no option `{name}`: {hint}")
+        if name not in _BASE_OPTIONS:
+            close = difflib.get_close_matches(name, type(config).__dataclass_fields__, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else "see its docstring for the options it has."
+            raise ValueError(f"`{type(config).__name__}` has no option `{name}`: {hint}")
+
+
+def _refuse_misspelt_options(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for an option of CLIP's that is nearly a field: older files hold many others, all harmless."""
+    fields = type(config).__dataclass_fields__
+    for name in vars(config).keys() - fields.keys() - _BASE_OPTIONS - _OLD_CLIP_OPTIONS:
+        if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.88):
+            raise ValueError(f"`{type(config).__name__}` has no option `{name}`: did you mean `{close[0]}`?")
 
 
 @strict
@@ -244,8 +252,11 @@ class DenseCLIPConfig(PreTrainedConfig):
             self.clip_config = PRESETS["denseclip-vit-b16"]["clip_config"]
         if isinstance(self.clip_config, dict):
             self.clip_config = clip_config_class(self.clip_config)(**self.clip_config)
+        for part in (self.clip_config, self.clip_config.text_config, self.clip_config.vision_config):
+            part.dtype = None  # the segmenter's own counts, for all of it
         if self.class_token_ids is not None and self.id2label is None and "num_labels" not in kwargs:
             kwargs["num_labels"] = len(self.class_token_ids)
+        _check_names(self.id2label, kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         if self.id2label is not None and "num_labels" not in kwargs:
             self.label2id = {label: index for index, label in self.id2label.items()}
@@ -324,6 +335,7 @@ class DenseCLIPConfig(PreTrainedConfig):
         for part in (self, self.clip_config, self.clip_config.text_config, vision):
             for name, value in vars(part).items():
                 _refuse_absurd(name, value)
+            _refuse_misspelt_options(part)
         _refuse_absurd("depth", sum(vision.depths) if self.has_resnet else 0)
         _refuse_absurd("image_size", (self.image_size // max(self.embedding_stride, 1)) ** 2)
         if not 0 <= self.score_map_level <= 3:
@@ -348,6 +360,13 @@ class DenseCLIPConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
 
     def _check_inference(self) -> None:
+        ignored = self.semantic_loss_ignore_index
+        # The default may meet more classes than 8-bit masks can hold; then labels are refused where they come in.
+        if 0 <= ignored < self.num_labels and ignored != type(self).semantic_loss_ignore_index:
+            raise ValueError(
+                f"`semantic_loss_ignore_index` ({ignored}) is one of the {self.num_labels} classes, which would never "
+                "be learnt: choose a value that is no class id, such as -100."
+            )
         if self.palette is not None and len(self.palette) != self.num_labels:
             raise ValueError(
                 f"`palette` has {len(self.palette)} colours for {self.num_labels} classes: give one each."
@@ -369,6 +388,11 @@ class DenseCLIPConfig(PreTrainedConfig):
             raise ValueError("`frozen_classes` needs classes to freeze: leave it out with `use_text_guidance=False`.")
         if self.prompt_template.count("{}") != 1:
             raise ValueError(f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.")
+        if self.use_text_guidance and self.max_class_tokens < 3:
+            raise ValueError(
+                f"`num_context_tokens` ({self.num_context_tokens}) leaves no room for a class name between SOS and EOS "
+                f"in CLIP's {self.clip_config.text_config.max_position_embeddings} positions: use fewer contexts."
+            )
         if self.class_token_ids is None:
             return
         if len(self.class_token_ids) != self.num_labels:
@@ -393,6 +417,19 @@ class DenseCLIPConfig(PreTrainedConfig):
                 )
 
 
+def _check_names(id2label: Any, num_labels: int | None) -> None:
+    """Raise `ValueError` unless `id2label` is `None` or names the classes 0 … K-1."""
+    if id2label is None:
+        return
+    if not isinstance(id2label, dict):
+        raise ValueError("`id2label` must be a mapping from class ids to names, such as {0: 'sky', 1: 'road'}.")
+    ids = sorted(int(index) for index in id2label)
+    if ids != list(range(len(ids))):
+        raise ValueError(f"the ids of `id2label` must be 0 … {len(ids) - 1} without gaps, got {ids}.")
+    if num_labels not in (None, len(ids)):
+        raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(ids)} classes: give one of the two.")
+
+
 def clip_config_class(clip_config: dict[str, Any]) -> type[CLIPConfig]:
     """`CLIPResNetConfig` or `CLIPConfig`, whichever the dict `clip_config` describes."""
     vision = clip_config.get("vision_config")
@@ -415,4 +452,4 @@ def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:
     return pair
 
 
-__all__ = ["CLIPResNetConfig", "CLIPResNetVisionConfig", "CLIPVisionConfig", "DenseCLIPConfig"]
+__all__ = ["CLIPResNetConfig", "CLIPResNetVisionConfig", "DenseCLIPConfig"]
