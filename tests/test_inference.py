@@ -65,8 +65,15 @@ def test_views_have_the_originals_sizes_and_order(golden, processor):
     views = list(scaled_views(tensors["in/tta/image"].numpy(), processor, (0.75, 1.0, 1.25), True))
     assert [flipped for _, flipped in views] == flips
     for index, (pixel_values, _) in enumerate(views):
-        difference = (pixel_values - tensors[f"in/tta/view{index}"]).abs().max().item()
-        assert difference < 1.05 / 255 / 0.26  # one grey level, normalised
+        torch.testing.assert_close(pixel_values, tensors[f"in/tta/view{index}"], atol=1e-6, rtol=0)
+
+
+def test_multi_scale_equals_the_original_from_the_picture_on(golden, processor):
+    model, tensors, _ = golden
+    image = Image.fromarray(tensors["in/tta/image"].numpy())
+    (probabilities,) = multi_scale_probabilities(model, image, (0.75, 1.0, 1.25), image_processor=processor)
+    torch.testing.assert_close(probabilities[None], tensors["out/tta/probs"], atol=1e-4, rtol=0)
+    assert torch.equal(probabilities.argmax(0)[None], tensors["out/tta/pred"])
 
 
 def test_probabilities_sum_to_one_at_every_images_size(processor):

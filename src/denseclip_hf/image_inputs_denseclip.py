@@ -108,7 +108,7 @@ def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
         # some Pillow versions open 16-bit files with 32-bit integers
         is_16_bit = image.mode == "I" and values.min() >= 0 and 255 < values.max() <= 65535
         return values.astype(np.uint16) if is_16_bit else values
-    return np.asarray(image.convert("RGB") if do_convert_rgb else image)
+    return np.asarray(image.convert("RGB") if do_convert_rgb and image.mode != "RGB" else image)
 
 
 def _channels_first(image: torch.Tensor, input_data_format: str | ChannelDimension | None) -> torch.Tensor:

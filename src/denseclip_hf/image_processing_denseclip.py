@@ -34,6 +34,8 @@ logger = logging.get_logger(__name__)
 LABEL_PADDING = 255
 # Of a resized picture (1.5 GiB of float32): long and narrow ones would otherwise grow without bound.
 MAX_PIXELS = 2**27
+# Scores that post-processing returns at a time (2 GiB of float32).
+MAX_SCORES = 2**29
 _MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 
@@ -238,7 +240,9 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
     ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """Turn the model's output into segmentation maps of the size of the original pictures.
 
-        Without scores, memory stays bounded however large the pictures are, see [`resize_argmax`].
+        Without scores, memory stays bounded however large the pictures are, see [`resize_argmax`]. All K scores of a
+        pixel, which is what transformers means by them, are for small results; [`resize_max`] of
+        `denseclip_hf.resizing_denseclip` gives each pixel's highest score at any size.
 
         Args:
             outputs: Model output with `logits` of shape (B, K, h, w), or a list of B tensors (K, h, w).
@@ -252,7 +256,7 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
             `segmentation` (the same) and `segmentation_scores`, float32 of shape (K, H, W).
 
         Raises:
-            ValueError: If there are not as many target sizes as pictures.
+            ValueError: If there are not as many target sizes as pictures, or more than 2**29 scores (2 GiB).
         """
         logits = outputs.logits
         sizes = [picture.shape[-2:] for picture in logits] if target_sizes is None else target_sizes
@@ -262,6 +266,12 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
         sizes = [(int(height), int(width)) for height, width in sizes]
         if not return_segmentation_scores:
             return [resize_argmax(picture[None], size)[0] for picture, size in zip(logits, sizes, strict=True)]
+        count = sum(len(picture) * height * width for picture, (height, width) in zip(logits, sizes, strict=True))
+        if count > MAX_SCORES:
+            raise ValueError(
+                f"The scores would be {count} numbers, above {MAX_SCORES} (2 GiB): pass smaller target sizes or fewer "
+                "pictures, or take each pixel's highest score from denseclip_hf.resizing_denseclip.resize_max."
+            )
         results = []
         for picture, size in zip(logits, sizes, strict=True):
             scores = F.interpolate(picture[None].float(), size=size, mode="bilinear", align_corners=False)[0]

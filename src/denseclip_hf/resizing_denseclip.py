@@ -3,12 +3,16 @@
 Shapes: B pictures, C channels, K classes, H × W pixels.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 
-# logits that `resize_argmax` interpolates at a time (16 MiB of float32)
+# logits that are interpolated at a time (16 MiB of float32), and values of a picture
 _STRIP_ELEMENTS = 2**22
+_PICTURE_STRIP_ELEMENTS = 2**18
 
 
 def fit_within(height: int, width: int, shortest_edge: int, longest_edge: int | None = None) -> tuple[int, int]:
@@ -31,6 +35,9 @@ def resize_image(
 ) -> torch.Tensor:
     """Resize a picture, by default bilinearly and without antialiasing, as OpenCV does.
 
+    Then uint8 pictures come out exactly as OpenCV's, in memory that grows with the result alone; other ways take the
+    channels one by one.
+
     Args:
         image (`torch.Tensor` of shape `(C, H, W)`): uint8 in 0 … 255, or floats of any range.
         size (`tuple[int, int]`): New height and width.
@@ -42,8 +49,49 @@ def resize_image(
     """
     if tuple(image.shape[-2:]) == tuple(size):
         return image
-    resized = F.interpolate(image[None].float(), size=size, mode=mode, align_corners=False, antialias=antialias)[0]
-    return resized.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
+    if image.dtype == torch.uint8 and mode == "bilinear" and not antialias:
+        return _resize_levels(image, size)
+    result = torch.empty(len(image), *size, dtype=image.dtype, device=image.device)
+    for channel, resized in zip(image, result, strict=True):
+        values = F.interpolate(
+            channel[None, None].float(), size=size, mode=mode, align_corners=False, antialias=antialias
+        )[0, 0]
+        resized.copy_(values.round().clamp(0, 255) if image.dtype == torch.uint8 else values)
+    return result
+
+
+def _resize_levels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(C, H, W) grey levels resized bilinearly in OpenCV's whole-number arithmetic, some rows at a time."""
+    channels, old_height, old_width = image.shape
+    height, width = size
+    upper, lower, upper_weight, lower_weight = (x.to(image.device) for x in _neighbours(old_height, height))
+    left, right, left_weight, right_weight = (x.to(image.device) for x in _neighbours(old_width, width))
+    # pixels of a row one after the other, their channels side by side
+    channel = torch.arange(channels, device=image.device)
+    left, right = ((columns[:, None] * channels + channel).flatten() for columns in (left, right))
+    left_weight, right_weight = (x.repeat_interleave(channels) for x in (left_weight, right_weight))
+    result = torch.empty(height, width * channels, dtype=torch.uint8, device=image.device)
+    strip = max(1, _PICTURE_STRIP_ELEMENTS // (max(width, old_width) * channels))
+    for top in range(0, height, strip):
+        part = slice(top, top + strip)
+        needed, index = torch.stack([upper[part], lower[part]]).unique(return_inverse=True)
+        rows = image.permute(1, 2, 0).index_select(0, needed).flatten(1)
+        wide = rows.index_select(1, left).int().mul_(left_weight)
+        wide = wide.add_(rows.index_select(1, right).int().mul_(right_weight)).bitwise_right_shift_(4)
+        above = wide.index_select(0, index[0]).mul_(upper_weight[part, None]).bitwise_right_shift_(16)
+        below = wide.index_select(0, index[1]).mul_(lower_weight[part, None]).bitwise_right_shift_(16)
+        result[part] = above.add_(below).add_(2).bitwise_right_shift_(2)
+    return result.view(height, width, channels).permute(2, 0, 1)
+
+
+def _neighbours(old: int, new: int) -> tuple[torch.Tensor, ...]:
+    """For each new pixel along one axis the two old ones around it, and their weights in 2048ths (int32)."""
+    positions = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    before = positions.floor()
+    weight = positions - before
+    weights = (((1 - weight) * 2048).round().int(), (weight * 2048).round().int())
+    # beyond a border both are the pixel there
+    return before.long().clamp(0, old - 1), (before.long() + 1).clamp(0, old - 1), *weights
 
 
 def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -83,20 +131,46 @@ def resize_argmax(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Raises:
         ValueError: If `logits` has not four axes or `size` is not positive.
     """
-    height, width = (int(side) for side in size)
+    _check_resizing(logits, size)
+    classes = torch.empty(len(logits), *size, dtype=torch.long, device=logits.device)
+    for place, strip in _resized_strips(logits, size):
+        classes[place] = strip.argmax(dim=0)
+    return classes
+
+
+@torch.no_grad()
+def resize_max(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`resize_argmax`], and with each pixel's class its score: its resized logit.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, *size)` each: int64 class ids and float32 scores.
+    """
+    _check_resizing(logits, size)
+    classes = torch.empty(len(logits), *size, dtype=torch.long, device=logits.device)
+    scores = torch.empty(len(logits), *size, device=logits.device)
+    for place, strip in _resized_strips(logits, size):
+        scores[place], classes[place] = strip.max(dim=0)
+    return classes, scores
+
+
+def _check_resizing(logits: torch.Tensor, size: tuple[int, int]) -> None:
     if logits.ndim != 4:
         raise ValueError(f"Logits must have the shape (batch, classes, height, width), got {tuple(logits.shape)}.")
-    if height < 1 or width < 1:
-        raise ValueError(f"The size must be positive, got {height}×{width}.")
-    if tuple(logits.shape[-2:]) == (height, width):
-        return logits.argmax(dim=1)
-    classes = torch.empty(logits.shape[0], height, width, dtype=torch.long, device=logits.device)
+    if min(size) < 1:
+        raise ValueError(f"The size must be positive, got {size[0]}×{size[1]}.")
+
+
+def _resized_strips(logits: torch.Tensor, size: tuple[int, int]) -> Iterator[tuple[Any, torch.Tensor]]:
+    """(B, K, h, w) logits resized to (B, K, *size), as (index of picture and rows, (K, rows, width) logits)."""
+    height, width = size
     strip = max(1, _STRIP_ELEMENTS // (logits.shape[1] * max(width, logits.shape[3])))
-    for picture, result in zip(logits, classes, strict=True):
+    for index, picture in enumerate(logits):
+        if tuple(picture.shape[-2:]) == (height, width):
+            yield index, picture
+            continue
         for top in range(0, height, strip):
             bottom = min(top + strip, height)
-            result[top:bottom] = resized_rows(picture, top, bottom, height, width).argmax(dim=0)
-    return classes
+            yield (index, slice(top, bottom)), resized_rows(picture, top, bottom, height, width)
 
 
 def resized_rows(logits: torch.Tensor, top: int, bottom: int, height: int, width: int) -> torch.Tensor:
