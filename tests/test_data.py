@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from denseclip_hf import data_layouts
 from denseclip_hf.data import load_segmentation_dataset, read_sample
@@ -21,6 +21,7 @@ from denseclip_hf.transforms import AugmentedDataset, AugmentedStream, TrainTran
 NAMES = ["sky", "road", "car"]
 PALETTE = [[0, 0, 255], [128, 64, 128], [255, 0, 0]]
 SIZE = (8, 6)  # width, height
+NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
 
 
 def make_mask(seed=0, highest=2, size=SIZE):
@@ -259,11 +260,21 @@ def test_more_than_8_bits_are_scaled(tmp_path, values, suffix):
     assert np.asarray(read_image(path))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
 
 
-def test_pictures_are_turned_upright(tmp_path):
+FORMATS = ["JPEG", "MPO", "WEBP", "PNG", "TIFF", pytest.param("AVIF", marks=NEEDS_AVIF)]
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright_as_pillow_turns_them(tmp_path, file_format, orientation, decode):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(make_pixels()).save(tmp_path / "lying.jpg", exif=exif)
-    assert read_image(tmp_path / "lying.jpg").size == SIZE[::-1]
+    exif[0x0112] = orientation
+    Image.fromarray(make_pixels()).save(tmp_path / "lying", file_format, exif=exif)
+    with Image.open(tmp_path / "lying") as lying:
+        expected = np.asarray(ImageOps.exif_transpose(lying).convert("RGB"))
+    assert expected.shape == (*(SIZE if orientation > 4 else SIZE[::-1]), 3)
+    image = read_image(tmp_path / "lying", decode)
+    assert np.array_equal(read_image(image), expected)  # what is upright stays so
 
 
 def test_plain_files_can_be_left_undecoded(folder):

@@ -102,15 +102,12 @@ def _decode(image: Image.Image, name: str) -> None:
         raise _broken(name, error) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or the tags are damaged."""
-    # Asking a PNG for EXIF would decode it.
-    if image.format not in ("JPEG", "MPO", "TIFF", "WEBP"):
-        return 1
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright as its EXIF tag says; `None` where there is no tag or the tags are damaged."""
     try:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
+        return TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:
-        return 1
+        return None
 
 
 def read_image(source: Any, decode: bool = True) -> Image.Image:
@@ -122,7 +119,7 @@ def read_image(source: Any, decode: bool = True) -> Image.Image:
 
     Args:
         source: path, `{"path": …, "bytes": …}` as `datasets` stores pictures, or PIL image.
-        decode: False leaves an upright 8-bit RGB file opened but not decoded, for
+        decode: False leaves an upright RGB file in JPEG opened but not decoded, for
             `TrainTransform(fast_jpeg=True)`; damage to it then shows only when its pixels are used.
 
     Raises:
@@ -131,12 +128,13 @@ def read_image(source: Any, decode: bool = True) -> Image.Image:
     """
     image = _open(source)
     name = name_of(image)
-    orientation = _orientation(image)
-    if image.mode == "RGB" and orientation == 1 and not decode:
+    if not decode and image.format in ("JPEG", "MPO") and image.mode == "RGB" and _turn(image) is None:
         return image
     _decode(image, name)
-    if orientation in TURNS:
-        image = image.transpose(TURNS[orientation])
+    turn = _turn(image)  # asked after decoding, which turns a TIFF by itself
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info = {}  # nothing shall turn it again
     if image.mode in (*SIXTEEN_BIT_MODES, "F"):
         image = Image.fromarray(_eight_bit(np.asarray(image), name))
     try:
