@@ -1,15 +1,15 @@
 """OpenAI's or open_clip's CLIP checkpoint as a transformers directory.
 
-`python scripts/convert_openai_clip.py RN50.pt OUTPUT_DIR [--tokenizer NAME] [--hidden_act gelu] [--dtype float16]`
+`python scripts/convert_openai_clip.py RN50.pt OUTPUT_DIR [--tokenizer NAME] [--dtype float16]`, or for open_clip's
+`python scripts/convert_openai_clip.py open_clip_model.safetensors OUTPUT_DIR --hidden_act gelu`
 """
 
 import argparse
 import logging
 import sys
 
-from denseclip_hf.checkpoints import sha256_of
-from denseclip_hf.conversion_clip import DTYPES, convert_clip
-from denseclip_hf.original_release import DEFAULT_TOKENIZER
+from denseclip_hf.checkpoints import DEFAULT_TOKENIZER, sha256_of
+from denseclip_hf.conversion_clip import ACTIVATIONS, DTYPES, convert_clip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,9 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, help="CLIP's, directory or Hub name (%(default)s)")
     parser.add_argument(
         "--hidden_act",
-        choices=["quick_gelu", "gelu"],
-        default="quick_gelu",
-        help="no weight tells it: gelu for open_clip's models whose name lacks -quickgelu (default: %(default)s)",
+        choices=ACTIVATIONS,
+        help="no weight tells it: gelu for open_clip's models whose name lacks -quickgelu, quick_gelu for others; "
+        "only OpenAI's archives do without it",
+    )
+    parser.add_argument(
+        "--num_attention_heads", type=int, help="of the image tower, where its width does not tell (head size not 64)"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the saved weights (%(default)s)")
     args = parser.parse_args(argv)

@@ -6,7 +6,8 @@
 import argparse
 import sys
 
-from denseclip_hf.original_release import DEFAULT_TOKENIZER, convert_release
+from denseclip_hf.checkpoints import DEFAULT_TOKENIZER
+from denseclip_hf.original_release import convert_release
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Agreement with the authors' implementation, on tiny models whose every stage was recorded."""
 
+import copy
 import json
 import re
 
@@ -200,10 +201,66 @@ def test_misshapen_key_stops_the_conversion():
         convert_original_state_dict(_original() | {"gamma": torch.zeros(3)}, golden_config("seg_vit"))
 
 
-def test_unsupported_original_option_is_refused():
-    kwargs = {**golden_case("seg_vit")[0]["model_cfg"], "text_head": True}
-    with pytest.raises(ValueError, match="text_head=True"):
-        config_from_original(kwargs, {}, [])
+def _options(part, **changes):
+    """The golden ViT's model options with some changed in `part`, such as "decode_head.loss_decode"."""
+    kwargs = copy.deepcopy(golden_case("seg_vit")[0]["model_cfg"])
+    options = kwargs
+    for name in filter(None, part.split(".")):
+        options = options[name]
+    options.update(changes)
+    return kwargs
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [
+        ("", "text_head", True),
+        ("", "context_feature", "backbone"),
+        ("", "auxiliary_head", {"type": "FCNHead"}),
+        ("", "surprise", 1),
+        ("backbone", "type", "ResNetV1c"),
+        ("backbone", "surprise", 1),
+        ("neck", "upsample_cfg", {"mode": "bilinear"}),
+        ("neck", "act_cfg", {"type": "ReLU"}),
+        ("neck", "num_outs", 5),
+        ("decode_head", "ignore_index", 0),
+        ("decode_head", "feature_strides", (8, 8, 16, 32)),
+        ("decode_head.norm_cfg", "eps", 1e-3),
+        ("decode_head.loss_decode", "type", "DiceLoss"),
+        ("decode_head.loss_decode", "loss_weight", 0.5),
+        ("decode_head.loss_decode", "class_weight", [1.0, 2.0]),
+        ("identity_head", "ignore_index", 0),
+        ("identity_head.loss_decode", "use_sigmoid", True),
+        ("test_cfg", "surprise", 1),
+    ],
+)
+def test_options_whose_meaning_would_be_lost_are_refused(part, option, value):
+    place = f"{part}.{option}".lstrip(".")
+    with pytest.raises(ValueError, match=re.escape(f"`{place}={value!r}` of the original is not")):
+        config_from_original(_options(part, **{option: value}), dict(enumerate("abcde")), None)
+
+
+def test_options_with_the_originals_defaults_are_fine():
+    changes = {"upsample_cfg": {"mode": "nearest"}, "start_level": 0, "end_level": -1, "act_cfg": None}
+    kwargs = _options("neck", **changes)
+    kwargs["decode_head"] |= {"in_index": (0, 1, 2, 3), "ignore_index": 255}
+    config = config_from_original(kwargs, dict(enumerate("abcde")), None)
+    assert config.to_dict() == config_from_original(_options(""), dict(enumerate("abcde")), None).to_dict()
+
+
+def test_another_number_of_classes_is_refused():
+    with pytest.raises(ValueError, match="`decode_head.num_classes` of the original config is 5, for 2 classes"):
+        config_from_original(_options(""), {0: "a", 1: "b"}, None)
+
+
+def test_losses_that_are_no_dict_are_refused():
+    with pytest.raises(ValueError, match="`decode_head.loss_decode` of the original must be a dict"):
+        config_from_original(_options("decode_head", loss_decode=[{"type": "CrossEntropyLoss"}]), {}, None)
+
+
+def test_a_weight_given_twice_is_refused():
+    with pytest.raises(ValueError, match="both gamma and module.gamma"):
+        convert_original_state_dict(_original() | {"module.gamma": torch.zeros(20)}, golden_config("seg_vit"))
 
 
 def test_conversion_leaves_its_input_alone():

@@ -1,7 +1,6 @@
 """OpenAI's and open_clip's checkpoints: the same features as a reference written for the test."""
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -16,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
 from denseclip_hf.checkpoints import CheckpointError, OutputError, _ScriptObject, _tensors, _view, read_torchscript
-from denseclip_hf.conversion_clip import clip_config_from_weights, convert_clip
+from denseclip_hf.conversion_clip import OPENAI_SETTINGS, clip_config_from_weights, convert_clip
 from denseclip_hf.example_clip import make_example_tokenizer
 
 
@@ -60,7 +59,8 @@ def write(kind, format, tmp_path, half=False):
 @pytest.mark.parametrize("format", FORMATS)
 def test_features_are_the_reference(tmp_path, kind, format):
     clip, path = write(kind, format, tmp_path)
-    convert_clip(path, tmp_path / "out", tokenizer())
+    told = {} if format == "torchscript" else {"hidden_act": "quick_gelu"}
+    convert_clip(path, tmp_path / "out", tokenizer(), **told)
     expected_class = CLIPModel if kind == "vit" else CLIPResNetModel
     model = expected_class.from_pretrained(tmp_path / "out").eval()
     assert type(AutoModel.from_pretrained(tmp_path / "out")) is expected_class
@@ -88,10 +88,10 @@ def test_half_precision_becomes_float32_with_the_same_values(tmp_path, kind, for
         _save_script_of(half, path)
     else:
         torch.save(half, path)
-    model = convert_clip(path, tmp_path / "out", tokenizer())
+    model = convert_clip(path, tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
     assert model.dtype == torch.float32
     assert torch.equal(model.text_model.embeddings.token_embedding.weight, half["token_embedding.weight"].float())
-    small = convert_clip(path, tmp_path / "half", tokenizer(), dtype="float16")
+    small = convert_clip(path, tmp_path / "half", tokenizer(), hidden_act="quick_gelu", dtype="float16")
     assert small.dtype == torch.float16
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
 
@@ -131,6 +131,71 @@ def test_openai_sizes(name, shape, depths, heads, size):
     assert found.projection_dim == output and found.text_config.num_hidden_layers == 12
 
 
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "torchscript"])
+def test_an_activation_is_never_guessed(tmp_path, kind, format):
+    _, path = write(kind, format, tmp_path)
+    with pytest.raises(ValueError, match="does not tell its activation: give `--hidden_act quick_gelu` for OpenAI's"):
+        convert_clip(path, tmp_path / "out", tokenizer())
+    assert not (tmp_path / "out").exists()
+    model = convert_clip(path, tmp_path / "out", tokenizer(), hidden_act="gelu")
+    assert model.config.text_config.hidden_act == "gelu"
+
+
+def test_the_settings_in_openais_files_tell_the_activation(tmp_path):
+    weights = reference_clip("vit", len(tokenizer())).state_dict()
+    settings = {name: torch.tensor(64) for name in OPENAI_SETTINGS}
+    torch.save({**weights, **settings}, tmp_path / "clip.pt")
+    model = convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer())
+    assert model.config.vision_config.hidden_act == model.config.text_config.hidden_act == "quick_gelu"
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16), (1792, 16)]
+)
+def test_heads_of_known_image_towers(width, heads):
+    """As in open_clip's model configs: head widths of 64, and 80, 88, 104, 112 in the wide ones."""
+    assert clip_config_from_weights(_wide(width)).vision_config.num_attention_heads == heads
+
+
+@pytest.mark.parametrize("width", [352, 1152, 2048])
+def test_heads_are_asked_for_where_nobody_can_know_them(width):
+    with pytest.raises(
+        ValueError, match=f"how many attention heads an image tower of width {width} has: give `--num_"
+    ):
+        clip_config_from_weights(_wide(width))
+    assert clip_config_from_weights(_wide(width), num_attention_heads=8).vision_config.num_attention_heads == 8
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=rf"`num_attention_heads` .{wrong}. must divide the image tower's width"):
+            clip_config_from_weights(_wide(width), num_attention_heads=wrong)
+
+
+def test_a_text_tower_of_an_odd_width_is_refused():
+    weights = _wide(768) | {"positional_embedding": torch.zeros(16, 100)}
+    with pytest.raises(ValueError, match="text tower is 100 wide"):
+        clip_config_from_weights(weights)
+
+
+def test_given_heads_are_those_of_the_image_tower(tmp_path):
+    _, path = write("vit", "torchscript", tmp_path)
+    model = convert_clip(path, tmp_path / "out", tokenizer(), num_attention_heads=4)
+    assert model.config.vision_config.num_attention_heads == 4 and model.config.text_config.num_attention_heads == 2
+
+
+def _wide(width):
+    """The weights that a ViT's config is read from, at any image width."""
+    with torch.device("meta"):
+        return {
+            "visual.conv1.weight": torch.empty(width, 3, 14, 14),
+            "visual.class_embedding": torch.empty(width),
+            "visual.positional_embedding": torch.empty(257, width),
+            "visual.transformer.resblocks.0.mlp.c_fc.weight": torch.empty(4 * width, width),
+            "transformer.resblocks.0.mlp.c_fc.weight": torch.empty(512, 128),
+            "token_embedding.weight": torch.empty(540, 128),
+            "positional_embedding": torch.empty(16, 128),
+            "text_projection": torch.empty(128, 24),
+        }
+
+
 BAD = {
     "no CLIP": ({"fc.weight": torch.zeros(1)}, "not a CLIP of OpenAI's architecture: it has no visual.conv1.weight"),
     "a timm tower": ({"visual.trunk.x": torch.zeros(1)}, "not a CLIP"),
@@ -146,7 +211,7 @@ def test_bad_checkpoints_are_refused(tmp_path, case):
     weights = {} if case in ("no CLIP", "a timm tower") else reference_clip("vit", len(tokenizer())).state_dict()
     torch.save({**weights, **changes}, tmp_path / "clip.pt")
     with pytest.raises(ValueError, match=message):
-        convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer())
+        convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
     assert not (tmp_path / "out").exists()
 
 
@@ -175,7 +240,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     _, path = write("vit", "state dict", tmp_path)
     monkeypatch.setattr(type(tokenizer()), "save_pretrained", fail_half_way)
     with pytest.raises(OutputError, match="out could not be written .No space left on device.; nothing is left"):
-        convert_clip(path, tmp_path / "out", tokenizer())
+        convert_clip(path, tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -184,13 +249,13 @@ def test_missing_key_is_named(tmp_path):
     del weights["visual.ln_post.bias"]
     torch.save(weights, tmp_path / "clip.pt")
     with pytest.raises(ValueError, match="lacks the weights of vision_model.post_layernorm.bias"):
-        convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer())
+        convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
 
 
 @pytest.mark.parametrize(
     ("pickled", "message"),
     [
-        (b"cposix\nsystem\n(S'touch /tmp/should_not_exist'\ntR.", "asks for posix.system"),
+        (b"cposix\nsystem\n(S'touch MARK'\ntR.", "asks for posix.system"),
         (b"\x80\x02garbage", "no Tor"),
     ],
 )
@@ -199,10 +264,15 @@ def test_code_in_an_archive_is_not_run(tmp_path, pickled, message):
     evil = tmp_path / "evil.pt"
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(evil, "w") as target:
         for name in source.namelist():
-            target.writestr(name, pickled if name.endswith("/data.pkl") else source.read(name))
+            target.writestr(
+                name,
+                pickled.replace(b"MARK", bytes(tmp_path / "mark"))
+                if name.endswith("/data.pkl")
+                else source.read(name),
+            )
     with pytest.raises(CheckpointError, match=message):
         convert_clip(evil, tmp_path / "out", tokenizer())
-    assert not os.path.exists("/tmp/should_not_exist") and not (tmp_path / "out").exists()
+    assert not (tmp_path / "mark").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_big_endian_archive_is_refused(tmp_path):
@@ -256,9 +326,10 @@ def test_unknown_options_are_refused(tmp_path, option, value):
 
 
 def test_script(tmp_path):
-    _, path = write("resnet", "torchscript", tmp_path)
+    _, path = write("resnet", "safetensors", tmp_path)
     tokenizer().save_pretrained(tmp_path / "words")
     command = [sys.executable, SCRIPT, path, tmp_path / "out", "--tokenizer", tmp_path / "words"]
+    command += ["--hidden_act", "quick_gelu", "--num_attention_heads", "2"]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
     assert "CLIPResNetModel" in result.stdout and "sha256" in result.stdout
 

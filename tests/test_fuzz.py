@@ -366,7 +366,7 @@ def test_clips(tmp_path, kind, data):
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     FORMATS["training checkpoint"](_Holder(weights), tmp_path / "x.pt")
     with result_or_sentence():
-        convert_clip(tmp_path / "x.pt", tmp_path / "out", clip_tokenizer())
+        convert_clip(tmp_path / "x.pt", tmp_path / "out", clip_tokenizer(), hidden_act="quick_gelu")
 
 
 class _Holder:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, golden_case
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer, CLIPTokenizer
 
 from denseclip_hf.checkpoints import CheckpointError, OutputError, new_directory, read_checkpoint
 from denseclip_hf.conversion import config_from_original, convert_original_state_dict
@@ -108,41 +108,75 @@ def test_a_config_file_beside_the_checkpoint_wins_over_the_one_inside(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASED)
 def test_full_size_releases_convert(tmp_path, name):
-    """Random weights with exactly the released keys and shapes, saved as mmcv saves."""
+    """Random weights with exactly the released keys and shapes, in a file with all that mmcv saves."""
     torch.manual_seed(0)
     state = OrderedDict(
         (key, torch.zeros(shape, dtype=torch.int64) if key.endswith("tracked") else torch.rand(shape) * 0.02)
         for key, shape in RELEASED[name]["state_dict"].items()
     )
     tokens = json.loads((FIXTURES / "tokens_ade20k.json").read_text())
-    path = save(tmp_path, {"meta": {"CLASSES": tokens["classes"]}, "state_dict": state, "optimizer": {}})
-    report = convert_release(path, tmp_path / "model", _TokensOfADE20K(tokens))
+    meta = {
+        "env_info": "sys.platform: linux\nMMCV: 1.3.17\nMMSegmentation: 0.19.0+5eda47f",
+        "mmseg_version": "0.19.0+5eda47f",
+        "mmcv_version": "1.3.17",
+        "time": "Wed Nov 24 12:00:00 2021",
+        "config": f"norm_cfg = dict(type='SyncBN', requires_grad=True)\nmodel = {RELEASED[name]['model_cfg']!r}\n"
+        "optimizer = dict(type='AdamW', lr=0.0001)\nwork_dir = './work_dirs/x'\n",
+        "CLASSES": tuple(tokens["classes"]),
+        "PALETTE": tokens["palette"],
+        "seed": None,
+        "exp_name": f"{name}.py",
+        "hook_msgs": {},
+        "epoch": 64,
+        "iter": 80000,
+    }
+    path = save(tmp_path, {"meta": meta, "state_dict": state, "optimizer": _adamw_state(state)})
+    report = convert_release(path, tmp_path / "model", _clip_sized_tokenizer(tokens["classes"]))
+    files = {file.name for file in (tmp_path / "model").iterdir()}
+    assert files == report.sha256.keys() >= {
+        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "tokenizer.json",
+    }  # fmt: skip
     assert report.parameters_without_text_encoder == RELEASED[name]["params_without_text_encoder"]
     model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "model")
     expected = convert_original_state_dict(state, model.config)
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
-class _TokensOfADE20K:
-    """In the place of CLIP's tokenizer, whose merges the tests do not have: its recorded answers."""
+def _adamw_state(state):
+    """The optimizer's part of a checkpoint: two moments for every weight."""
+    weights = [value for value in state.values() if value.is_floating_point()]
+    moments = [{"step": 80000, "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)} for w in weights]
+    group = {
+        "lr": 1e-8,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 1e-4,
+        "amsgrad": False,
+        "initial_lr": 1e-4,
+    }
+    groups = [{**group, "params": [index]} for index in range(len(weights))]
+    return {"state": dict(enumerate(moments)), "param_groups": groups}
 
-    def __init__(self, tokens):
-        ids = [row[: row.index(tokens["eot"]) + 1] for row in tokens["ids"]]
-        self.ids = dict(zip((name.strip() for name in tokens["classes"]), ids, strict=True))
 
-    def __call__(self, text):
-        return {"input_ids": self.ids[text]}
-
-    def save_pretrained(self, directory):
-        pass
+def _clip_sized_tokenizer(names):
+    """A tokenizer with as many tokens as CLIP's, that has one for every word of `names`."""
+    small = make_example_tokenizer(names, vocab_size=49408)
+    model = json.loads(small.backend_tokenizer.to_str())["model"]
+    words = sorted(model["vocab"], key=model["vocab"].get)
+    fillers = [f"filler{number}" for number in range(49408 - len(words))]
+    vocab = {word: number for number, word in enumerate([*words[:-2], *fillers, *words[-2:]])}
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]], model_max_length=77)
 
 
 # Bad input: one sentence each, and no directory
 
 
 class _Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/should_not_exist",)
+        return os.system, (f"touch {self.mark}",)
 
 
 def _html(tmp_path):
@@ -163,7 +197,7 @@ def _truncated_legacy(tmp_path):
 
 
 def _plain_pickle(tmp_path):
-    (tmp_path / "x.pth").write_bytes(pickle.dumps(_Evil()))
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(_Evil(tmp_path / "mark")))
     return tmp_path / "x.pth"
 
 
@@ -185,12 +219,19 @@ def _with(**weights):
     return build
 
 
+def _head():
+    return golden_case("seg_vit")[0]["model_cfg"]["decode_head"]
+
+
 BAD = {
     "missing file": (lambda p: p / "no.pth", "there is no file"),
     "no checkpoint": (_html, "is not a checkpoint: it begins with"),
     "truncated zip": (_truncated, "is cut off"),
     "truncated legacy": (_truncated_legacy, "cut off or damaged"),
-    "code in the pickle": (lambda p: save(p, {**release(), "hook": _Evil()}), "asks for .*system, and only tensors"),
+    "code in the pickle": (
+        lambda p: save(p, {**release(), "hook": _Evil(p / "mark")}),
+        "asks for .*system, and only tensors",
+    ),
     "code in a plain pickle": (_plain_pickle, "asks for .*system|not a checkpoint|damaged"),
     "a type of its own": (lambda p: save(p, release(env_info=Path("x"))), "asks for pathlib"),
     "no mapping": (lambda p: save(p, torch.zeros(3)), "holds a Tensor, not the mapping"),
@@ -207,9 +248,16 @@ BAD = {
     "unused key": (_with(surprise=torch.zeros(1)), "does not know: surprise"),
     "misshapen key": (_with(gamma=torch.zeros(3)), "gamma has shape"),
     "class list of the wrong length": (
-        lambda p: save(p, release(CLASSES=tuple(NAMES[:4]))),
+        lambda p: save(p, release(CLASSES=tuple(NAMES[:4]), PALETTE=PALETTE[:4])),
         "names 4 classes, but the checkpoint was trained on 5",
     ),
+    "another number of classes": (
+        lambda p: save(p, release(options={"decode_head": {**_head(), "num_classes": 19}})),
+        "`decode_head.num_classes` of the original config is 19, for 5 classes",
+    ),
+    "one weight twice": (_with(module__gamma=torch.ones(20)), "has both gamma and module.gamma"),
+    "too few colours": (lambda p: save(p, release(PALETTE=PALETTE[:3])), "has 5 classes but 3 palette colours"),
+    "odd colours": (lambda p: save(p, release(PALETTE=[[0, 0, 300], *PALETTE[1:]])), "three whole numbers 0…255"),
     "no class names": (lambda p: save(p, release(CLASSES=None)), "does not name its 5 classes"),
     "a name too long": (lambda p: save(p, release(CLASSES=("xylophone quartz jumping", *NAMES[1:]))), "shorten it"),
 }
@@ -222,7 +270,14 @@ def test_bad_checkpoint_is_refused_in_one_sentence(tmp_path, case):
     with pytest.raises(ValueError, match=message) as caught:
         convert_release(path, tmp_path / "out" / "model", tokenizer())
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists() and not Path("/tmp/should_not_exist").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "mark").exists()
+
+
+def test_another_models_tokenizer_is_refused(tmp_path):
+    other = make_example_tokenizer(NAMES, vocab_size=530)
+    with pytest.raises(ValueError, match=f"the tokenizer has {len(other)} tokens, but the checkpoint"):
+        convert_release(save(tmp_path, release()), tmp_path / "model", other)
+    assert not (tmp_path / "model").exists()
 
 
 def test_class_file_of_the_wrong_length_is_refused(tmp_path):
@@ -293,6 +348,23 @@ def test_directory_without_write_permission(mode):
         pass
 
 
+def test_missing_parents_are_made_and_taken_away_again(tmp_path):
+    (tmp_path / "p1").mkdir()
+    with pytest.raises(OutputError, match="nothing is left"), new_directory(tmp_path / "p1" / "p2" / "p3" / "model"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list((tmp_path / "p1").iterdir()) == []
+    with new_directory(tmp_path / "p1" / "p2" / "model"):
+        pass
+    assert (tmp_path / "p1" / "p2" / "model").is_dir()
+
+
+def test_a_link_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(OutputError, match="link already exists"), new_directory(tmp_path / "link"):
+        pytest.fail("it began to write")
+
+
 def test_an_unwritable_place_is_refused():
     with pytest.raises(OutputError, match="could not be written"), new_directory("/proc/denseclip/model"):
         pass
@@ -318,12 +390,12 @@ def test_script_prints_the_check(tmp_path):
 def test_config_files_are_merged_and_never_run(tmp_path):
     (tmp_path / "base.py").write_text("norm_cfg = dict(type='SyncBN')\nmodel = dict(a=1, neck=dict(x=1, y=[2]))\n")
     (tmp_path / "config.py").write_text(
-        "import os\nos.system('touch /tmp/should_not_exist')\n_base_ = ['base.py']\nwork = os.getcwd()\n"
+        f"import os\nos.system('touch {tmp_path / 'mark'}')\n_base_ = ['base.py']\nwork = os.getcwd()\n"
         "model = dict(neck=dict(y=(768+150, -1)), head=dict(_delete_=True, z='w'))\n"
     )
     config = read_original_config(tmp_path / "config.py")
     assert config["model"] == {"a": 1, "neck": {"x": 1, "y": (918, -1)}, "head": {"z": "w"}}
-    assert "work" not in config and not Path("/tmp/should_not_exist").exists()
+    assert "work" not in config and not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize(

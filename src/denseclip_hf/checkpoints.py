@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 
 StateDict = dict[str, torch.Tensor]
+
+DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
 
 _STORAGE_TYPES = {
     "FloatStorage": torch.float32,
@@ -142,6 +145,19 @@ def state_dict_of(checkpoint: dict[str, Any], path: str | os.PathLike = "the che
     if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights, weights.values())):
         found = ", ".join(map(str, list(checkpoint)[:5])) or "nothing"
         raise CheckpointError(f"{path} has no `state_dict` of tensors; its top level holds {found}.")
+    return without_module_prefix(weights)
+
+
+def without_module_prefix(weights: StateDict) -> StateDict:
+    """
+    `weights` without the `module.` that distributed training puts before every name.
+
+    Raises:
+        CheckpointError: if a name is there both with it and without.
+    """
+    both = next((key for key in weights if f"module.{key}" in weights), None)
+    if both is not None:
+        raise CheckpointError(f"the checkpoint has both {both} and module.{both}: only one of them can be meant.")
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
@@ -150,6 +166,37 @@ def _is_weight(name: Any, value: Any) -> bool:
     if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return False
     return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def count_layers(weights: StateDict, pattern: str) -> int:
+    """How many different numbers the first group of `pattern` takes at the start of the keys."""
+    return len({match[1] for key in weights if (match := re.match(pattern, key))})
+
+
+def grid_side(positions: torch.Tensor) -> int:
+    """Side of the square grid that `positions` `(1 + side * side, C)` belong to."""
+    return round((len(positions) - 1) ** 0.5)
+
+
+def load_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
+    """
+    CLIP's tokenizer, loaded if it is given by name or directory.
+
+    Raises:
+        ValueError: if it can't be loaded, or has another number of tokens than the checkpoint's `vocab_size`.
+    """
+    if isinstance(tokenizer, (str, os.PathLike)):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the tokenizer {tokenizer} can't be loaded: name a directory or Hub repository that has CLIP's."
+            ) from error
+    if len(tokenizer) != vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the checkpoint {vocab_size}: it is another model's."
+        )
+    return tokenizer
 
 
 class _ScriptObject:
@@ -233,7 +280,7 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
     A directory to fill, which becomes `target` when all went well and disappears when not.
 
     Args:
-        target (`str` or `os.PathLike`): must not exist, or be an empty directory.
+        target (`str` or `os.PathLike`): must not exist, or be an empty directory, not a link to one.
 
     Yields:
         `Path`: a new directory beside `target`.
@@ -243,14 +290,18 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(target).absolute()
     partial: Path | None = None
+    new_parents: list[Path] = []
+    complete = False
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
             raise OutputError(f"{target} already exists: remove it or choose another name.")
+        new_parents = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield partial
         partial.chmod(0o777 & ~_umask())
         os.replace(partial, target)
+        complete = True
     except OutputError:
         raise
     except (OSError, SafetensorError) as error:
@@ -259,6 +310,9 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents if not complete else []:  # the innermost first
+            with suppress(OSError):  # never made, or somebody else put something into it
+                parent.rmdir()
 
 
 def _umask() -> int:
@@ -279,12 +333,17 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 __all__ = [
+    "DEFAULT_TOKENIZER",
     "CheckpointError",
     "OutputError",
+    "count_layers",
+    "grid_side",
+    "load_tokenizer",
     "looking_into",
     "new_directory",
     "read_checkpoint",
     "read_torchscript",
     "sha256_of",
     "state_dict_of",
+    "without_module_prefix",
 ]

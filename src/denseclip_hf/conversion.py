@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from .checkpoints import StateDict, looking_into
+from .checkpoints import StateDict, looking_into, without_module_prefix
 from .configuration_denseclip import DenseCLIPConfig
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .original_config import refuse_unsupported
 
 
 # Pattern of an original key -> our key. `{}` stand for the groups in order; what is not a plain renaming is below.
@@ -160,8 +161,7 @@ def convert_original_state_dict(state_dict: StateDict, config: DenseCLIPConfig) 
     Raises:
         ValueError: naming keys that are unknown, missing or of another shape than `config` says.
     """
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    converted = rename(state_dict, ORIGINAL_KEY_TABLE)
+    converted = rename(without_module_prefix(state_dict), ORIGINAL_KEY_TABLE)
     positions = "clip.vision_model.embeddings.position_embedding.weight"
     if positions in converted:
         converted[positions] = converted[positions].clone()
@@ -210,9 +210,13 @@ def config_from_original(
         class_token_ids (`list[list[int]]`): their token ids `[SOS, …, EOS]`, unpadded.
 
     Raises:
-        ValueError: for an option of the original that this package has no counterpart of.
+        ValueError: for an option of the original that this package does not know or has no counterpart of, or another
+            number of classes.
     """
     refuse_unsupported(model_kwargs)
+    count = model_kwargs["decode_head"].get("num_classes", len(id2label))
+    if count != len(id2label):
+        raise ValueError(f"`decode_head.num_classes` of the original config is {count}, for {len(id2label)} classes.")
     guided = model_kwargs.get("type", "DenseCLIP") == "DenseCLIP"
     head, neck = model_kwargs["decode_head"], model_kwargs["neck"]
     test = model_kwargs.get("test_cfg") or {}
@@ -232,38 +236,20 @@ def config_from_original(
         options["out_indices"] = list(model_kwargs["backbone"].get("out_indices", [3, 5, 7, 11]))
     if guided:
         decoder, text = model_kwargs["context_decoder"], model_kwargs["text_encoder"]
-        auxiliary = model_kwargs.get("identity_head") or {"loss_decode": {"loss_weight": 0.0}}
+        auxiliary = model_kwargs.get("identity_head")
+        auxiliary_weight = auxiliary.get("loss_decode", {}).get("loss_weight", 1.0) if auxiliary else 0.0
         options |= {
             "class_token_ids": class_token_ids,
             "num_context_tokens": text.get("context_length", 22) - model_kwargs.get("context_length", 5),
             "score_map_level": model_kwargs.get("score_concat_index", 3),
             "temperature": model_kwargs.get("tau", 0.07),
-            "auxiliary_loss_weight": auxiliary["loss_decode"].get("loss_weight", 1.0),
+            "auxiliary_loss_weight": auxiliary_weight,
             "context_decoder_hidden_size": decoder.get("transformer_width", 256),
             "context_decoder_num_attention_heads": decoder.get("transformer_heads", 4),
             "context_decoder_num_layers": decoder.get("transformer_layers", 6),
             "context_decoder_dropout": decoder.get("dropout", 0.1),
         }
     return DenseCLIPConfig(**options)
-
-
-def refuse_unsupported(model_kwargs: dict[str, Any]) -> None:
-    """Raise `ValueError` for options whose meaning would be lost."""
-    known: dict[tuple[str | None, str], set[Any]] = {
-        ("neck", "type"): {"FPN"},
-        ("decode_head", "type"): {"FPNHead"},
-        ("decode_head", "align_corners"): {False},
-        ("backbone", "type"): {"CLIPResNetWithAttention", "CLIPResNet", "CLIPVisionTransformer"},
-        (None, "type"): {"DenseCLIP", "EncoderDecoder"},
-        (None, "context_feature"): {"attention"},
-        (None, "text_head"): {False},
-    }
-    for (part, option), values in known.items():
-        holder = model_kwargs.get(part, {}) if part else model_kwargs
-        if option in holder and holder[option] not in values:
-            place = f"{part}.{option}" if part else option
-            supported = " or ".join(map(repr, sorted(values)))
-            raise ValueError(f"`{place}={holder[option]!r}` of the original is not supported here, only {supported}.")
 
 
 def _clip_config(model_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,19 +11,33 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .checkpoints import CheckpointError, StateDict, looking_into, new_directory, read_checkpoint, state_dict_of
+from .checkpoints import (
+    DEFAULT_TOKENIZER,
+    CheckpointError,
+    StateDict,
+    count_layers,
+    grid_side,
+    load_tokenizer,
+    looking_into,
+    new_directory,
+    read_checkpoint,
+    state_dict_of,
+)
 from .configuration_denseclip import CLIPResNetConfig
 from .conversion import check_keys, clip_key_table, rename
 from .modeling_clip_resnet import CLIPResNetModel
-from .original_release import DEFAULT_TOKENIZER, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
 
 CLIP_KEY_TABLE = [*clip_key_table(r"visual\.", ""), (r"logit_scale", "logit_scale")]
-# What TorchScript archives hold beside the weights: settings as tensors, and the causal mask.
-NOT_WEIGHTS = r"input_resolution|context_length|vocab_size|(.*\.)?attn_mask"
-HEAD_SIZE = 64
+# Settings that OpenAI's archives, and nobody else's files, hold as tensors beside the weights.
+OPENAI_SETTINGS = ("input_resolution", "context_length", "vocab_size")
+NOT_WEIGHTS = rf"{'|'.join(OPENAI_SETTINGS)}|(.*\.)?attn_mask"
+# A head has 64 channels in every CLIP up to this width; wider are open_clip's ViT-H, g, bigG and e, with their heads.
+HEAD_SIZE, MOST_WIDTH = 64, 1024
+HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
+ACTIVATIONS = ("quick_gelu", "gelu")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -30,8 +45,9 @@ def convert_clip(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
     tokenizer: Any = DEFAULT_TOKENIZER,
-    hidden_act: str = "quick_gelu",
+    hidden_act: str | None = None,
     dtype: str = "float32",
+    num_attention_heads: int | None = None,
 ) -> CLIPModel:
     """
     Write `output_dir`: weights, config, image processor and tokenizer of a CLIP.
@@ -41,36 +57,39 @@ def convert_clip(
             such a model (`.pt`, `.safetensors`).
         output_dir (`str` or `os.PathLike`): a new directory, which appears complete or not at all.
         tokenizer (`str` or `PreTrainedTokenizerBase`): CLIP's.
-        hidden_act (`str`): activation, which no weight tells: "quick_gelu" for OpenAI's, "gelu" for open_clip's
-            models whose name lacks "-quickgelu".
+        hidden_act (`str`, *optional*): activation, which no weight tells: "quick_gelu", the default for OpenAI's
+            archives, or "gelu", that of open_clip's models whose name lacks "-quickgelu". Other files need it.
         dtype (`str`): of the saved weights, "float32", "float16" or "bfloat16".
+        num_attention_heads (`int`, *optional*): of the image tower, see [`clip_config_from_weights`].
 
     Returns:
         `CLIPModel` or [`CLIPResNetModel`]: the model as it was saved.
 
     Raises:
-        CheckpointError, ValueError: if the file is no CLIP checkpoint or a key does not fit, naming it.
+        CheckpointError, ValueError: if the file is no CLIP checkpoint, a key does not fit, naming it, or it does not
+            tell its activation or heads.
         OutputError: if the directory can't be written.
     """
-    if hidden_act not in ("quick_gelu", "gelu"):
+    if hidden_act not in (None, *ACTIVATIONS):
         raise ValueError(f'`hidden_act` must be "quick_gelu" or "gelu", got {hidden_act!r}.')
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     weights = state_dict_of(read_checkpoint(checkpoint), checkpoint)
+    hidden_act = hidden_act or _known_activation(weights)
     weights = {key: value for key, value in weights.items() if not re.fullmatch(NOT_WEIGHTS, key)}
-    config: Any = clip_config_from_weights(weights, hidden_act)
+    config: Any = clip_config_from_weights(weights, hidden_act or ACTIVATIONS[0], num_attention_heads)
+    if hidden_act is None:  # asked only now: a file that is no CLIP is refused as such
+        raise ValueError(
+            f"{checkpoint} does not tell its activation: give `--hidden_act quick_gelu` for OpenAI's weights and "
+            "open_clip's models with -quickgelu in their name, `--hidden_act gelu` for open_clip's others."
+        )
     converted = convert_clip_state_dict(weights, config)
     model_class: type[CLIPModel] = CLIPResNetModel if isinstance(config, CLIPResNetConfig) else CLIPModel
     with no_init_weights():
         model: Any = model_class(config)
     model.load_state_dict(converted, strict=True)
     model.to(DTYPES[dtype])
-    tokenizer = load_tokenizer(tokenizer)
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the checkpoint {config.text_config.vocab_size}: it is "
-            "another model's."
-        )
+    tokenizer = load_tokenizer(tokenizer, config.text_config.vocab_size)
     side = config.vision_config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     with new_directory(output_dir) as directory:
@@ -80,20 +99,29 @@ def convert_clip(
     return model
 
 
+def _known_activation(weights: Mapping[str, Any]) -> str | None:
+    return "quick_gelu" if all(name in weights for name in OPENAI_SETTINGS) else None
+
+
 @looking_into("the checkpoint")
-def clip_config_from_weights(weights: StateDict, hidden_act: str = "quick_gelu") -> CLIPConfig:
+def clip_config_from_weights(
+    weights: StateDict, hidden_act: str = "quick_gelu", num_attention_heads: int | None = None
+) -> CLIPConfig:
     """
     A CLIP's config, as its weights' names and shapes tell it.
 
-    Attention heads are not in the weights: they have 64 channels each in both transformers, and the attention pooling
-    of a ResNet has one per 64 of its 32 w channels (Radford et al. 2021, tables 19 and 20).
+    Attention heads are not in the weights. OpenAI's have 64 channels each, in both transformers and in the attention
+    pooling of a ResNet with its 32 w channels (Radford et al. 2021, tables 19 and 20), and so have open_clip's up to
+    a width of 1024. open_clip's wider image towers (ViT-H, g, bigG and e) are known by their widths.
 
     Args:
         weights (`dict[str, torch.Tensor]`): with OpenAI's keys.
         hidden_act (`str`): activation of both transformers.
+        num_attention_heads (`int`, *optional*): heads of the image tower; needed for a ViT of another width.
 
     Raises:
         CheckpointError: if they are not the weights of a CLIP.
+        ValueError: if the number of heads can't be known, or is not one that divides the width.
     """
     axes = {"visual.conv1.weight": 4, "token_embedding.weight": 2, "positional_embedding": 2, "text_projection": 2}
     for key, count in axes.items():
@@ -108,17 +136,18 @@ def clip_config_from_weights(weights: StateDict, hidden_act: str = "quick_gelu")
         "pad_token_id": vocabulary - 1,
         "hidden_size": width,
         "intermediate_size": len(weights["transformer.resblocks.0.mlp.c_fc.weight"]),
-        "num_hidden_layers": _count(weights, r"transformer\.resblocks\.(\d+)\."),
-        "num_attention_heads": max(width // HEAD_SIZE, 1),
+        "num_hidden_layers": count_layers(weights, r"transformer\.resblocks\.(\d+)\."),
+        "num_attention_heads": _text_heads(width),
         "max_position_embeddings": positions,
         "projection_dim": projection,
         "hidden_act": hidden_act,
     }
     if "visual.attnpool.positional_embedding" in weights:
-        return CLIPResNetConfig(text_config=text_config, vision_config=_resnet(weights), projection_dim=projection)
+        vision_config = _resnet(weights, num_attention_heads)
+        return CLIPResNetConfig(text_config=text_config, vision_config=vision_config, projection_dim=projection)
     if "visual.class_embedding" not in weights:
         raise CheckpointError("its image tower is neither CLIP's ResNet nor its ViT.")
-    vision_config = {**_vit(weights), "hidden_act": hidden_act, "projection_dim": projection}
+    vision_config = {**_vit(weights, num_attention_heads), "hidden_act": hidden_act, "projection_dim": projection}
     return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=projection)
 
 
@@ -142,35 +171,50 @@ def convert_clip_state_dict(weights: StateDict, config: Any) -> StateDict:
     return converted
 
 
-def _resnet(weights: StateDict) -> dict[str, Any]:
+def _text_heads(width: int) -> int:
+    if width % HEAD_SIZE:
+        raise ValueError(
+            f"the text tower is {width} wide, which is no multiple of the {HEAD_SIZE} channels of a head."
+        )
+    return width // HEAD_SIZE
+
+
+def _vit_heads(width: int, given: int | None) -> int:
+    if given is not None:
+        if given < 1 or width % given:
+            raise ValueError(f"`num_attention_heads` ({given}) must divide the image tower's width, {width}.")
+        return given
+    if width in HEADS_OF_WIDTH:
+        return HEADS_OF_WIDTH[width]
+    if width % HEAD_SIZE or width > MOST_WIDTH:
+        raise ValueError(
+            f"the weights do not tell how many attention heads an image tower of width {width} has: give "
+            "`--num_attention_heads` (its width divided by `head_width` of the model's config in open_clip)."
+        )
+    return width // HEAD_SIZE
+
+
+def _resnet(weights: StateDict, num_attention_heads: int | None) -> dict[str, Any]:
     width = 2 * len(weights["visual.conv1.weight"])
     return {
         "embedding_size": width,
-        "depths": [_count(weights, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
-        "num_attention_heads": max(32 * width // HEAD_SIZE, 1),
+        "depths": [count_layers(weights, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+        "num_attention_heads": num_attention_heads or max(32 * width // HEAD_SIZE, 1),
         "projection_dim": len(weights["visual.attnpool.c_proj.weight"]),
-        "image_size": 32 * _side(weights["visual.attnpool.positional_embedding"]),
+        "image_size": 32 * grid_side(weights["visual.attnpool.positional_embedding"]),
     }
 
 
-def _vit(weights: StateDict) -> dict[str, Any]:
+def _vit(weights: StateDict, num_attention_heads: int | None) -> dict[str, Any]:
     width, _, _, patch = weights["visual.conv1.weight"].shape
     return {
         "hidden_size": width,
         "intermediate_size": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-        "num_hidden_layers": _count(weights, r"visual\.transformer\.resblocks\.(\d+)\."),
-        "num_attention_heads": max(width // HEAD_SIZE, 1),
+        "num_hidden_layers": count_layers(weights, r"visual\.transformer\.resblocks\.(\d+)\."),
+        "num_attention_heads": _vit_heads(width, num_attention_heads),
         "patch_size": patch,
-        "image_size": patch * _side(weights["visual.positional_embedding"]),
+        "image_size": patch * grid_side(weights["visual.positional_embedding"]),
     }
-
-
-def _count(weights: StateDict, pattern: str) -> int:
-    return len({match[1] for key in weights if (match := re.match(pattern, key))})
-
-
-def _side(positions: torch.Tensor) -> int:
-    return round((len(positions) - 1) ** 0.5)
 
 
 __all__ = ["clip_config_from_weights", "convert_clip", "convert_clip_state_dict"]

@@ -1,7 +1,6 @@
 """A released checkpoint of the authors (`.pth`) as a complete model directory."""
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from .checkpoints import (
+    DEFAULT_TOKENIZER,
     CheckpointError,
     StateDict,
+    count_layers,
+    grid_side,
+    load_tokenizer,
     looking_into,
     new_directory,
     read_checkpoint,
@@ -32,7 +34,6 @@ from .original_config import merge_options, parse_original_config, read_original
 from .prompts_denseclip import tokenize_classes
 
 
-DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
 LONGEST_EDGE = 2048
 
 
@@ -112,22 +113,10 @@ def convert_release(
 def _config(model_kwargs: dict[str, Any], table: ClassTable, tokenizer: Any) -> tuple[DenseCLIPConfig, Any]:
     config = config_from_original(model_kwargs, table.id2label, None)
     config.palette = [list(color) for color in table.palette] if table.palette else None
-    tokenizer = load_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(tokenizer, config.clip_config.text_config.vocab_size)
     if config.use_text_guidance:
         config.class_token_ids = tokenize_classes(list(table.id2label.values()), tokenizer, config)
     return DenseCLIPConfig.from_dict(config.to_dict()), tokenizer  # checked once more, with the token ids
-
-
-def load_tokenizer(tokenizer: Any) -> Any:
-    """CLIP's tokenizer, loaded if it is given by name or directory."""
-    if not isinstance(tokenizer, (str, os.PathLike)):
-        return tokenizer
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the tokenizer {tokenizer} can't be loaded: name a directory or Hub repository that has CLIP's."
-        ) from error
 
 
 def _model_of(config: dict[str, Any], source: str) -> dict[str, Any]:
@@ -142,17 +131,17 @@ def class_table(weights: StateDict, meta: dict[str, Any], classes: str | os.Path
     Names and colours of the classes: from the file `classes`, a checkpoint's `meta`, or ADE20K's.
 
     Raises:
-        ValueError: if there are not as many names as the classifier has rows, or nobody names them.
+        ValueError: if there are not as many names as the classifier has rows, nobody names them, or the colours in
+            `meta` are not one for each.
     """
     count = len(weights["decode_head.conv_seg.weight"])
     ade20k = ade20k_classes()
     if classes is not None:
         table, source = parse_classes(classes), str(classes)
     elif meta.get("CLASSES"):
-        names, palette = [str(name).strip() for name in meta["CLASSES"]], meta.get("PALETTE")
-        table, source = parse_classes(names, "the checkpoint's `meta`"), "the checkpoint's `meta`"
-        if palette and len(palette) == len(names):
-            table.palette = [(int(r), int(g), int(b)) for r, g, b in palette]
+        source = "the checkpoint's `meta`"
+        names = dict(enumerate(str(name).strip() for name in meta["CLASSES"]))
+        table = parse_classes({"id2label": names, "palette": meta.get("PALETTE") or None}, source)
     elif count == len(ade20k.id2label):
         table, source = ade20k, "ADE20K"
     else:
@@ -178,7 +167,7 @@ def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
     _refuse_others(weights)
     vit = "backbone.class_embedding" in weights
     guided = "gamma" in weights
-    backbone = _vit_kwargs(weights, guided) if vit else _resnet_kwargs(weights, guided)
+    backbone = _vit_kwargs(weights) if vit else _resnet_kwargs(weights, guided)
     size = backbone["input_resolution"]
     kwargs: dict[str, Any] = {
         "type": "DenseCLIP" if guided else "EncoderDecoder",
@@ -199,13 +188,13 @@ def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
                 "embed_dim": weights["text_encoder.text_projection"].shape[1],
                 "transformer_width": width,
                 "transformer_heads": max(width // 64, 1),
-                "transformer_layers": _count(weights, r"text_encoder\.transformer\.resblocks\.(\d+)\."),
+                "transformer_layers": count_layers(weights, r"text_encoder\.transformer\.resblocks\.(\d+)\."),
                 "vocab_size": len(weights["text_encoder.token_embedding.weight"]),
             },
             "context_decoder": {
                 "transformer_width": decoder,
                 "transformer_heads": max(decoder // 64, 1),
-                "transformer_layers": _count(weights, r"context_decoder\.decoder\.(\d+)\."),
+                "transformer_layers": count_layers(weights, r"context_decoder\.decoder\.(\d+)\."),
                 "dropout": 0.1,
             },
             "identity_head": {"loss_decode": {"loss_weight": 0.4}},
@@ -225,9 +214,9 @@ def _refuse_others(weights: StateDict) -> None:
             raise CheckpointError(f"this is not a DenseCLIP segmentation checkpoint: it has no {key} of {count} axes.")
 
 
-def _vit_kwargs(weights: StateDict, guided: bool) -> dict[str, Any]:
+def _vit_kwargs(weights: StateDict) -> dict[str, Any]:
     width, _, patch, _ = weights["backbone.conv1.weight"].shape
-    layers = _count(weights, r"backbone\.transformer\.resblocks\.(\d+)\.")
+    layers = count_layers(weights, r"backbone\.transformer\.resblocks\.(\d+)\.")
     return {
         "type": "CLIPVisionTransformer",
         "layers": layers,
@@ -235,7 +224,7 @@ def _vit_kwargs(weights: StateDict, guided: bool) -> dict[str, Any]:
         "width": width,
         "heads": max(width // 64, 1),
         "output_dim": weights["backbone.proj"].shape[1] if "backbone.proj" in weights else 512,
-        "input_resolution": _side(weights["backbone.positional_embedding"]) * patch,
+        "input_resolution": grid_side(weights["backbone.positional_embedding"]) * patch,
         "drop_path_rate": 0.1,
         "out_indices": [layers // 3 - 1, layers // 2 - 1, layers * 2 // 3 - 1, layers - 1],
     }
@@ -246,10 +235,10 @@ def _resnet_kwargs(weights: StateDict, guided: bool) -> dict[str, Any]:
     output = weights.get("backbone.attnpool.c_proj.bias")
     return {
         "type": "CLIPResNetWithAttention" if guided else "CLIPResNet",
-        "layers": [_count(weights, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+        "layers": [count_layers(weights, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
         "width": 2 * len(weights["backbone.conv1.weight"]),
         "output_dim": 1024 if output is None else len(output),
-        "input_resolution": 512 if pooling is None else _side(pooling) * 32,
+        "input_resolution": 512 if pooling is None else grid_side(pooling) * 32,
     }
 
 
@@ -263,14 +252,6 @@ def _score_map_level(weights: StateDict) -> int:
         if channels == (width if vit else 8 * width * 2**level) + classes:
             return level
     raise CheckpointError(f"no level of the neck takes the score maps of the {classes} classes the classifier has.")
-
-
-def _count(weights: StateDict, pattern: str) -> int:
-    return len({match[1] for key in weights if (match := re.match(pattern, key))})
-
-
-def _side(positions: torch.Tensor) -> int:
-    return round((len(positions) - 1) ** 0.5)
 
 
 def check_picture(size: Sequence[int]) -> Image.Image:
