@@ -1,10 +1,16 @@
 import json
 
 import pytest
+import torch
 from conftest import EOS, SOS, tiny_config
 from transformers import AutoConfig, CLIPConfig
 
-from denseclip_hf import CLIPResNetConfig, CLIPResNetVisionConfig, DenseCLIPConfig
+from denseclip_hf import (
+    CLIPResNetConfig,
+    CLIPResNetVisionConfig,
+    DenseCLIPConfig,
+    DenseCLIPForSemanticSegmentation,
+)
 
 
 def test_config_survives_json(kind, tmp_path):
@@ -55,12 +61,24 @@ def test_vision_config_decides_the_tower():
         ({"temperature": 0}, "positive"),
         ({"drop_path_rate": 1.0}, "`drop_path_rate` must lie in"),
         ({"context_decoder_num_attention_heads": 3}, "must divide"),
+        ({"semantic_loss_ignore_index": 1}, "is one of the 3 classes"),
+        ({"num_context_tokens": 14, "class_token_ids": None}, "leaves no room for a class name"),
+        ({"id2label": {1: "a", 2: "b", 3: "c"}}, "must be 0 … 2 without gaps"),
+        ({"id2label": ["a", "b", "c"]}, "must be a mapping"),
+        ({"top_k": 5}, "no option `top_k`"),
+        ({"clip_config": {"vision_config": {"hidden_sise": 32}}}, "did you mean `hidden_size`"),
+        ({"clip_config": {"vission_config": {}}}, "did you mean `vision_config`"),
         ({"gama_init": 1.0}, "no option `gama_init`: did you mean `gamma_init`"),
     ],
 )
 def test_wrong_combinations_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny_config(**options)
+
+
+def test_two_numbers_of_classes_are_refused():
+    with pytest.raises(ValueError, match="`num_labels` is 5, but `id2label` names 1 classes"):
+        DenseCLIPConfig(num_labels=5, id2label={0: "sky"})
 
 
 @pytest.mark.parametrize("out_indices", [[0, 1, 2], [0, 1, 2, 4]])
@@ -108,6 +126,17 @@ def test_prompt_template_follows_the_contexts(contexts, template):
 def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="denseclip-rn50"):
         DenseCLIPConfig.from_preset("rn50")
+
+
+def test_a_clips_own_data_type_does_not_outlive_it(kind, tmp_path):
+    clip = tiny_config(kind).clip_config.to_dict()
+    for part in (clip, clip["text_config"], clip["vision_config"]):
+        part["dtype"] = "float32"
+    model = DenseCLIPForSemanticSegmentation(tiny_config(kind, clip_config=clip))
+    model.save_pretrained(tmp_path)
+    assert "float32" not in json.dumps(json.loads((tmp_path / "config.json").read_text())["clip_config"])
+    half = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 def test_options_of_every_transformers_config_survive_a_file(tmp_path):

@@ -29,9 +29,9 @@ class CallCounter:
         self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
 
 
-def forward(model, images):
+def forward(model, images, labels=None):
     with torch.no_grad():
-        return model(images)
+        return model(images, labels)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (75, 101), (32, 32)])
@@ -467,10 +467,67 @@ def test_set_classes_round_trips_through_disk(images, tmp_path):
     assert torch.equal(forward(loaded, images).logits, forward(model, images).logits)
 
 
-@pytest.mark.parametrize("names", [[], ["sky", "sky"]])
-def test_set_classes_refuses_nonsense(names):
-    with pytest.raises(ValueError, match="at least one and all different"):
-        tiny_model().set_classes(names, Tokenizer())
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ([], "at least one"),
+        ({}, "at least one"),
+        (["sky", ""], "none of them empty"),
+        (["sky", "sky"], "'sky' is given twice"),
+        ("sky", "must be a list of texts"),
+        ([["sky", "heaven"], "road"], "a class has one name"),
+        ({1: "sky", 2: "road"}, "must be 0 … 1 without gaps"),
+    ],
+)
+@pytest.mark.parametrize("guided", [False, True])
+def test_class_names_that_are_refused(names, sentence, guided):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model(use_text_guidance=guided).set_classes(names, Tokenizer())
+    with pytest.raises(ValueError, match=sentence):
+        DenseCLIPForSemanticSegmentation.from_clip(tiny_model().clip, names, Tokenizer(), use_text_guidance=guided)
+
+
+def test_set_classes_takes_a_mapping():
+    model = tiny_model()
+    model.set_classes({1: "road", 0: "sky"}, Tokenizer())
+    assert model.config.id2label == {0: "sky", 1: "road"}
+
+
+@pytest.mark.parametrize(
+    ("clip", "error", "sentence"),
+    [
+        ("no/such/directory", OSError, "no/such/directory is neither a folder here nor a name on the Hub"),
+        ("no-such-name", OSError, "no-such-name is neither a folder here"),
+        (torch.nn.Identity(), ValueError, "`clip` is a Identity: give a whole `CLIPModel`"),
+    ],
+)
+def test_what_is_no_clip_is_refused(clip, error, sentence):
+    with pytest.raises(error, match=sentence):
+        DenseCLIPForSemanticSegmentation.from_clip(clip, ["sky"], Tokenizer())
+
+
+def test_a_misspelt_argument_is_refused(images, labels):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lables'"):
+        tiny_model()(images, lables=labels)
+
+
+def test_a_picture_without_a_batch_is_refused(kind):
+    with pytest.raises(ValueError, match=r"shape \(batch_size, channels, height, width\), got \(3, 64, 64\)"):
+        tiny_model(kind)(torch.zeros(3, 64, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_may_be_any_integers(images, labels, dtype):
+    model = tiny_model()
+    expected = forward(model, images, labels).loss
+    assert forward(model, images, labels.to(dtype)).loss == expected > 0
+
+
+def test_an_ignored_class_is_refused(images):
+    model = tiny_model(num_labels=300, semantic_loss_ignore_index=255, class_token_ids=[[SOS, 5, EOS]] * 300)
+    assert forward(model, images).logits.shape[1] == 300
+    with pytest.raises(ValueError, match="is one of the 300 classes, which would not be learnt"):
+        model(images, labels=torch.zeros(2, 64, 64).long())
 
 
 def test_model_without_class_names_says_so(images):

@@ -256,7 +256,7 @@ class DenseCLIPConfig(PreTrainedConfig):
             part.dtype = None  # the segmenter's own counts, for all of it
         if self.class_token_ids is not None and self.id2label is None and "num_labels" not in kwargs:
             kwargs["num_labels"] = len(self.class_token_ids)
-        _check_names(self.id2label, kwargs.get("num_labels"))
+        check_ids(self.id2label, kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         if self.id2label is not None and "num_labels" not in kwargs:
             self.label2id = {label: index for index, label in self.id2label.items()}
@@ -417,7 +417,7 @@ class DenseCLIPConfig(PreTrainedConfig):
                 )
 
 
-def _check_names(id2label: Any, num_labels: int | None) -> None:
+def check_ids(id2label: Any, num_labels: int | None = None) -> None:
     """Raise `ValueError` unless `id2label` is `None` or names the classes 0 … K-1."""
     if id2label is None:
         return
@@ -427,7 +427,9 @@ def _check_names(id2label: Any, num_labels: int | None) -> None:
     if ids != list(range(len(ids))):
         raise ValueError(f"the ids of `id2label` must be 0 … {len(ids) - 1} without gaps, got {ids}.")
     if num_labels not in (None, len(ids)):
-        raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(ids)} classes: give one of the two.")
+        raise ValueError(
+            f"`num_labels` is {num_labels}, but `id2label` names {len(ids)} classes: give one of the two."
+        )
 
 
 def clip_config_class(clip_config: dict[str, Any]) -> type[CLIPConfig]:

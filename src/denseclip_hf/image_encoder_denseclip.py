@@ -92,8 +92,12 @@ def encode_image(
     Feature maps and image context of `pixel_values` `(B, 3, H, W)` from either kind of image tower.
 
     Raises:
-        ValueError: if the image is smaller than one position of the coarsest map.
+        ValueError: if the image is smaller than one position of the coarsest map, or there is no batch of images.
     """
+    if pixel_values.dim() != 4:
+        raise ValueError(
+            f"`pixel_values` must have the shape (batch_size, channels, height, width), got {tuple(pixel_values.shape)}."
+        )
     height, width = pixel_values.shape[-2:]
     coarsest = 32 if config.has_resnet else 2 * config.embedding_stride
     if min(height, width) < coarsest:

@@ -1,17 +1,34 @@
 """Bringing a pretrained CLIP into a segmenter, and new classes into a trained one."""
 
 import os
+from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
 
-from .configuration_denseclip import clip_config_class
+from .configuration_denseclip import check_ids, clip_config_class
 from .modeling_clip_resnet import CLIPResNetModel, resize_position_grid
+from .open_vocabulary_denseclip import check_words
 from .prompts_denseclip import tokenize_classes
 
 
 POSITION_KEYS = ("vision_model.embeddings.position_embedding.weight", "vision_model.attention_pool.position_embedding")
+
+
+def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
+    """
+    `kind.from_pretrained(name, **options)`, whose failure says what was asked for.
+
+    Raises:
+        OSError: if there is nothing of that name.
+    """
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{name} is neither a folder here nor a name on the Hub that can be read: {reason}") from error
 
 
 def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
@@ -23,17 +40,29 @@ def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
     """
     if isinstance(clip, (str, os.PathLike)):
         tokenizer = clip if tokenizer is None else tokenizer
-        config, _ = PreTrainedConfig.get_config_dict(clip)
+        config = load_pretrained(_ConfigDict, clip)
         if config.get("model_type") not in ("clip", "clip_resnet"):
             raise ValueError(
                 f"`{clip}` holds a model of type {config.get('model_type')!r}, not a CLIP: name a directory or Hub "
                 "repository of a `CLIPModel` or a `CLIPResNetModel`."
             )
         model_class = CLIPResNetModel if clip_config_class(config) is CLIPResNetModel.config_class else CLIPModel
-        clip = model_class.from_pretrained(clip, dtype=torch.float32)
+        clip = load_pretrained(model_class, clip, dtype=torch.float32)
+    if not isinstance(clip, CLIPModel):
+        raise ValueError(
+            f"`clip` is a {type(clip).__name__}: give a whole `CLIPModel` or `CLIPResNetModel`, or its name."
+        )
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_pretrained(AutoTokenizer, tokenizer)
     return clip, tokenizer
+
+
+class _ConfigDict:
+    """The raw contents of a model's config, read as models are."""
+
+    @staticmethod
+    def from_pretrained(name: "str | os.PathLike") -> dict[str, Any]:
+        return PreTrainedConfig.get_config_dict(name)[0]
 
 
 def class_names(id2label: "dict[int, str] | list[str]") -> list[str]:
@@ -41,14 +70,15 @@ def class_names(id2label: "dict[int, str] | list[str]") -> list[str]:
     The K names in the order of their ids.
 
     Raises:
-        ValueError: if a mapping's ids are not 0 … K-1.
+        ValueError: if a mapping's ids are not 0 … K-1, for no class, one given twice, or an empty one.
     """
-    if not isinstance(id2label, dict):
-        return list(id2label)
-    by_id = {int(index): name for index, name in id2label.items()}
-    if sorted(by_id) != list(range(len(by_id))):
-        raise ValueError(f"the ids of `id2label` must be 0 … {len(by_id) - 1} without gaps, got {sorted(by_id)}.")
-    return [by_id[index] for index in range(len(by_id))]
+    if isinstance(id2label, dict):
+        check_ids(id2label)
+        by_id = {int(index): name for index, name in id2label.items()}
+        id2label = [by_id[index] for index in range(len(by_id))]
+    if not all(len(phrasings) == 1 for phrasings in check_words(id2label)):
+        raise ValueError("a class has one name: several phrasings of one are for `encode_texts`.")
+    return list(id2label)
 
 
 def load_clip_weights(model: nn.Module, clip: CLIPModel) -> None:
@@ -80,11 +110,11 @@ def clip_report(model: nn.Module, clip: CLIPModel) -> str:
     return f"Loaded {loaded:.2f} M parameters from {name} ({grid}). Newly initialised, to be trained: {new}."
 
 
-def replace_classes(model: nn.Module, names: list[str], tokenizer) -> None:
+def replace_classes(model: nn.Module, names: "dict[int, str] | list[str]", tokenizer) -> None:
     """Do what [`DenseCLIPForSemanticSegmentation.set_classes`] says."""
-    config = model.config
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"class names must be at least one and all different, got {names}.")
+    config, names = model.config, class_names(names)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_pretrained(AutoTokenizer, tokenizer)
     token_ids = tokenize_classes(names, tokenizer, config) if config.use_text_guidance else None
     rows = {label: index for index, label in config.id2label.items()}
     kept = [(new, rows[name]) for new, name in enumerate(names) if name in rows]
@@ -118,4 +148,4 @@ def _resized_convolution(
     return new.requires_grad_(old.weight.requires_grad)
 
 
-__all__ = ["class_names", "clip_report", "load_clip", "load_clip_weights", "replace_classes"]
+__all__ = ["class_names", "clip_report", "load_clip", "load_clip_weights", "load_pretrained", "replace_classes"]

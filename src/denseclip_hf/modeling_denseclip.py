@@ -210,17 +210,18 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         pixel_values: torch.Tensor | list[torch.Tensor],
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        output_attentions: bool | None = None,
     ) -> DenseCLIPSemanticSegmenterOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): images, normalised as CLIP's. Or a
                 list of tensors `(3, height, width)` of any sizes, without labels: `logits`, `score_maps` and
                 `text_embeds` are then lists too, each image's as it has them alone.
-            labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`, *optional*): int64 class ids
+            labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`, *optional*): integer class ids
                 0 … K-1, or `config.semantic_loss_ignore_index`.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*): also return the image encoder's feature
                 maps, or those at some indices.
+            output_attentions (`bool`, *optional*): accepted as by every model of transformers; there are none to return.
 
         Returns:
             [`DenseCLIPSemanticSegmenterOutput`]
@@ -233,7 +234,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
                 raise ValueError("`labels` need images of one size, but `pixel_values` is a list: stack or pad it.")
             return DenseCLIPSemanticSegmenterOutput(**forward_by_size(self, pixel_values))
         if labels is not None:
-            self._check_labels(pixel_values, labels)
+            labels = self._checked(labels, pixel_values)
         if self.config.inference_mode == "slide" and not self.training:
             segmentation = Segmentation(self._slide(pixel_values))
         else:
@@ -293,11 +294,18 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         auxiliary_loss = pixel_cross_entropy(segmentation.score_maps / self.config.temperature, labels, ignore_index)
         return decode_loss, self.config.auxiliary_loss_weight * auxiliary_loss
 
-    def _check_labels(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
+    def _checked(self, labels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`labels` as int64, once they fit the images and the classes."""
         if labels.dim() != 3 or len(labels) != len(pixel_values) or labels.is_floating_point():
             raise ValueError(
                 f"`labels` must hold one integer map per image, shape ({len(pixel_values)}, height, width), got "
                 f"{labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        if 0 <= self.config.semantic_loss_ignore_index < self.config.num_labels:
+            raise ValueError(
+                f"`semantic_loss_ignore_index` ({self.config.semantic_loss_ignore_index}) is one of the "
+                f"{self.config.num_labels} classes, which would not be learnt: set it to a value that is none, such "
+                "as -100, and mark pixels without a label with that."
             )
         # On an accelerator this would make the host wait; there the data set's own check has to catch it.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -308,6 +316,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
                     f"0 … {self.config.num_labels - 1} and {self.config.semantic_loss_ignore_index} is ignored: "
                     "check the masks, or whether they need `do_reduce_labels`."
                 )
+        return labels.long()
 
     @classmethod
     def from_clip(cls, clip, id2label, tokenizer=None, image_size: int | None = None, **config):
@@ -342,7 +351,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         logger.warning(clip_report(model, clip))
         return model
 
-    def set_classes(self, names: list[str], tokenizer) -> None:
+    def set_classes(self, names: "dict[int, str] | list[str]", tokenizer) -> None:
         """
         Give the model new class names (or sentences), in place.
 
@@ -350,14 +359,14 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         start anew and must be trained before `logits` mean anything. Score maps need no training.
 
         Args:
-            names (`list[str]`): K new class names.
-            tokenizer (`PreTrainedTokenizerBase`): CLIP's.
+            names (`list[str]` or `dict[int, str]`): K new class names.
+            tokenizer (`PreTrainedTokenizerBase` or `str`): CLIP's, or where it is.
 
         Raises:
-            ValueError: for an empty list, a name given twice or one that is too long.
+            ValueError: for an empty list, a name given twice, an empty one or one that is too long.
         """
         refuse_if_frozen(self.config, "take new class names")
-        replace_classes(self, list(names), tokenizer)
+        replace_classes(self, names, tokenizer)
 
     def freeze_classes(self) -> None:
         """

@@ -18,6 +18,7 @@ from .configuration_denseclip import clip_config_class
 from .data import SegmentationData, load_segmentation_dataset
 from .data_check import check_dataset
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .loading_denseclip import load_pretrained
 from .modeling_clip_resnet import CLIPResNetModel
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .trainer import DenseCLIPTrainer
@@ -201,7 +202,7 @@ def load_model(args: ModelArguments, data: SegmentationData, crop_size: int):
         tokenizer = _tokenizer_for(args, data)
         clip = _random_clip(clip_config, tokenizer)
     else:
-        clip, tokenizer = args.clip, _loaded(AutoTokenizer, args.tokenizer or args.clip)
+        clip, tokenizer = args.clip, load_pretrained(AutoTokenizer, args.tokenizer or args.clip)
     model = DenseCLIPForSemanticSegmentation.from_clip(
         clip, data.id2label, tokenizer=tokenizer, image_size=crop_size, **options
     )
@@ -219,18 +220,9 @@ def _options(text: str, name: str) -> dict[str, Any]:
     return options
 
 
-def _loaded(kind: Any, name: str | None):
-    """`kind.from_pretrained(name)`, whose failure says what was asked for."""
-    try:
-        return kind.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{name} is neither a folder here nor a name on the Hub that can be read: {reason}") from error
-
-
 def _trained_model(args: ModelArguments, data: SegmentationData):
-    model = _loaded(DenseCLIPForSemanticSegmentation, args.model)
-    tokenizer = _loaded(AutoTokenizer, args.tokenizer or args.model)
+    model = load_pretrained(DenseCLIPForSemanticSegmentation, args.model)
+    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or args.model)
     if _options(args.config, "config"):
         raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")
     names = list(data.id2label.values())
@@ -262,7 +254,7 @@ def _random_clip(config: dict[str, Any], tokenizer) -> CLIPModel:
 def _tokenizer_for(args: ModelArguments, data: SegmentationData):
     """The named tokenizer, or for a CLIP from nothing a small one learnt from the class names."""
     if args.tokenizer is not None:
-        return _loaded(AutoTokenizer, args.tokenizer)
+        return load_pretrained(AutoTokenizer, args.tokenizer)
     from .example_clip import example_corpus, make_example_tokenizer
 
     return make_example_tokenizer([*data.id2label.values(), *example_corpus()])
