@@ -1,7 +1,8 @@
 """Segment pictures: `python scripts/predict.py photo.jpg folder "more/*.png" --model MODEL --output_dir OUT`.
 
 Writes for each picture a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps. The exit
-code is 1 if something could not be segmented. A video's frames are pictures too (needs `pip install av`).
+code is 1 if something could not be segmented, such as a picture of more than 89 million pixels or 256 MiB from an
+address. A video's frames are pictures too (needs `pip install av`).
 """
 
 import argparse
@@ -39,7 +40,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--opacity", type=float, default=0.6, help="of the colours over pictures, 0 to 1")
     parser.add_argument("--every", type=int, default=1, help="of videos, take every so manieth frame")
     parser.add_argument("--max_frames", type=int, help="of videos, take at most so many frames")
-    parser.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for an address")
+    parser.add_argument(
+        "--timeout", type=float, default=20.0, help="seconds that all of a picture from an address may take"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     return parser.parse_args(argv)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .transforms import reduce_labels
 
@@ -69,6 +69,8 @@ def _open(source: Any) -> Image.Image:
             f"{name} has more pixels than are decoded ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if "
             "you trust the file."
         ) from error
+    except UnidentifiedImageError as error:  # which calls the file by where it lies in memory
+        raise _broken(name, f"it is none of {', '.join(_formats())}") from error
     except Exception as error:  # a damaged file fails in any of many ways
         raise _broken(name, error) from error
     image.filename = name  # type: ignore[attr-defined]
@@ -91,7 +93,7 @@ def _content(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def _broken(name: str, error: BaseException) -> ValueError:
+def _broken(name: str, error: object) -> ValueError:
     return ValueError(f"{name} cannot be read as a picture ({error}); save it anew or remove the sample.")
 
 

@@ -3,14 +3,14 @@
 Shapes: K classes, H x W pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .inference import overlay
-from .resizing_denseclip import resize_image
+from .resizing_denseclip import resized_rows
 
 
 Palette = Sequence[Sequence[int]]
@@ -18,6 +18,8 @@ Palette = Sequence[Sequence[int]]
 MAX_INDEXED_CLASSES = 256
 # Cold to hot, evenly spaced.
 HEAT_COLOURS = ((20, 20, 90), (0, 110, 200), (40, 190, 160), (250, 220, 60), (220, 40, 30))
+# Pixels that are coloured at a time.
+STRIP_PIXELS = 2**20
 # Above this many classes a confusion matrix has numbers of classes beside it instead of their names.
 MAX_NAMED_CLASSES = 60
 
@@ -44,18 +46,28 @@ def indexed_picture(segmentation, palette: Palette) -> Image.Image:
 def overlay_with_legend(
     image: Image.Image, segmentation, id2label: Mapping[int, str], palette: Palette, opacity: float = 0.6
 ) -> Image.Image:
-    """`image` with the classes painted over it, and below it the names of those it shows, the largest first."""
-    ids, counts = np.unique(np.asarray(segmentation), return_counts=True)
-    shown = [int(i) for i in ids[np.argsort(-counts, kind="stable")] if int(i) in id2label]
-    painted = overlay(image, segmentation, palette, opacity)
+    """
+    `image` with the classes painted over it, and below it the names of those it shows, the largest first.
+
+    It is wider than the image where a name would not fit.
+    """
+    ids, known = np.asarray(segmentation), max(id2label, default=-1) + 1
+    counts = np.zeros(known + 2, dtype=np.int64)
+    for top, bottom in _strips(image):
+        counts += np.bincount(np.clip(ids[top:bottom], -1, known).ravel() + 1, minlength=known + 2)
+    shown = [int(i) for i in np.argsort(-counts[1:-1], kind="stable") if counts[i + 1] and int(i) in id2label]
     size = min(max(image.width // 40, 12), 40)
     font, line = ImageFont.load_default(size=size), round(1.5 * size)
-    columns = max(image.width // (14 * size), 1)
-    sheet = Image.new("RGB", (image.width, image.height + line * -(-len(shown) // columns)), "white")
-    sheet.paste(painted, (0, 0))
+    column = 2 * line + int(max((font.getlength(id2label[i]) for i in shown), default=0))
+    columns = max(image.width // column, 1)
+    height = image.height + line * -(-len(shown) // columns)
+    sheet = Image.new("RGB", (max(image.width, column if shown else 0), height), "white")
+    for top, bottom in _strips(image):
+        strip = image.crop((0, top, image.width, bottom))
+        sheet.paste(overlay(strip, ids[top:bottom], palette, opacity), (0, top))
     draw = ImageDraw.Draw(sheet)
     for place, index in enumerate(shown):
-        x, y = place % columns * (image.width // columns), image.height + place // columns * line
+        x, y = place % columns * (sheet.width // columns), image.height + place // columns * line
         draw.rectangle((x + 2, y + 2, x + line - 4, y + line - 4), tuple(palette[index]), "black")
         draw.text((x + line, y + line // 8), id2label[index], "black", font)
     return sheet
@@ -69,12 +81,23 @@ def heat_map(
 
     Give the maps of one picture the same bounds, so that their colours compare.
     """
-    resized = resize_image(score_map[None].float().cpu(), (image.height, image.width))[0].numpy()
-    position = np.clip((resized - lowest) / max(highest - lowest, 1e-12), 0, 1) * (len(HEAT_COLOURS) - 1)
-    stops = np.arange(len(HEAT_COLOURS))
-    channels = [np.interp(position, stops, [colour[c] for colour in HEAT_COLOURS]) for c in range(3)]
-    colours = Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
-    return Image.blend(image.convert("RGB"), colours, opacity)
+    stops = np.linspace(0, 255, len(HEAT_COLOURS))
+    colours = np.stack([np.interp(np.arange(256), stops, channel) for channel in zip(*HEAT_COLOURS, strict=True)], -1)
+    colours = colours.round().astype(np.uint8)
+    scores = score_map[None].float().cpu()
+    result = Image.new("RGB", image.size)
+    for top, bottom in _strips(image):
+        rows = resized_rows(scores, top, bottom, image.height, image.width)[0]
+        levels = ((rows - lowest) / max(highest - lowest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8)
+        strip = image.crop((0, top, image.width, bottom)).convert("RGB")
+        result.paste(Image.blend(strip, Image.fromarray(colours[levels.numpy()]), opacity), (0, top))
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:
+    """First and last row (exclusive) of one strip of an image after the other."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    return ((top, min(top + rows, image.height)) for top in range(0, image.height, rows))
 
 
 def confusion_picture(matrix, names: Sequence[str], columns: Sequence[str] | None = None) -> Image.Image:

@@ -3,9 +3,12 @@
 import glob
 import importlib
 import os
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import islice
@@ -66,7 +69,9 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
             files = sorted(path for path in Path(item).iterdir() if path.suffix.lower() in PICTURES | VIDEOS)
             found = [str(path) for path in files if path.is_file()]
             if not found:
-                problems.append(f"{item} holds no pictures or videos.")
+                problems.append(
+                    f"{item} holds no pictures or videos: name files, or a pattern such as '{item}/**/*.jpg'."
+                )
         else:
             found = [path for path in sorted(glob.glob(item, recursive=True)) if Path(path).is_file()]
             if not found:
@@ -100,25 +105,41 @@ def read_picture(source: Source, timeout: float = 20.0) -> Image.Image:
 
 
 def _fetched(source: Source, timeout: float) -> bytes:
-    """What is at an address, within `timeout` seconds and `MAX_DOWNLOAD` bytes."""
+    """What is at an address, within `timeout` seconds for all of it and `MAX_DOWNLOAD` bytes."""
+    # A thread, because no timeout of a socket ends a name that is looked up, or a header that comes byte by byte.
+    answer: Future[bytes] = Future()
+    threading.Thread(target=_download, args=(source.address, timeout, answer), daemon=True).start()
+    try:
+        return answer.result(timeout)
+    except (OSError, ValueError, HTTPException, OutOfTime) as error:
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, (OutOfTime, TimeoutError)):
+            reason = f"it takes longer than {timeout:g} seconds"
+        reason = str(reason) or type(reason).__name__
+        raise OSError(f"{source.shown} can not be fetched ({reason}).") from error
+
+
+def _download(address: str, timeout: float, answer: Future[bytes]) -> None:
+    """Give `answer` what is at an address, or the error."""
     content, end = bytearray(), time.monotonic() + timeout
     try:
-        with urlopen(Request(source.address, headers={"User-Agent": "denseclip_hf"}), timeout=timeout) as response:
+        with urlopen(Request(address, headers={"User-Agent": "denseclip_hf"}), timeout=timeout) as response:
             while block := response.read1(1 << 16):
                 content += block
                 if len(content) > MAX_DOWNLOAD:
                     raise OSError(f"it has more than {MAX_DOWNLOAD >> 20} MiB")
                 if time.monotonic() > end:
-                    raise TimeoutError(f"it takes longer than {timeout:g} seconds")
-    except (OSError, ValueError, HTTPException) as error:
-        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-        raise OSError(f"{source.shown} can not be fetched ({reason}).") from error
-    return bytes(content)
+                    raise TimeoutError
+        answer.set_result(bytes(content))
+    except Exception as error:
+        answer.set_exception(error)
 
 
 def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Iterator[tuple[str, Image.Image]]:
     """
     Every `every`-th frame of a video, at most `limit`, as `(name_000000, RGB picture)` with the frame's number.
+
+    Frames are upright where the video says how it was held, as telephones' do.
 
     Raises:
         ImportError, ValueError: with one sentence, without the library that reads videos or for a file it can't read.
@@ -131,7 +152,8 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
         with av.open(source.address) as video:
             frames = islice(enumerate(video.decode(video=0)), 0, None, every)
             for number, frame in islice(frames, limit):
-                yield f"{source.name}_{number:06d}", frame.to_image().convert("RGB")
+                turn = 90 * round(frame.rotation / 90)  # degrees to the left
+                yield f"{source.name}_{number:06d}", frame.to_image().convert("RGB").rotate(turn, expand=True)
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise ValueError(f"{source.address} can not be read as a video ({error}).") from error
 
