@@ -2,8 +2,9 @@
 
 from transformers.image_processing_backends import TorchvisionBackend
 
-from .image_processing_denseclip import DenseCLIPImageProcessorBase
+from .image_processing_denseclip import DenseCLIPImageProcessorBase, DenseCLIPImageProcessorKwargs
 
 
 class DenseCLIPImageProcessor(DenseCLIPImageProcessorBase, TorchvisionBackend):
     __doc__ = DenseCLIPImageProcessorBase.__doc__
+    valid_kwargs = DenseCLIPImageProcessorKwargs
