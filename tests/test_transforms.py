@@ -12,16 +12,15 @@ from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from denseclip_hf.resizing_denseclip import fit_within
 from denseclip_hf.transforms import (
     AugmentedDataset,
     AugmentedStream,
     EpochCallback,
     TrainTransform,
     crop_is_varied,
-    nearest_indices,
     photometric_distortion,
     reduce_labels,
-    rescaled_size,
     resize_region,
     sample_rng,
 )
@@ -71,12 +70,12 @@ def whole_only(**options):
 def test_resized_size_picture_and_mask_agree_with_the_original(name):
     image, mask = TENSORS[f"in/{name}/image"], TENSORS[f"in/{name}/label"]
     expected, expected_mask = TENSORS[f"out/{name}/resized"], TENSORS[f"out/{name}/label_resized"]
-    height, width = rescaled_size(*mask.shape, tuple(GOLDEN["img_scale"]))
+    height, width = fit_within(*mask.shape, *sorted(GOLDEN["img_scale"]))
     assert (height, width) == expected_mask.shape
     resized = np.asarray(resize_region(Image.fromarray(image), (height, width), (0, 0, height, width)))
     assert np.abs(resized.astype(int) - expected).max() <= 1
-    rows, columns = nearest_indices(0, height, mask.shape[0], height), nearest_indices(0, width, mask.shape[1], width)
-    assert np.array_equal(mask[rows[:, None], columns], expected_mask)
+    transform = whole_only(crop_size=(height, width), scale=(width, height))
+    assert np.array_equal(transform(Image.fromarray(image), mask, sample_rng(0, 0, 0))["labels"], expected_mask)
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -104,18 +103,6 @@ def test_resizing_equals_torch_without_antialiasing():
     expected = torch.nn.functional.interpolate(pixels, (90, 61), mode="bilinear")[0].permute(1, 2, 0).numpy()
     difference = expected - np.asarray(resize_region(Image.fromarray(image), (90, 61), (0, 0, 90, 61)))
     assert difference.min() > -0.01 and difference.max() < 1.01  # fractions are cut off
-
-
-@pytest.mark.parametrize(
-    ("size", "scale", "expected"),
-    [
-        ((1500, 2000), (2048, 512), (512, 683)),
-        ((400, 3000), (2048, 512), (273, 2048)),
-        ((512, 512), (64, 64), (64, 64)),
-    ],
-)
-def test_rescaled_size_by_hand(size, scale, expected):
-    assert rescaled_size(*size, scale) == expected
 
 
 @pytest.mark.parametrize("box", BOXES, ids=[str(box["box_y1_y2_x1_x2"]) for box in BOXES])
@@ -409,3 +396,40 @@ def test_a_stream_is_augmented_the_same_way_by_any_worker():
     assert torch.equal(first[3], last[0])
     stream.set_epoch(1)
     assert not torch.equal(next(iter(stream))["pixel_values"], first[0])
+
+
+def names_in(stream, count):
+    return [sample["name"] for sample, _ in zip(stream, range(count), strict=False)]
+
+
+def named_samples(count):
+    samples = [Samples(count)[index] for index in range(count)]
+    for index, sample in enumerate(samples):
+        sample["image"].filename = str(index)
+    return samples
+
+
+def test_a_shared_stream_gives_every_picture_once_per_pass_and_no_end():
+    shares = []
+    for rank in (0, 1):
+        stream = AugmentedStream(named_samples(5), SMALL)
+        stream.share(2, rank)
+        shares.append(names_in(stream, 5))
+    assert shares == [["0", "2", "4", "1", "3"], ["1", "3", "0", "2", "4"]]
+
+
+def test_each_pass_over_a_stream_draws_as_its_own_epoch():
+    stream = AugmentedStream(named_samples(2), SMALL)
+    expected = [sample["pixel_values"] for epoch in (0, 1) for sample in (stream.set_epoch(epoch), *stream)[1:]]
+    stream.set_epoch(0)
+    stream.share(1, 0)
+    for (_, pixels), sample in zip(enumerate(expected), stream, strict=False):
+        assert torch.equal(sample["pixel_values"], pixels)
+    assert not torch.equal(expected[0], expected[2])
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_an_empty_stream_ends(endless):
+    stream = AugmentedStream([], SMALL)
+    stream.endless = endless
+    assert list(stream) == []

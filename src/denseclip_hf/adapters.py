@@ -10,7 +10,6 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 MODEL_PREFIX = "base_model.model."
@@ -27,14 +26,6 @@ def plain_name(name: str) -> str:
     return re.sub(WRAPPERS, "", name)
 
 
-def batch_norms_outside(model: nn.Module) -> list[nn.Module]:
-    """Batch norms that `model`'s adapters do not save, which so must not change; none in a model without adapters."""
-    if not is_adapted(model):
-        return []
-    modules = model.named_modules()
-    return [module for name, module in modules if isinstance(module, _BatchNorm) and "modules_to_save." not in name]
-
-
 def load_added_adapter(model: Any, directory: str | os.PathLike) -> None:
     """
     Put the weights that a trainer saved in `directory` back into the adapter that `model.add_adapter` made.
@@ -49,4 +40,4 @@ def load_added_adapter(model: Any, directory: str | os.PathLike) -> None:
     set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters()[0])
 
 
-__all__ = ["batch_norms_outside", "is_adapted", "load_added_adapter", "plain_name"]
+__all__ = ["is_adapted", "load_added_adapter", "plain_name"]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -64,4 +65,10 @@ def _synchronised(old: nn.BatchNorm2d, device_type: str) -> nn.Module:
     return new.to(old.weight).train(old.training)
 
 
-__all__ = ["AllReduceBatchNorm2d", "synchronise_batch_norms"]
+def frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch norms of `model` none of whose parameters is trained, and whose statistics so must not move either."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if not any(parameter.requires_grad for parameter in norm.parameters())]
+
+
+__all__ = ["AllReduceBatchNorm2d", "frozen_batch_norms", "synchronise_batch_norms"]

@@ -1,5 +1,6 @@
 """`Trainer` for DenseCLIP: its recipe, what one watches while it trains, evaluation, checkpoints that are complete."""
 
+import logging
 import os
 import shutil
 import time
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .adapters import batch_norms_outside, is_adapted, load_added_adapter
-from .batch_norm import synchronise_batch_norms
+from .adapters import is_adapted, load_added_adapter
+from .batch_norm import frozen_batch_norms, synchronise_batch_norms
+from .batches import GlobalBatches
 from .evaluation import evaluate_segmentation
 from .runs import WRITING_DIR
 from .stopping import OutlivesSignals, StopCallback, TrainingStopped
@@ -25,8 +29,11 @@ from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learnin
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
 
 
+logger = logging.getLogger(__name__)
+
+
 class NonFiniteLossError(RuntimeError):
-    """Raised when the loss is NaN or infinite, before it reaches a weight or a checkpoint."""
+    """Raised when the loss or its gradient is NaN or infinite, before it reaches a weight or a checkpoint."""
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -53,6 +60,7 @@ class DenseCLIPTrainer(Trainer):
     model: Any
     optimizer: Any
     args: DenseCLIPTrainingArguments
+    loss_is_scaled_for_ga = True  # by `compute_loss`, to the pictures of a whole step
 
     def __init__(
         self,
@@ -72,6 +80,10 @@ class DenseCLIPTrainer(Trainer):
         self.image_processor, self.tokenizer, self.do_reduce_labels = image_processor, tokenizer, do_reduce_labels
         self._sums: dict[str, Any] = defaultdict(float)
         self._last_log = time.perf_counter()
+        self._rates: dict[str, float] = {}  # of every parameter group, in the step that runs
+        self._unchecked: list[tuple[torch.Tensor, Any]] = []  # losses of the step that runs, and their files' names
+        self._still: list[nn.Module] = []  # batch norms that keep their statistics
+        self._batches: GlobalBatches | None = None
         super().__init__(
             model=model,
             args=args,
@@ -80,7 +92,6 @@ class DenseCLIPTrainer(Trainer):
             data_collator=kwargs.pop("data_collator", collate),
             **kwargs,
         )
-        self._still = batch_norms_outside(model)
         if isinstance(train_dataset, (AugmentedDataset, AugmentedStream)):
             self.add_callback(EpochCallback(train_dataset))
         if self.is_fsdp_enabled:
@@ -89,23 +100,75 @@ class DenseCLIPTrainer(Trainer):
         self.add_callback(self._stop)
 
     def train(self, *args, **kwargs):
-        """[`Trainer.train`], which SIGTERM and Ctrl-C end with a checkpoint and [`TrainingStopped`]."""
+        """
+        [`Trainer.train`], which SIGTERM and Ctrl-C end with a checkpoint and [`TrainingStopped`].
+
+        Raises:
+            ValueError: if the data does not suffice for a single step.
+            NonFiniteLossError: if a loss or gradient is NaN or infinite.
+        """
         with self._stop.listening():
             try:
-                return super().train(*args, **kwargs)
+                output = super().train(*args, **kwargs)
             except TrainingStopped:  # loggers close their books, as at any other end
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
                 raise
+        if not output.global_step:
+            raise ValueError("the training stream gives not a single batch, so nothing was trained: fill it.")
+        return output
 
     def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        for part in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's, and torch's inside
-            part.worker_init_fn = OutlivesSignals(part.worker_init_fn)
-        return loader
+        """Batches of this process, see [`GlobalBatches`]; of an [`AugmentedStream`], pass after pass without an end."""
+        args, dataset = self.args, self.train_dataset
+        options: dict[str, Any] = {}
+        if isinstance(dataset, AugmentedStream):
+            dataset.share(args.world_size, args.process_index)
+            options["batch_size"] = self._train_batch_size
+        elif hasattr(dataset, "__len__"):
+            self._batches = options["batch_sampler"] = GlobalBatches(
+                len(dataset),
+                self._train_batch_size,
+                accumulation=args.gradient_accumulation_steps,
+                world=args.world_size,
+                rank=args.process_index,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                drop_last=args.dataloader_drop_last,
+            )
+        else:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            dataset,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=OutlivesSignals(),
+            # Its own, as each new iterator draws from it, and after a resume there is one more than without.
+            generator=torch.Generator().manual_seed(args.seed + args.process_index),
+            **options,
+        )
+        return prepare_data_loader(
+            loader,
+            args.device,
+            num_processes=1,  # the batches are this process's already
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            non_blocking=self.accelerator.non_blocking,
+        )
 
     # Recipe
 
     def create_optimizer(self, model=None):
+        """
+        An optimizer of the groups of [`parameter_groups`]; parameters whose rate is 0 are frozen and not in it.
+
+        Raises:
+            ValueError: naming a parameter that no group covers.
+        """
         if self.optimizer is not None:
             return self.optimizer
         args = self.args
@@ -125,9 +188,20 @@ class DenseCLIPTrainer(Trainer):
         trained = [group for group in groups if group["params"]]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         self.optimizer = optimizer_class(trained, **options)
+        self._rates = {group["name"]: 0.0 for group in groups}
+        self._still = frozen_batch_norms(model)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The original's schedule over `num_training_steps`, [`poly_learning_rate`], or another that is asked for."""
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        if warmup_steps >= num_training_steps and self.is_world_process_zero():
+            logger.warning(
+                "The warm-up of %d steps does not end within the %d steps of this run, which hardly trains: lower "
+                "`warmup_steps`.",
+                warmup_steps,
+                num_training_steps,
+            )
         if self.lr_scheduler is not None or self.args.lr_scheduler_type != "polynomial":
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
@@ -156,6 +230,10 @@ class DenseCLIPTrainer(Trainer):
     # Loss and what is logged
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        The model's loss; in training, weighted so that its mean over processes, summed over the batches of a step, is
+        the mean over all pictures of the step, however unevenly they are spread.
+        """
         names = inputs.pop("name", None)
         if self.args.channels_last:
             inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
@@ -164,56 +242,99 @@ class DenseCLIPTrainer(Trainer):
         for batch_norm in self._still:
             batch_norm.eval()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not torch.isfinite(loss):
-            files = f" on {', '.join(map(str, names))}" if names else ""
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step}{files}: training stops before it reaches "
-                f"a weight; the checkpoints in {self.args.output_dir} are from before. Lower `learning_rate` or look "
-                "at these files."
-            )
         if model.training:
-            self._count(outputs, inputs["labels"])
+            share = len(inputs["labels"]) / self._pictures_in_step()
+            self._unchecked.append((loss.detach(), names))
+            self._count(outputs, inputs["labels"], share)
+            loss = loss * (share * self.args.world_size)
         return (loss, outputs) if return_outputs else loss
+
+    def _pictures_in_step(self) -> int:
+        """Pictures, of all processes, in the step that runs."""
+        if self._batches is not None:
+            return self._batches.pictures_in_step(self.state.global_step)
+        return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
 
     @property
     def _shares_class_embeddings(self) -> bool:
         """Whether micro-batches share a pass through the text tower: not one that is spread or compiled."""
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The last moment before the optimizer steps: one look at the device checks the losses and the gradient."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        checked, self._unchecked = self._unchecked, []
+        values = [loss for loss, _ in checked]
+        if norm is not None and self.accelerator.scaler is None:  # a scaler leaves out steps that overflow by itself
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            values.append(torch.as_tensor(whole, dtype=torch.float32, device=self.args.device))
+        if values and not torch.stack(values).isfinite().all():
+            self._refuse_step(checked, values[-1])
+        return norm
+
+    def _refuse_step(self, losses: list[tuple[torch.Tensor, Any]], norm: torch.Tensor) -> None:
+        bad = [(loss, names) for loss, names in losses if not loss.isfinite()]
+        what = f"the loss is {bad[0][0].item()}" if bad else f"the norm of the gradient is {norm.item()}"
+        files = [str(name) for _, names in bad or losses for name in names or ()]
+        on = f" on {', '.join(files)}" if files else ""
+        raise NonFiniteLossError(
+            f"{what} at step {self.state.global_step}{on}: training stops before it reaches a weight; the checkpoints "
+            f"in {self.args.output_dir} are from before. Lower `learning_rate` or look at these files."
+        )
+
     @torch.no_grad()
-    def _count(self, outputs, labels: torch.Tensor) -> None:
-        """Add a step to what the next log line averages, without waiting for the device."""
+    def _count(self, outputs, labels: torch.Tensor, share: float) -> None:
+        """Add a batch, which is `share` of its step, to what the next log line averages; doesn't wait for the device."""
         sums = self._sums
-        sums["forwards"] += 1
+        sums["steps"] += share
         sums["images"] += len(labels)
         for key in ("decode_loss", "auxiliary_loss"):
             if outputs.get(key) is not None:
-                sums[key] += outputs[key].detach()
+                sums[key] += outputs[key].detach() * share
         # At the logits' own resolution: exact enough to watch, and nothing is upsampled for it.
         small = F.interpolate(labels[:, None].float(), size=outputs["logits"].shape[-2:], mode="nearest")[:, 0]
         labelled = small != self.model.config.semantic_loss_ignore_index
         sums["hits"] += ((outputs["logits"].argmax(1) == small) & labelled).sum()
         sums["pixels"] += labelled.sum()
+        self._rates |= {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._sums["forwards"]:
-            sums, self._sums = self._sums, defaultdict(float)
+        """[`Trainer.log`]; beside the loss, both its parts, accuracy, rates and speed, all of every process."""
+        if "loss" in logs and self._sums:
+            counted, self._sums = self._sums, defaultdict(float)
+            values = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for value in counted.values()]
+            sums = dict(zip(counted, self.accelerator.reduce(torch.stack(values), "sum").tolist(), strict=True))
             for key in ("decode_loss", "auxiliary_loss"):
                 if key in sums:
-                    logs[key] = float(sums[key]) / sums["forwards"]
-            logs["pixel_accuracy"] = float(sums["hits"]) / max(float(sums["pixels"]), 1.0)
-            for group in self.optimizer.param_groups:
-                logs[f"learning_rate/{group['name']}"] = group["lr"]
+                    logs[key] = sums[key] / sums["steps"]
+            logs["pixel_accuracy"] = sums["hits"] / max(sums["pixels"], 1.0)
+            logs |= {f"learning_rate/{name}": rate for name, rate in self._rates.items()}
             now = time.perf_counter()
-            logs["images_per_second"] = sums["images"] * self.args.world_size / (now - self._last_log)
+            logs["images_per_second"] = sums["images"] / (now - self._last_log)
             logs["peak_memory_gib"] = peak_memory() / 2**30
             self._last_log = now
         super().log(logs, start_time)
 
     # Evaluation: every image once, at its own size, only a K x K matrix kept
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, Any]:
+        """
+        Scores on `eval_dataset`, or the trainer's own; every picture is counted once, on however many processes.
+
+        Args:
+            eval_dataset (sequence or stream of `{"image", "mask"}`, *optional*): pictures and raw masks.
+            ignore_keys: has no effect.
+            metric_key_prefix (`str`): what all keys begin with.
+
+        Returns:
+            `dict`: what [`evaluate_segmentation`] returns, the keys with `eval_` before them: `eval_mean_iou`, ….
+
+        Raises:
+            ValueError: if there is nothing to evaluate on.
+        """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("there is no picture to evaluate on: give the trainer an `eval_dataset`.")
         scores = evaluate_segmentation(
             self.model,
             rows,
@@ -269,6 +390,10 @@ class DenseCLIPTrainer(Trainer):
         self._writing_dir = str(writing)
         try:
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step:  # on every process: each loads the best model at the end
+                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if best.exists() or best.name == name:
+                    self.state.best_model_checkpoint = str(best)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish(writing, run_dir, name)
@@ -284,10 +409,6 @@ class DenseCLIPTrainer(Trainer):
 
     def _publish(self, writing: Path, run_dir: Path, name: str) -> None:
         """Move a complete checkpoint to where it belongs, and remove those that are too many."""
-        if self.state.best_global_step:
-            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.exists() or best.name == name:
-                self.state.best_model_checkpoint = str(best)
         self.state.save_to_json(str(writing / name / "trainer_state.json"))
         shutil.rmtree(run_dir / name, ignore_errors=True)
         os.replace(writing / name, run_dir / name)

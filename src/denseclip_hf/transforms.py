@@ -3,6 +3,7 @@
 Letter key: H, W the crop; h, w the picture as stored. Pictures are 8-bit RGB, masks hold one class id per pixel.
 """
 
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .resizing_denseclip import _nearest, fit_within
 
 
 # The first box and ten redraws, as in the original recipe.
@@ -31,21 +34,6 @@ def reduce_labels(mask: np.ndarray, ignore_index: int = 255) -> np.ndarray:
     """Shift class ids by one: 0 becomes `ignore_index`, n becomes n − 1, `ignore_index` stays. Returns a new array."""
     ignored = (mask == 0) | (mask == ignore_index)
     return np.where(ignored, ignore_index, mask.astype(np.int64) - 1)
-
-
-def rescaled_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
-    """
-    Largest (height, width) with the same aspect ratio whose long side is at most `max(scale)` and whose short side
-    is at most `min(scale)`, in pixels, rounded half up.
-    """
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
-
-
-def nearest_indices(start: int, stop: int, size: int, new_size: int) -> np.ndarray:
-    """Source positions of the pixels `start … stop − 1` when `size` pixels become `new_size`, as OpenCV's nearest."""
-    # Dividing twice reproduces OpenCV's rounding where a position falls on a whole number.
-    return np.minimum(np.floor(np.arange(start, stop) * (1 / (new_size / size))).astype(np.intp), size - 1)
 
 
 def resize_region(
@@ -179,9 +167,8 @@ class TrainTransform:
                 f"{mask.shape[1]}x{mask.shape[0]}; save both at the same size."
             )
         ratio = rng.uniform(*self.ratio_range)
-        new_size = rescaled_size(
-            mask.shape[0], mask.shape[1], (int(self.scale[0] * ratio), int(self.scale[1] * ratio))
-        )
+        short, long = sorted(int(side * ratio) for side in self.scale)
+        new_size = fit_within(*mask.shape, short, long)
         box, crop_labels = self._random_crop(mask, new_size, rng)
         flip = rng.random() < self.flip_probability
         crop = self._crop_image(image, new_size, box)
@@ -194,12 +181,11 @@ class TrainTransform:
 
     def _random_crop(self, mask, new_size, rng) -> tuple[tuple[int, int, int, int], np.ndarray]:
         """The box (top, left, bottom, right) in the resized picture, and the labels in it."""
+        rows, columns = (_nearest(old, new).numpy() for old, new in zip(mask.shape, new_size, strict=True))
         for _ in range(MAX_CROP_DRAWS):
             top, left = (rng.integers(max(n - c, 0) + 1) for n, c in zip(new_size, self._crop, strict=True))
             bottom, right = min(top + self._crop[0], new_size[0]), min(left + self._crop[1], new_size[1])
-            rows = nearest_indices(top, bottom, mask.shape[0], new_size[0])
-            columns = nearest_indices(left, right, mask.shape[1], new_size[1])
-            labels = mask[rows[:, None], columns]
+            labels = mask[rows[top:bottom, None], columns[left:right]]
             if self.do_reduce_labels:
                 labels = reduce_labels(labels, self.ignore_index)
             if self.cat_max_ratio >= 1 or crop_is_varied(labels, self.cat_max_ratio, self.ignore_index):
@@ -229,7 +215,23 @@ class TrainTransform:
         return {"pixel_values": torch.from_numpy(pixel_values), "labels": torch.from_numpy(padded_labels)}
 
 
-class AugmentedDataset(torch.utils.data.Dataset):
+class _Augmented:
+    """What both kinds of augmented data share: the samples, their transform, the seed and the epoch."""
+
+    def __init__(self, dataset: Any, transform: TrainTransform, seed: int = 0):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw as in epoch `epoch` (from 0) from the next iterator on."""
+        self._epoch.fill_(epoch)
+
+    def _augment(self, sample: dict[str, Any], epoch: int, key: int) -> dict[str, Any]:
+        augmented = self.transform(sample["image"], sample["mask"], sample_rng(self.seed, epoch, key))
+        return {**augmented, "name": _name(sample["image"])}
+
+
+class AugmentedDataset(_Augmented, torch.utils.data.Dataset):
     """
     Applies a [`TrainTransform`] to the samples of `dataset`, the same way for any number of workers.
 
@@ -244,43 +246,44 @@ class AugmentedDataset(torch.utils.data.Dataset):
         seed: non-negative; another seed gives other draws.
     """
 
-    def __init__(self, dataset: Any, transform: TrainTransform, seed: int = 0):
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw as in epoch `epoch` (from 0) from the next iterator on."""
-        self._epoch.fill_(epoch)
-
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.dataset[index]
-        augmented = self.transform(sample["image"], sample["mask"], sample_rng(self.seed, int(self._epoch), index))
-        return {**augmented, "name": _name(sample["image"])}
+        return self._augment(self.dataset[index], int(self._epoch), index)
 
 
-class AugmentedStream(torch.utils.data.IterableDataset):
+class AugmentedStream(_Augmented, torch.utils.data.IterableDataset):
     """
     [`AugmentedDataset`] for a streaming dataset, which has no indices: a checksum of the mask stands in for them.
+
+    What `datasets` streams is shuffled anew in every pass, drawn from (seed, epoch): its files, and the samples within
+    a buffer if it has one (`shuffle_buffer` of [`load_segmentation_dataset`]).
     """
 
-    def __init__(self, dataset: Any, transform: TrainTransform, seed: int = 0):
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+    world, rank, endless = 1, 0, False
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw (and shuffle, where the stream does) as in epoch `epoch` (from 0) from the next iterator on."""
-        self._epoch.fill_(epoch)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+    def share(self, world: int, rank: int) -> None:
+        """Give, pass after pass without an end, this process's share of the samples: every `world`-th."""
+        self.world, self.rank, self.endless = world, rank, True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for sample in self.dataset:
-            key = zlib.crc32(sample["mask"].tobytes())
-            augmented = self.transform(sample["image"], sample["mask"], sample_rng(self.seed, int(self._epoch), key))
-            yield {**augmented, "name": _name(sample["image"])}
+        position = 0
+        for epoch in itertools.count(int(self._epoch)):
+            start = position
+            for sample in self._samples(epoch):
+                if position % self.world == self.rank:
+                    yield self._augment(sample, epoch, zlib.crc32(sample["mask"].tobytes()))
+                position += 1
+            if not self.endless or position == start:
+                return
+
+    def _samples(self, epoch: int) -> Any:
+        # A shuffled copy: `set_epoch` of a stream would reach into other workers, which are at passes of their own.
+        if hasattr(self.dataset, "shuffle"):
+            seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+            return self.dataset.shuffle(seed=seed, buffer_size=1)
+        return self.dataset
 
 
 class EpochCallback(TrainerCallback):
