@@ -7,7 +7,6 @@ import argparse
 import sys
 
 from denseclip_hf.hub import files_to_push, push
-from denseclip_hf.model_card import write_model_card
 
 
 def main(argv: list[str] | None = None, api=None) -> int:
@@ -16,15 +15,16 @@ def main(argv: list[str] | None = None, api=None) -> int:
     parser.add_argument("repo_id", help="repository on the Hub, USER/NAME")
     parser.add_argument("--push", action="store_true", help="upload; without it nothing leaves this machine")
     parser.add_argument("--public", action="store_true", help="let everybody see the repository")
-    parser.add_argument("--license", help="the Hub's identifier of the licence, put into the card first")
+    parser.add_argument("--license", help="the Hub's identifier of the licence, for the card that is pushed")
     parser.add_argument("--no_code", action="store_true", help="leave out the code that trust_remote_code=True runs")
     parser.add_argument("--include", nargs="*", default=[], help="further files of MODEL_DIR")
     parser.add_argument("--message", default="Upload model", help="of the commit (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        if args.license:
-            write_model_card(args.model_dir, license=args.license)
-        with files_to_push(args.model_dir, not args.no_code, args.include) as (files, left):
+        with files_to_push(args.model_dir, not args.no_code, args.include, args.repo_id, args.license) as (
+            files,
+            left,
+        ):
             total = sum(path.stat().st_size for path in files.values())
             for name, path in sorted(files.items()):
                 print(f"{path.stat().st_size:>14,}  {name}")

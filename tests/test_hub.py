@@ -163,7 +163,18 @@ def small(kind, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "checkpoint-3/optimizer.pt", "training_args.bin", "x.pth"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.pt",
+        "OPTIMIZER.PT",
+        "Checkpoint-3/optimizer.pt",
+        "training_args.bin",
+        "x.pth",
+        ".env",
+        "secrets.json",
+    ],
+)
 def test_training_state_is_refused(small, name):
     (small / name).parent.mkdir(exist_ok=True)
     (small / name).write_text("")
@@ -180,11 +191,78 @@ def test_files_outside_are_refused(small, name):
         pass
 
 
+def show(small, name):
+    """Put a picture into the card."""
+    (small / "README.md").write_text((small / "README.md").read_text() + f"\n![Example]({name})\n")
+
+
 def test_links_that_lead_outside_are_refused(small):
-    (small.parent / "secret.png").write_text("")
-    (small / "picture.png").symlink_to(small.parent / "secret.png")
+    (small.parent / "photo.png").write_text("")
+    (small / "picture.png").symlink_to(small.parent / "photo.png")
+    show(small, "picture.png")
     with pytest.raises(ValueError, match="outside the model directory"), files_to_push(small):
         pass
+
+
+def test_links_to_what_is_refused_are_refused(small):
+    (small / "Optimizer.pt").write_text("")
+    (small / "picture.png").symlink_to(small / "Optimizer.pt")
+    show(small, "picture.png")
+    with pytest.raises(ValueError, match="picture.png is training state or a pickle"), files_to_push(small):
+        pass
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_code_weights_and_pictures_that_nothing_needs_stay_here(small, code):
+    stale = ("secrets.py", "modeling_old.py", "private.jpg", "model-00001-of-00002.safetensors", "tokenizer_mine.json")
+    for name in (*stale, "shown.jpg", "tag.png"):
+        (small / name).write_text("")
+    (small / "README.md").write_text((small / "README.md").read_text() + '\n<img width="5" src="tag.png">\n')
+    show(small, "./shown.jpg")
+    with files_to_push(small, code=code) as (files, left):
+        assert set(stale) <= set(left) and {"shown.jpg", "tag.png"} <= files.keys()
+        assert ("modeling_denseclip.py" in files) == code
+
+
+def test_shards_are_those_of_the_index(small):
+    (small / "model.safetensors").unlink()
+    tiny_model().save_pretrained(small, max_shard_size="20KB")
+    shards = {file.name for file in small.glob("model-*.safetensors")}
+    (small / "model-00001-of-00099.safetensors").write_text("")
+    with files_to_push(small, code=False) as (files, left):
+        assert shards and shards | {"model.safetensors.index.json"} <= files.keys()
+        assert "model-00001-of-00099.safetensors" in left
+    (small / sorted(shards)[0]).unlink()
+    with pytest.raises(ValueError, match="there is no file model-00001"), files_to_push(small):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_is_refused(small, content):
+    (small / "model.safetensors").unlink()
+    (small / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="index.json is damaged"), files_to_push(small):
+        pass
+
+
+def test_included_names_are_those_in_the_repository(small):
+    (small / "sub").mkdir()
+    (small / "my.json").write_text("{}")
+    (small / "sub" / "notes.txt").write_text("")
+    include = ["sub/../my.json", "./sub//notes.txt", str(small / "my.json")]
+    with files_to_push(small, include=include) as (files, _):
+        assert {"my.json", "sub/notes.txt"} <= files.keys()
+        assert not [name for name in files if ".." in name or name.startswith("/")]
+
+
+def test_without_code_no_config_asks_for_it(small):
+    add_code(small)
+    with files_to_push(small, code=False) as (files, _):
+        assert not [name for name in files if name.endswith(".py")]
+        assert all("auto_map" not in files[name].read_text() for name in ("config.json", "preprocessor_config.json"))
+    assert "auto_map" in (small / "config.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors"])
@@ -202,6 +280,43 @@ def test_a_public_repository_is_not_pushed_to_by_accident(small):
     with files_to_push(small, code=False, include=[]) as (files, _):
         push(files, "me/x", private=False, api=hub)
     assert hub.files.keys() == files.keys()
+
+
+def test_a_private_repository_is_not_taken_for_a_public_one(small, caplog):
+    hub = FakeHub(private=True)
+    with files_to_push(small, code=False) as (files, _):
+        push(files, "me/x", private=False, api=hub)
+    assert hub.files and "me/x exists and is private, and stays so" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["create_repo", "create_commit"])
+def test_without_network_a_push_ends_in_one_sentence(small, capsys, monkeypatch, call):
+    class Unreachable(Exception):
+        """As the HTTP library's: of no family that anybody would list."""
+
+    def fail(*_, **__):
+        raise Unreachable("[Errno -2] Name or service not known\n\nand so on")
+
+    hub = FakeHub()
+    monkeypatch.setattr(hub, call, fail)
+    assert script()([str(small), "me/x", "--push", "--no_code"], api=hub) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pushing to me/x failed ([Errno -2] Name or service not known): look at")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--push"]])
+def test_a_licence_for_the_push_leaves_the_directory_alone(small, options):
+    card = small / "README.md"
+    card.write_text(card.read_text() + "\nA sentence of my own.\n")
+    before = {file.name: file.read_bytes() for file in small.iterdir()}
+    hub = FakeHub()
+    assert script()([str(small), "me/x", "--license", "apache-2.0", *options], api=hub) == 0
+    assert before == {file.name: file.read_bytes() for file in small.iterdir()}
+    if options:
+        pushed = hub.files["README.md"].decode()
+        assert "license: apache-2.0" in pushed and "A sentence of my own." in pushed
+        assert 'model="me/x"' in pushed and "PATH_OR_REPOSITORY" not in pushed
 
 
 def test_the_license_goes_into_the_card(small):

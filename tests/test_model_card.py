@@ -1,15 +1,29 @@
 """The model card: complete, only measured numbers, and never over what a person wrote."""
 
-import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import yaml
 from conftest import tiny_config, tiny_model
 from huggingface_hub import ModelCard
+from PIL import Image
 
-from denseclip_hf.model_card import read_results, results_of_training, update_results, write_model_card
+from denseclip_hf import DenseCLIPImageProcessor
+from denseclip_hf.example_clip import make_example_tokenizer
+from denseclip_hf.hub import add_code
+from denseclip_hf.model_card import (
+    card_to_push,
+    results_of_training,
+    update_results,
+    write_frozen_card,
+    write_model_card,
+)
 from denseclip_hf.model_card_sections import environment, protocol_words, shown_name
 
 
@@ -110,15 +124,15 @@ def test_a_measurement_changes_the_results_alone(directory):
     before = path.read_text()
     assert "| Started from | `openai/x` |" in before and "| Weights | a friend |" in before
     after = update_results(directory, RESULTS).read_text()
-    results = re.search(r"\n<!-- generated: results -->.*?<!-- end of generated: results -->\n", after, re.DOTALL)
-    assert after.replace(results[0], "").split("---", 2)[2].rstrip() == before.split("---", 2)[2].rstrip()
+    results = re.compile(r"<!-- generated: results \w+ -->.*?<!-- end of generated: results -->\n", re.DOTALL)
+    assert results.sub("", after).split("---", 2)[2] == results.sub("", before).split("---", 2)[2]
 
 
 def test_writing_again_keeps_what_a_person_edited(directory):
     path = write_model_card(directory, training={"Steps": 3})
     text = path.read_text().replace("license: unknown", "license: cc-by-4.0\nlanguage: en")
-    text = text.replace("## Limits and biases", "## Limits, as found").replace("# my-model", "# Streets")
-    limits = re.search(r"<!-- generated: limits -->.*?<!-- end of generated: limits -->\n", text, re.DOTALL)
+    text = text.replace("## Citation", "## Please cite").replace("# my-model", "# Streets")
+    limits = re.search(r"<!-- generated: limits \w+ -->.*?<!-- end of generated: limits -->\n", text, re.DOTALL)
     text = text.replace(limits[0], "## My own limits\n\nIt fails at night.\n") + "\nA last word.\n"
     path.write_text(text)
     write_model_card(directory, training={"Steps": 80_000}, results=RESULTS)
@@ -126,7 +140,7 @@ def test_writing_again_keeps_what_a_person_edited(directory):
     card = ModelCard(again)
     assert card.data.license == "cc-by-4.0" and card.data.language == "en"
     assert "# Streets" in again and "It fails at night." in again and "A last word." in again
-    assert "Limits, as found" not in again and "generated: limits" not in again
+    assert "## Please cite" in again and "## Citation" not in again and "generated: limits" not in again
     assert "| Steps | 80000 |" in again and "| Steps | 3 |" not in again and "## Results" in again
     before = again
     assert write_model_card(directory).read_text() == before  # nothing new is known: nothing changes
@@ -200,16 +214,194 @@ def test_environment_names_versions_and_hardware():
     assert "torch" in found["Versions"] and found["Hardware"]
 
 
-def test_results_file(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(RESULTS))
-    assert read_results(tmp_path / "r.json")["num_images"] == 7
-    with pytest.raises(ValueError, match="can't be read"):
-        read_results(tmp_path / "none.json")
+def _set_up_for_snippets(directory):
+    """What a person has who runs a card's snippets: the whole model with code beside it, and a photo."""
+    DenseCLIPImageProcessor(size={"shortest_edge": 64}).save_pretrained(directory)
+    make_example_tokenizer(["sky"], vocab_size=520).save_pretrained(directory)
+    add_code(directory)
+    Image.new("RGB", (90, 70), (200, 30, 30)).save(directory.parent / "photo.jpg")
 
 
-def test_snippets_are_valid_python(directory):
-    text = write_model_card(directory).read_text()
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+@pytest.mark.slow
+def test_snippets_run_and_ask_nothing(directory):
+    _set_up_for_snippets(directory)
+    write_model_card(directory)
+    snippets = re.findall(r"```python\n(.*?)```", card_to_push(directory, str(directory)), re.DOTALL)
     assert len(snippets) == 2
     for snippet in snippets:
-        compile(snippet, "card", "exec")
+        command = [sys.executable, "-c", snippet]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=directory.parent, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"class \d", done.stdout) and "custom code" not in done.stdout + done.stderr
+
+
+# What a person did to a card
+
+
+def sections_of(text):
+    return dict(re.findall(r"<!-- generated: (\w+) \w+ -->\n(.*?)<!-- end of generated: \1 -->", text, re.DOTALL))
+
+
+def test_text_inside_a_section_is_kept(directory, caplog):
+    path = update_results(directory, RESULTS)
+    path.write_text(path.read_text().replace("| 43.51 |", "| 43.51 (at night 20) |"))
+    text = update_results(directory, {**RESULTS, "metrics": {"mean_iou": 0.5}}).read_text()
+    assert "43.51 (at night 20)" in text and "50.00 |" not in sections_of(text)["results"].split("<details>")[0]
+    assert "'results' of the card was changed by hand and stays as it is" in caplog.text
+    assert sections_of(write_model_card(directory, training={"Steps": 3}).read_text())["training"].count(
+        "| Steps | 3 |"
+    )
+
+
+def test_a_section_taken_over_or_deleted_does_not_come_back(directory):
+    path = update_results(directory, RESULTS)
+    text = re.sub(r"<!-- (end of )?generated: results.*?-->\n", "", path.read_text())  # taken over: no markers
+    text = re.sub(r"<!-- generated: limits.*?<!-- end of generated: limits -->\n", "", text, flags=re.DOTALL)
+    path.write_text(text)
+    text = write_model_card(directory, results=RESULTS, training={"Steps": 3}).read_text()
+    assert text.count("## Results") == 1 and "## Limits" not in text and "| Steps | 3 |" in text
+
+
+def test_all_markers_taken_out_leave_one_section_of_results(directory):
+    path = update_results(directory, RESULTS)
+    path.write_text(re.sub(r"<!-- .*? -->\n", "", path.read_text()))
+    assert update_results(directory, RESULTS).read_text().count("## Results") == 1
+
+
+def test_front_matter_changes_survive(directory):
+    path = write_model_card(directory, base_model="openai/x", dataset="someone/streets")
+    front, body = path.read_text().split("---", 2)[1:]
+    front = yaml.safe_load(front)
+    del front["base_model"], front["library_name"]
+    path.write_text(f"---\n{yaml.safe_dump({**front, 'tags': [], 'language': 'en'})}---{body}")
+    write_model_card(directory, base_model="openai/x", dataset="another/set", results=RESULTS)
+    again = yaml.safe_load(path.read_text().split("---", 2)[1])
+    assert again.pop("model-index") and again == {
+        "license": "unknown", "pipeline_tag": "image-segmentation", "tags": [], "datasets": ["someone/streets"],
+        "language": "en",
+    }  # fmt: skip
+
+
+def test_what_is_known_later_goes_into_the_front_matter(directory):
+    write_model_card(directory)
+    path = write_model_card(directory, base_model="openai/x")
+    assert ModelCard(path.read_text()).data.base_model == "openai/x"
+
+
+def test_comments_in_the_front_matter_stay_while_nothing_new_is_known(directory):
+    path = write_model_card(directory)
+    path.write_text(path.read_text().replace("license: unknown", "license: mit  # asked our lawyers"))
+    assert "asked our lawyers" in write_model_card(directory, training={"Steps": 3}).read_text()
+
+
+def test_other_models_of_the_model_index_stay(directory):
+    path = update_results(directory, RESULTS)
+    front, body = path.read_text().split("---", 2)[1:]
+    front = yaml.safe_load(front)
+    other = {"name": "their-model", "results": [{**front["model-index"][0]["results"][0]}]}
+    front["model-index"].insert(0, other)
+    path.write_text(f"---\n{yaml.safe_dump(front)}---{body}")
+    update_results(directory, {**RESULTS, "metrics": {"mean_iou": 0.5, "overall_accuracy": 0.9}})
+    again = yaml.safe_load(path.read_text().split("---", 2)[1])["model-index"]
+    assert again[0] == other and again[1]["name"] == "my-model"
+    assert [metric["value"] for metric in again[1]["results"][0]["metrics"]] == [0.5, 0.9]
+
+
+def test_a_byte_order_mark_makes_no_second_front_matter(directory):
+    path = write_model_card(directory)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    text = write_model_card(directory, license="mit").read_text(encoding="utf-8")
+    assert (
+        text.startswith("---\n") and text.count("library_name") == 2 and "license: mit" in text
+    )  # once in the record
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"---\nlicense: [mit\n---\n# Mine\n", r"front matter of .*README.md is no YAML .line 3.: correct it"),
+        (b"---\n- a\n---\n", "must be YAML of keys and values"),
+        (b"---\nmodel-index: 5\n---\n", "`model-index` of .*README.md is not as the Hub defines it"),
+        (b"---\nmodel-index:\n- name: x\n---\n", "`model-index` of .*README.md is not as the Hub defines it"),
+        (b"\xff\xfe", "README.md is no text in UTF-8"),
+    ],
+)
+def test_a_card_that_can_not_be_read_is_one_sentence_and_stays(directory, content, message):
+    (directory / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        update_results(directory, RESULTS)
+    assert "\n" not in str(caught.value) and (directory / "README.md").read_bytes() == content
+
+
+def test_a_full_disk_leaves_the_card_as_it_was(directory, monkeypatch):
+    path = write_model_card(directory)
+    before = path.read_text()
+
+    def fail(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", fail)
+    with pytest.raises(OSError, match="No space left"):
+        update_results(directory, RESULTS)
+    assert path.read_text() == before and not list(directory.glob(".README*"))
+
+
+def test_numbers_of_numpy_are_numbers(directory):
+    metrics = {"mean_iou": np.float32(0.25), "overall_accuracy": np.float64(0.5), "mean_accuracy": None}
+    results = {**RESULTS, "metrics": metrics, "per_category": {"class 0": {"iou": np.float32(0.75)}}}
+    card = ModelCard(update_results(directory, results).read_text())
+    assert [result.metric_value for result in card.data.eval_results] == [0.25, 0.5]
+    assert "| class 0 | 75.00 |" in card.text
+
+
+@pytest.mark.parametrize("value", [43.5, -0.1, "0.4", True])
+@pytest.mark.parametrize("place", ["mean_iou", "iou of class 0"])
+def test_numbers_out_of_range_are_refused(directory, place, value):
+    results = {**RESULTS, "metrics": {"mean_iou": value}}
+    if place != "mean_iou":
+        results = {**RESULTS, "per_category": {"class 0": {"iou": value}}}
+    with pytest.raises(ValueError, match=f"{place} must be a number from 0 to 1 .not per cent., got {value!r}"):
+        update_results(directory, results)
+    assert not (directory / "README.md").exists()
+
+
+# Cards that go elsewhere
+
+
+def test_a_card_to_push_names_its_repository_and_licence_alone(directory):
+    path = write_model_card(directory)
+    path.write_text(path.read_text().replace("# my-model\n", "# my-model\n\nMade by hand.\n"))
+    before = path.read_text()
+    text = card_to_push(directory, "me/streets", "apache-2.0")
+    assert path.read_text() == before
+    assert text.count('"me/streets"') == 3 and "PATH_OR_REPOSITORY" not in text
+    usage = re.compile(r"<!-- generated: usage \w+ -->")
+    expected = before.replace("license: unknown", "license: apache-2.0").replace("PATH_OR_REPOSITORY", "me/streets")
+    assert usage.sub("", text) == usage.sub("", expected)
+    path.write_text(text)  # downloaded, it is still as it was generated
+    assert write_model_card(directory).read_text() == card_to_push(directory, "me/streets").replace(
+        "me/streets", "PATH_OR_REPOSITORY"
+    ).replace(usage.search(text)[0], usage.search(before)[0])
+
+
+def test_a_frozen_models_card_is_that_of_its_model(directory, tmp_path):
+    card = write_model_card(
+        directory,
+        license="mit",
+        base_model="openai/x",
+        dataset="someone/streets",
+        results=RESULTS,
+        training={"Steps": 3},
+    )
+    frozen = tmp_path / "frozen"
+    shutil.copytree(directory, frozen, ignore=shutil.ignore_patterns("README.md"))
+    text = write_frozen_card(frozen, card, "`me/streets`").read_text()
+    assert ModelCard(text).data.to_dict() == ModelCard(card.read_text()).data.to_dict()
+    assert "| Steps | 3 |" in text and "| 43.51 |" in text
+    note = "This is `me/streets` with its classes frozen"
+    assert text.index("end of generated: about") < text.index(note) < text.index("## How to use")
+    bare = write_frozen_card(frozen, None, "`me/streets`", "Streets").read_text()
+    assert note in bare and bare.count("## For inference alone") == 1

@@ -1,8 +1,11 @@
 """Sharing a model directory: the code that runs it, and what of it goes to the Hub."""
 
+import json
+import logging
 import os
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,20 +17,27 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_denseclip import DenseCLIPConfig
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .model_card import CARD, card_to_push
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 
 
-# What a model repository consists of; everything else stays here unless it is named.
+logger = logging.getLogger(__name__)
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIGS = ("config.json", "preprocessor_config.json")
+# What a model repository has beside its weights, its code and the pictures of its card; the rest stays here unless it
+# is named.
 SHARED = (
-    "config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "README.md",
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE*",
-    "eval_results.json", "*.png", "*.jpg", "*.py", "*.onnx", "*.onnx.data",
+    *CONFIGS, CARD, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "LICENSE*", "eval_results.json", "model.onnx", "model.onnx.data",
 )  # fmt: skip
-# Training state and pickles, which no model repository should have.
+# What no model repository should have: training state and pickles, hidden files and what is called like a secret.
 REFUSED = (
     "optimizer*", "scheduler*", "rng_state*", "training_args.bin", "trainer_state.json", "*.pt", "*.pth", "*.bin",
-    "*.pkl", "*.ckpt", "scaler*", "checkpoint-*",
+    "*.pkl", "*.pickle", "*.ckpt", "scaler*", "checkpoint-*", ".*", "*.env", "*.pem", "*.key", "secret*",
+    "credential*",
 )  # fmt: skip
+_PICTURE = re.compile(r"!\[[^]]*\]\(([^)\s]+)|<img[^>]*\ssrc=[\"']([^\"']+)")
 
 
 def add_code(model_dir: str | os.PathLike, output_dir: str | os.PathLike | None = None) -> None:
@@ -56,53 +66,101 @@ def add_code(model_dir: str | os.PathLike, output_dir: str | os.PathLike | None 
 
 
 @contextmanager
-def files_to_push(model_dir: str | os.PathLike, code: bool = True, include: Sequence[str] = ()):
+def files_to_push(
+    model_dir: str | os.PathLike,
+    code: bool = True,
+    include: Sequence[str] = (),
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> Iterator[tuple[dict[str, Path], list[str]]]:
     """
     What of `model_dir` goes to the Hub. The directory itself is not changed.
 
+    That is config, image processor, tokenizer, card and the pictures in it, licence, results, the weights that the
+    config's loading finds (one file, or the shards of the index), and this package's code.
+
     Args:
         model_dir (`str` or `os.PathLike`): a saved model with card.
-        code (`bool`): with the model's code, see [`add_code`].
+        code (`bool`): with the model's code, see [`add_code`]. Code that lies in the directory is never pushed.
         include (`Sequence[str]`): further files in it, by name.
+        repo_id (`str`, *optional*): repository that the card's snippets shall name.
+        license (`str`, *optional*): the Hub's identifier, for the card that is pushed.
 
     Yields:
         `tuple[dict[str, Path], list[str]]`: the files by their name in the repository, and the names that stay here.
 
     Raises:
-        ValueError: if there is no complete model, or a file is training state, a pickle, or outside the directory.
+        ValueError: if there is no complete model, or a file is training state, a pickle, looks like a secret, or is
+            outside the directory.
     """
     folder = Path(model_dir)
-    for name in ("config.json", "README.md"):
+    for name in ("config.json", CARD):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no complete model directory: it has no {name}.")
-    if not list(folder.glob("model*.safetensors")):
-        raise ValueError(f"{folder} is no complete model directory: it has no weights (model.safetensors).")
-    for name in include:
-        _check_inside(folder, name)
-        if any(fnmatch(part, pattern) for part in Path(name).parts for pattern in REFUSED):
-            raise ValueError(f"{name} is training state or a pickle, which is not pushed.")
     present = sorted(path.name for path in folder.iterdir())
-    shared = [
-        name
-        for name in present
-        if (folder / name).is_file()
-        and any(fnmatch(name, pattern) for pattern in SHARED)
-        and not any(fnmatch(name, pattern) for pattern in REFUSED)
-    ]
-    for name in shared:
-        _check_inside(folder, name)
-    files = {name: folder / name for name in [*shared, *include]}
-    with tempfile.TemporaryDirectory() as staging:
+    shared = [name for name in present if any(fnmatch(name, pattern) for pattern in SHARED)]
+    names = [*shared, *_weights(folder), *_pictures(folder), *(_inside(folder, name) for name in include)]
+    for name in names:
+        _check(folder, name)
+    files = {name: folder / name for name in names}
+    with tempfile.TemporaryDirectory() as place:
+        staging = Path(place)
         if code:
             add_code(folder, staging)
-            files |= {path.name: path for path in sorted(Path(staging).iterdir())}
+        else:
+            _stage_without_code(folder, staging)
+        if repo_id or license:
+            text = card_to_push(folder, repo_id, license)
+            (staging / CARD).write_text(text, encoding="utf-8")
+        files |= {path.name: path for path in sorted(staging.iterdir())}
         yield files, [name for name in present if name not in files]
 
 
-def _check_inside(folder: Path, name: str) -> None:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+def _weights(folder: Path) -> list[str]:
+    """Names of the weight files that loading reads; shards of an earlier save may lie beside them."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} is no complete model directory: it has no weights ({WEIGHTS}).")
+    try:
+        shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        good = all(fnmatch(shard, "model*.safetensors") and "/" not in shard for shard in shards)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise ValueError(f"{folder / INDEX} is damaged: save the model again.")
+    return [INDEX, *shards]
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Names of the pictures in the directory that its card shows."""
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    names = [os.path.normpath(markdown or html) for markdown, html in _PICTURE.findall(text)]
+    return sorted({name for name in names if Path(name).parts[0] != ".." and (folder / name).is_file()})
+
+
+def _stage_without_code(folder: Path, staging: Path) -> None:
+    """The configs without the names of code that does not go with them."""
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            if config.pop("auto_map", None) is not None:
+                (staging / name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _inside(folder: Path, name: str) -> str:
+    """`name` as a repository has it: relative to `folder`, without detours."""
+    return Path(os.path.relpath(folder / name, folder)).as_posix()
+
+
+def _check(folder: Path, name: str) -> None:
+    """Raise `ValueError` if `name`, or what it is a link to, is not to leave this machine, or is not there."""
+    root, path = folder.resolve(), (folder / name).resolve()
+    if not path.is_relative_to(root) or Path(name).parts[0] == "..":
         raise ValueError(f"{name} leads to {path}, outside the model directory {folder}: it is not pushed.")
+    parts = [part.lower() for part in (*Path(name).parts, *path.relative_to(root).parts)]
+    if any(fnmatch(part, pattern) for part in parts for pattern in REFUSED):
+        raise ValueError(f"{name} is training state or a pickle, or may hold secrets: it is not pushed.")
     if not path.is_file():
         raise ValueError(f"there is no file {name} in {folder}.")
 
@@ -123,15 +181,32 @@ def push(files: dict[str, Path], repo_id: str, private: bool = True, message: st
 
     Raises:
         ValueError: if the repository is there already and public, though `private` was asked for.
+        OSError: if the Hub can't be reached or refuses.
     """
     api = HfApi() if api is None else api
-    api.create_repo(repo_id=repo_id, repo_type="model", private=private, exist_ok=True)
-    if private and not api.repo_info(repo_id=repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public: push there with `--public`, or choose another name.")
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in sorted(files.items())
     ]
-    return api.create_commit(repo_id=repo_id, operations=operations, commit_message=message)
+    with _one_sentence(repo_id):
+        api.create_repo(repo_id=repo_id, repo_type="model", private=private, exist_ok=True)
+        is_private = api.repo_info(repo_id=repo_id).private
+    if private and not is_private:
+        raise ValueError(f"{repo_id} exists and is public: push there with `--public`, or choose another name.")
+    if is_private and not private:
+        logger.warning("%s exists and is private, and stays so: make it public in its settings on the Hub.", repo_id)
+    with _one_sentence(repo_id):
+        return api.create_commit(repo_id=repo_id, operations=operations, commit_message=message)
+
+
+@contextmanager
+def _one_sentence(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the client's, its HTTP library's and the network's come from many families
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise OSError(
+            f"pushing to {repo_id} failed ({reason}): look at the network, the name and `hf auth login`."
+        ) from error
 
 
 __all__ = ["add_code", "files_to_push", "push"]

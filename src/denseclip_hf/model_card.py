@@ -1,25 +1,34 @@
 """The model card (README.md of a model directory): written from what is known, never over what a person wrote.
 
-Each generated section stands between two marker comments; writing the card again replaces what is between them and
-leaves everything else alone. Values of the front matter that are already there stay, measured results apart.
+Each generated section stands between two marker comments, the first with a short hash of it. Writing the card again
+replaces the sections that are still as they were written and leaves everything else alone: sections that were changed,
+or taken out with their markers, stay so. Values of the front matter that are already there, or were taken out, stay so
+too, measured results apart; a comment at the end names what was once written there.
 """
 
-import json
+import hashlib
+import logging
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import yaml_dump
 from safetensors import safe_open
 
 from .configuration_denseclip import DenseCLIPConfig
 from .model_card_sections import (
+    MODEL,
     about,
     citation,
     classes,
+    frozen,
     is_hub_name,
     limits,
     results_tables,
@@ -27,12 +36,15 @@ from .model_card_sections import (
     training_table,
     usage,
 )
+from .runs import write_atomically
 
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 LIBRARY, PIPELINE = "transformers", "image-segmentation"
 TAGS = ["denseclip", "clip", "semantic-segmentation", "image-segmentation", "vision"]
-# Sections that are added to a card which lacks them; the others were taken out by somebody, and stay out.
+# Sections that are added to a README which nothing was generated in yet.
 MEASURED = ("results", "training", "picture")
 METRICS = {
     "mean_iou": ("mean_iou", "mIoU"),
@@ -71,7 +83,7 @@ def write_model_card(
         `Path` of the card.
 
     Raises:
-        ValueError: for results without the keys [`update_results`] asks for.
+        ValueError: for results that [`update_results`] does not take, or a card whose front matter can't be read.
         OSError: if `model_dir` holds no config.
     """
     model_dir = Path(model_dir)
@@ -101,18 +113,64 @@ def update_results(model_dir: str | os.PathLike, results: Mapping[str, Any]) -> 
         model_dir (`str` or `os.PathLike`): a saved model.
         results (`Mapping[str, Any]`): `dataset` and `split` (`str`), `metrics` (`mean_iou`, `mean_accuracy`,
             `overall_accuracy` from 0 to 1) and, if known, `protocol` (mapping), `num_images` (`int`) and
-            `per_category` (class name to `{"iou", "accuracy"}`). NaN and missing numbers are left out.
+            `per_category` (class name to `{"iou", "accuracy"}`). NaN, `None` and missing numbers are left out.
 
     Returns:
         `Path` of the card.
 
     Raises:
-        ValueError: naming the key that is missing.
+        ValueError: naming the key that is missing or no number from 0 to 1, or if the front matter can't be read.
     """
     model_dir = Path(model_dir)
     if not (model_dir / CARD).is_file():
         return write_model_card(model_dir, results=results)
     return _write(model_dir, {}, results)
+
+
+def write_frozen_card(
+    model_dir: str | os.PathLike, card: str | os.PathLike | None, origin: str, name: str | None = None
+) -> Path:
+    """
+    The card of a model whose classes were frozen: that of the model it was made from, and a section that says so.
+
+    Args:
+        model_dir (`str` or `os.PathLike`): the frozen model, without a card yet.
+        card (`str` or `os.PathLike`, *optional*): README.md of the model it was made from, if that has one.
+        origin (`str`): what that model is called.
+        name (`str`, *optional*): title, if there is no `card`.
+
+    Raises:
+        ValueError: if the front matter of `card` can't be read.
+    """
+    model_dir = Path(model_dir)
+    if card is None:
+        write_model_card(model_dir, name=name)
+    else:
+        write_atomically(model_dir / CARD, _text_of(Path(card)))
+    config = DenseCLIPConfig.from_pretrained(model_dir)
+    sections = {"about": "", "frozen": frozen(origin, _parameters(model_dir)), "usage": usage(config)}
+    return _write(model_dir, sections, None, add=("frozen",))
+
+
+def card_to_push(model_dir: str | os.PathLike, repo_id: str | None, license: str | None = None) -> str:
+    """
+    The text of the card of `model_dir` with the repository `repo_id` in its snippets and `license` in its front
+    matter, each if given. The file stays as it is.
+
+    Raises:
+        ValueError: if the front matter can't be read.
+    """
+    path = Path(model_dir) / CARD
+    front, block, body = _split(_text_of(path), path)
+    if license and front.get("license") != license:
+        front["license"] = license
+        block = _front_matter_block(front)
+
+    def name_it(section: re.Match) -> str:
+        text = section[3].replace(MODEL, repo_id or MODEL)
+        return _section(section[1], text) if _is_untouched(section) else section[0].replace(section[3], text)
+
+    return block + _SECTION.sub(name_it, body)
 
 
 def _write(
@@ -123,20 +181,74 @@ def _write(
     license: str | None = None,
     base_model: str | None = None,
     dataset: str | None = None,
+    add: Sequence[str] = (),
 ) -> Path:
     """The card of `model_dir` with new `sections` and `results`, and what it had before."""
     path = model_dir / CARD
-    old = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
-    data = _front_matter(old.data if old else ModelCardData(), license, base_model, dataset)
+    new = not path.is_file()
     name = name or shown_name(str(model_dir.resolve()))
+    front, block, body = ({}, "", f"# {name}\n\n{_HINT}\n") if new else _split(_text_of(path), path)
+    before = dict(front)
+    written = set((found := _WRITTEN.search(body)) and found[1].split() or ())
+    written |= _fill_front_matter(front, written, license, base_model, dataset)
     if results is not None:
         _check_results(results)
-        data.model_name = data.model_name or name
-        data.eval_results = _merged(data.eval_results, eval_results(results))
-        sections["results"] = results_tables(results, data.eval_results)
-    body = _merge_body(old.text.lstrip("\n") if old else f"# {name}\n", sections, new=old is None)
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+        measured = _add_to_model_index(front, name, eval_results(results), path)
+        sections["results"] = results_tables(results, measured)
+    body = _merge_body(body, sections, add=tuple(sections) if new else add)
+    record = f"<!-- generated front matter: {' '.join(sorted(written))} -->"
+    body = _WRITTEN.sub(record, body) if found else f"{body.rstrip()}\n\n{record}\n"
+    write_atomically(path, (block if front == before else _front_matter_block(front)) + body)
     return path
+
+
+_HINT = "<!-- Edit freely: what is changed or taken out by hand stays so when the card is written again. -->"
+_WRITTEN = re.compile(r"<!-- generated front matter: (.*?) -->")
+_FRONT_MATTER = re.compile(r"\s*---[ ]*\n(.*?)^---[ ]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+_SECTION = re.compile(r"<!-- generated: (\w+)(?: (\w+))? -->\n(.*?)<!-- end of generated: \1 -->", re.DOTALL)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: save it as such, or remove it to have a new one.") from error
+
+
+def _split(text: str, path: Path) -> tuple[dict[str, Any], str, str]:
+    """A card's front matter as data and as it is written, and its body."""
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        return {}, "", text
+    try:
+        front = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 2})" if mark else ""
+        raise ValueError(f"the front matter of {path} is no YAML{line}: correct it, or remove it.") from error
+    if not isinstance(front, (dict, type(None))):
+        raise ValueError(f"the front matter of {path} must be YAML of keys and values: correct it, or remove it.")
+    return front or {}, f"{found[0].rstrip()}\n\n", text[found.end() :].lstrip("\n")
+
+
+def _front_matter_block(front: dict[str, Any]) -> str:
+    return f"---\n{yaml_dump(front, sort_keys=False).strip()}\n---\n\n"
+
+
+def _add_to_model_index(front: dict[str, Any], name: str, new: list[EvalResult], path: Path) -> list[EvalResult]:
+    """Put `new` into the entry `name` of the model-index, or its first; all results of that entry."""
+    try:
+        entries = list(front.get("model-index") or [])
+        place = next((index for index, entry in enumerate(entries) if entry["name"] == name), 0)
+        found = [model_index_to_eval_results([entry]) for entry in entries[place : place + 1]]
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
+        raise ValueError(f"the `model-index` of {path} is not as the Hub defines it: correct it.") from error
+    name, old = found[0] if found else (name, [])
+    measured = [result for result in old if not any(result.is_equal_except_value(other) for other in new)] + new
+    if measured:
+        entries[place : place + 1] = eval_results_to_model_index(name, measured)
+        front["model-index"] = entries
+    return measured
 
 
 def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
@@ -189,44 +301,76 @@ def results_of_training(
     }
 
 
-def _front_matter(data: Any, license: str | None, base_model: str | None, dataset: str | None) -> ModelCardData:
-    data.license = license or data.license or "unknown"
-    data.library_name = data.library_name or LIBRARY
-    data.pipeline_tag = data.pipeline_tag or PIPELINE
-    data.tags = data.tags or list(TAGS)
+def _fill_front_matter(
+    front: dict[str, Any], written: set[str], license: str | None, base_model: str | None, dataset: str | None
+) -> set[str]:
+    """Add what is known and was not `written` there before; a given `license` replaces another. All known keys."""
+    known: dict[str, Any] = {"library_name": LIBRARY, "license": license or "unknown", "pipeline_tag": PIPELINE}
+    known["tags"] = list(TAGS)
     if base_model and is_hub_name(base_model):
-        data.base_model = data.base_model or base_model
+        known["base_model"] = base_model
     if dataset and is_hub_name(dataset):
-        data.datasets = data.datasets or [dataset]
-    return data
-
-
-def _merged(old: Sequence[EvalResult] | None, new: list[EvalResult]) -> list[EvalResult]:
-    kept = [result for result in old or [] if not any(result.is_equal_except_value(other) for other in new)]
-    return kept + new
+        known["datasets"] = [dataset]
+    front |= {key: value for key, value in known.items() if key not in front and key not in written}
+    if license:
+        front["license"] = license
+    return set(known)
 
 
 def _check_results(results: Mapping[str, Any]) -> None:
     for key in ("dataset", "split", "metrics"):
         if not results.get(key):
             raise ValueError(f"the results lack `{key}`: a number without it means nothing in a model card.")
+    numbers = {key: results["metrics"].get(key) for key in METRICS}
+    for category, values in (results.get("per_category") or {}).items():
+        numbers |= {f"{kind} of {category}": values.get(kind) for kind in ("iou", "accuracy")}
+    for name, value in numbers.items():
+        if value is None or (isinstance(value, Real) and math.isnan(value)):
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+            raise ValueError(f"{name} must be a number from 0 to 1 (not per cent), got {value!r}.")
 
 
-def _merge_body(body: str, sections: Mapping[str, str], new: bool) -> str:
+def _merge_body(body: str, sections: Mapping[str, str], add: Sequence[str]) -> str:
+    """
+    `body` with `sections` in place of those that are still as they were generated; those of `add` are new, and come
+    after the one before them.
+    """
+    found = {section[1]: section for section in _SECTION.finditer(body)}
+    if not found:
+        add = [*add, *(name for name in MEASURED if sections.get(name) and not _has_title(body, sections[name]))]
+    end = None
     for name, text in sections.items():
-        begin, end = f"<!-- generated: {name} -->", f"<!-- end of generated: {name} -->"
-        found = re.search(rf"{re.escape(begin)}.*?{re.escape(end)}", body, re.DOTALL)
-        if not text:
-            continue  # nothing is known now; what was known stays
-        block = f"{begin}\n{text.strip()}\n{end}"
-        if found:
-            body = body[: found.start()] + block + body[found.end() :]
-        elif new or name in MEASURED:
+        section, block = found.get(name), _section(name, text)
+        if section is None and name in add and end and end in body:
+            body = body.replace(end, f"{end}\n\n{block}", 1)
+        elif section is None and name in add:
             body = f"{body.rstrip()}\n\n{block}\n"
-    if new:
-        hint = "<!-- Edit freely outside the generated sections: writing the card again keeps it. -->"
-        body = body.replace("\n", f"\n\n{hint}\n", 1)
+        elif section and text and _is_untouched(section):  # without text nothing is known now; what was known stays
+            body = body.replace(section[0], block, 1)
+        elif section and text and section[0] != block:
+            logger.warning("The section %r of the card was changed by hand and stays as it is.", name)
+        end = f"<!-- end of generated: {name} -->"
     return body
+
+
+def _has_title(body: str, text: str) -> bool:
+    title = text.split("\n")[0]
+    return title.startswith("#") and title in body.split("\n")
+
+
+def _section(name: str, text: str) -> str:
+    """A generated section; one without text marks the place of what may be known later."""
+    text = text.strip()
+    return f"<!-- generated: {name} {_digest(text)} -->\n{text}\n<!-- end of generated: {name} -->"
+
+
+def _is_untouched(section: re.Match) -> bool:
+    return section[2] in (None, _digest(section[3]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:8]
 
 
 def _parameters(model_dir: Path) -> int | None:
@@ -245,15 +389,13 @@ def _slug(name: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)
 
 
-def read_results(path: str | os.PathLike) -> dict[str, Any]:
-    """A JSON file of results, as `scripts/evaluate.py` writes it."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as JSON results ({error}).") from error
-
-
-__all__ = ["read_results", "results_of_training", "update_results", "write_model_card"]
+__all__ = [
+    "card_to_push",
+    "results_of_training",
+    "update_results",
+    "write_frozen_card",
+    "write_model_card",
+]

@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub import EvalResult
 
 
 PLAIN_NAMES = ("", "data", "dataset", "model", "output")
+MODEL = "PATH_OR_REPOSITORY"  # in the snippets, until it is pushed somewhere
 METRIC_ORDER = ("mIoU", "mAcc", "aAcc")
 PACKAGES = ("denseclip_hf", "torch", "transformers", "accelerate", "datasets")
 
@@ -47,19 +49,28 @@ def about(config: Any, parameters: int | None, source: str | None, base_model: s
     )
 
 
+def frozen(origin: str, parameters: int | None) -> str:
+    """What freezing its classes changed."""
+    count = f" {parameters / 1e6:.1f} M parameters are left." if parameters else ""
+    return (
+        f"## For inference alone\n\nThis is {origin} with its classes frozen: the text tower is gone, the logits are "
+        f"the same bit for bit, and it can neither be trained nor take new words.{count}"
+    )
+
+
 def usage(config: Any) -> str:
     """Runnable snippets."""
-    return """## How to use
+    return f"""## How to use
 
 ```
 pip install denseclip_hf
 ```
 
 ```python
-import denseclip_hf  # registers the model; or pass trust_remote_code=True if the repository carries the code
+import denseclip_hf  # registers the model; without it, trust_remote_code=True runs the code that a repository carries
 from transformers import pipeline
 
-segment = pipeline("image-segmentation", model="PATH_OR_REPOSITORY")
+segment = pipeline("image-segmentation", model="{MODEL}", trust_remote_code=False)
 for found in segment("photo.jpg"):
     print(found["label"], found["mask"].size)
 ```
@@ -70,13 +81,13 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-processor = AutoImageProcessor.from_pretrained("PATH_OR_REPOSITORY")
-model = AutoModelForSemanticSegmentation.from_pretrained("PATH_OR_REPOSITORY").eval()
+processor = AutoImageProcessor.from_pretrained("{MODEL}", trust_remote_code=False)
+model = AutoModelForSemanticSegmentation.from_pretrained("{MODEL}", trust_remote_code=False).eval()
 image = Image.open("photo.jpg").convert("RGB")
 with torch.no_grad():
     outputs = model(**processor(image, return_tensors="pt"))
 labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]  # (height, width)
-print({model.config.id2label[i] for i in labels.unique().tolist()})
+print({{model.config.id2label[i] for i in labels.unique().tolist()}})
 ```"""
 
 
@@ -225,7 +236,7 @@ def _cell(text: str) -> str:
 
 
 def _percent(value: Any) -> str | None:
-    return f"{100 * value:.2f}" if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return f"{100 * value:.2f}" if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _plain(value: Any) -> str:
@@ -233,10 +244,12 @@ def _plain(value: Any) -> str:
 
 
 __all__ = [
+    "MODEL",
     "about",
     "citation",
     "classes",
     "environment",
+    "frozen",
     "is_hub_name",
     "limits",
     "protocol_words",

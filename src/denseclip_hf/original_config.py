@@ -28,8 +28,8 @@ _KNOWN_OPTIONS = {
     "get_embeddings pretrained",
     "text_encoder": "context_length vocab_size transformer_width transformer_heads transformer_layers embed_dim style "
     "pretrained",
-    "context_decoder": "context_length transformer_width transformer_heads transformer_layers visual_dim dropout outdim "
-    "style",
+    "context_decoder": "context_length transformer_width transformer_heads transformer_layers visual_dim outdim style "
+    "dropout",
     "neck": "in_channels out_channels",
     "decode_head": "in_channels channels dropout_ratio num_classes norm_cfg loss_decode",
     "decode_head.norm_cfg": "requires_grad",

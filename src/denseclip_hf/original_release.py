@@ -113,7 +113,8 @@ def convert_release(
 def _config(model_kwargs: dict[str, Any], table: ClassTable, tokenizer: Any) -> tuple[DenseCLIPConfig, Any]:
     config = config_from_original(model_kwargs, table.id2label, None)
     config.palette = [list(color) for color in table.palette] if table.palette else None
-    tokenizer = load_tokenizer(tokenizer, config.clip_config.text_config.vocab_size)
+    clip: Any = config.clip_config
+    tokenizer = load_tokenizer(tokenizer, clip.text_config.vocab_size)
     if config.use_text_guidance:
         config.class_token_ids = tokenize_classes(list(table.id2label.values()), tokenizer, config)
     return DenseCLIPConfig.from_dict(config.to_dict()), tokenizer  # checked once more, with the token ids

@@ -123,7 +123,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that it is there whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
