@@ -44,14 +44,14 @@ def test_without_templates_texts_are_read_as_the_models_own_classes(model, token
     torch.testing.assert_close(model.encode_texts(NAMES, tokenizer), model.encode_classes(), atol=1e-5, rtol=0)
 
 
-def test_templates_are_averaged_as_clip_does(model, clip, tokenizer):
+def test_templates_are_averaged_as_clip_does_and_keep_their_length(model, clip, tokenizer):
     expected = []
     for name in NAMES:
         sentences = [template.format(name) for template in ZERO_SHOT_TEMPLATES]
         tokens = tokenizer(sentences, padding=True, return_tensors="pt")
         with torch.no_grad():
-            vectors = F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
-        expected.append(F.normalize(vectors.mean(0), dim=0))
+            vectors = clip.get_text_features(**tokens).pooler_output
+        expected.append(F.normalize(F.normalize(vectors, dim=-1).mean(0), dim=0) * vectors.norm(dim=-1).mean())
     embeds = model.encode_texts(NAMES, tokenizer, ZERO_SHOT_TEMPLATES)
     torch.testing.assert_close(embeds, torch.stack(expected), atol=1e-5, rtol=0)
 
@@ -61,7 +61,14 @@ def test_several_sentences_describe_one_class(model, tokenizer):
         model.encode_texts([words], tokenizer)[0] for words in (["sky", "blue heaven"], "sky", "blue heaven")
     )
     expected = F.normalize(F.normalize(first, dim=0) + F.normalize(second, dim=0), dim=0)
+    expected *= (first.norm() + second.norm()) / 2
     torch.testing.assert_close(both, expected, atol=1e-5, rtol=0)
+
+
+def test_a_class_of_one_sentence_is_the_same_beside_one_of_several(model, tokenizer):
+    alone = model.encode_texts(["sky"], tokenizer)
+    beside = model.encode_texts(["sky", ["car", "a car", "vehicle"]], tokenizer)
+    torch.testing.assert_close(beside[:1], alone, atol=1e-5, rtol=0)
 
 
 def test_contexts_go_before_templates_only_when_asked(model, tokenizer):
@@ -82,6 +89,11 @@ def test_many_prompts_go_in_passes(model, tokenizer, monkeypatch):
         (["sky", "  "], None, "none of them empty"),
         ([["sky", ""]], None, "none of them empty"),
         (["sky", "car", "sky"], None, "'sky' is given twice"),
+        (["sky", "car", "sky "], None, "'sky ' is given twice"),
+        (["a red  car", "A red car"], None, "'A red car' is given twice"),
+        ([["sky", "heaven"], "car", ["Heaven", "sky"]], None, "'Heaven' is given twice"),
+        (["sky", 3], None, "must be texts"),
+        (["sky", [None]], None, "must be texts"),
         ("sky", None, "must be a list"),
         (["sky " * 80], None, "tokens with SOS and EOS, but 7[37] fit"),
         (["sky"], ["a photo"], "one {} each"),
@@ -121,6 +133,20 @@ def test_own_classes_have_the_score_maps_of_forward(kind, images):
 def test_result_has_each_pictures_size_and_any_number_of_classes(kind, images):
     found = tiny_model(kind).predict_from_scores(images, torch.randn(7, 12), [(30, 50), (9, 4)])
     assert [tuple(s.shape) for s in found.segmentation] == [(30, 50), (9, 4)] and found.score_maps.shape[1] == 7
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_pictures_of_mixed_sizes_have_the_results_they_have_alone(sliding):
+    model = tiny_model(**({"inference_mode": "slide", "crop_size": 48, "stride": 32} if sliding else {}))
+    pictures = [torch.randn(3, 64, 96), torch.randn(1, 3, 96, 64), torch.randn(3, 64, 96)]
+    classes, sizes = torch.randn(5, 12), [(10, 20), (30, 20), (64, 96)]
+    for targets in (None, sizes):
+        found = model.predict_from_scores(pictures, classes, targets)
+        for index, picture in enumerate(pictures):
+            pixels = picture.reshape(1, *picture.shape[-3:])
+            alone = model.predict_from_scores(pixels, classes, targets and targets[index : index + 1])
+            torch.testing.assert_close(found.score_maps[index], alone.score_maps[0], atol=1e-5, rtol=0)
+            assert found.segmentation[index].shape == alone.segmentation[0].shape
 
 
 def test_sliding_models_slide_over_scores(images):
@@ -163,11 +189,12 @@ def test_half_precision(images):
         ({}, {"text_embeds": torch.ones(3, 5)}, r"shape \(classes, 12\)"),
         ({}, {"text_embeds": torch.ones(0, 12)}, r"shape \(classes, 12\)"),
         ({}, {"target_sizes": [(4, 4)]}, "2 pictures but 1 target sizes"),
+        ({}, {"pixel_values": []}, "must hold pictures"),
     ],
 )
 def test_bad_calls_are_refused(images, options, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        tiny_model(**options).predict_from_scores(images, **arguments)
+        tiny_model(**options).predict_from_scores(**{"pixel_values": images, **arguments})
 
 
 def test_baseline_reads_no_words(tokenizer):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .image_encoder_denseclip import encode_image
+from .mixed_sizes_denseclip import forward_by_size
 from .prompts_denseclip import ContextPrompts, tokenize_classes
 from .resizing_denseclip import resize_argmax
 from .sliding_window_denseclip import sliding_window_logits
@@ -38,27 +39,34 @@ class ScoreSegmentation(ModelOutput):
 
     Args:
         segmentation (`list[torch.Tensor]`): one `(H, W)` int64 map of class ids 0 … K-1 per image.
-        score_maps (`torch.Tensor` of shape `(B, K, h, w)`, or `(B, K, height, width)` from a sliding window): cosines.
+        score_maps (`torch.Tensor` of shape `(B, K, h, w)`, or `(B, K, height, width)` from a sliding window): cosines;
+            for images given as a list, a list of B tensors `(K, h, w)`.
     """
 
     segmentation: list[torch.Tensor] | None = None
-    score_maps: torch.Tensor | None = None
+    score_maps: torch.Tensor | list[torch.Tensor] | None = None
 
 
 def check_words(texts: Sequence[str | Sequence[str]]) -> list[list[str]]:
-    """K classes, each as a list of its phrasings.
+    """K classes, each as a list of its phrasings, as they were given.
 
     Raises:
-        ValueError: for no class at all, a class given twice, or an empty one.
+        ValueError: for no class at all, one that is no text or empty, or one given twice: capital letters, blanks and
+            the order of phrasings make no difference.
     """
     if isinstance(texts, str):
         raise ValueError(f"class names must be a list of texts, got the single text {texts!r}.")
-    classes = [[text] if isinstance(text, str) else list(text) for text in texts]
+    classes: list[list[Any]] = [list(text) if isinstance(text, (list, tuple)) else [text] for text in texts]
+    if not all(isinstance(text, str) for phrasings in classes for text in phrasings):
+        raise ValueError(f"class names must be texts, got {texts!r}.")
     if not classes or not all(classes) or any(not text.strip() for phrasings in classes for text in phrasings):
         raise ValueError("class names must be at least one, and none of them empty.")
-    for index, phrasings in enumerate(classes):
-        if phrasings in classes[:index]:
+    seen = set()
+    for phrasings in classes:
+        read = frozenset(" ".join(text.split()).casefold() for text in phrasings)
+        if read in seen:
             raise ValueError(f"the class {phrasings[0]!r} is given twice: class names must be all different.")
+        seen.add(read)
     return classes
 
 
@@ -95,10 +103,14 @@ def encode_texts(
     embeds = _encode_prompts(model, token_ids, contexts)
     if len(owners) == len(classes):
         return embeds
-    # As CLIP's zero-shot classifier: the mean of unit vectors, brought to unit length again.
-    total = embeds.new_zeros(len(classes), embeds.shape[1], dtype=torch.float32)
-    total.index_add_(0, torch.tensor(owners, device=embeds.device), F.normalize(embeds.float(), dim=-1))
-    return F.normalize(total, dim=-1).to(embeds.dtype)
+    # The mean of unit vectors, as in CLIP's zero-shot classifier, at the prompts' mean length: the context decoder's
+    # update then weighs as much as beside a single prompt.
+    groups = torch.tensor(owners, device=embeds.device)
+    lengths = embeds.float().norm(dim=-1, keepdim=True)
+    direction = embeds.new_zeros(len(classes), embeds.shape[1], dtype=torch.float32)
+    direction.index_add_(0, groups, embeds.float() / lengths)
+    length = embeds.new_zeros(len(classes), 1, dtype=torch.float32).index_add_(0, groups, lengths)
+    return (F.normalize(direction, dim=-1) * length / groups.bincount()[:, None]).to(embeds.dtype)
 
 
 def _encode_prompts(model: Any, token_ids: list[list[int]], num_context_tokens: int) -> torch.Tensor:
@@ -159,20 +171,34 @@ def eval_mode(model: Any) -> Iterator[None]:
 
 def predict_from_scores(
     model: Any,
-    pixel_values: torch.Tensor,
+    pixel_values: torch.Tensor | Sequence[torch.Tensor],
     text_embeds: torch.Tensor | None = None,
     target_sizes: Sequence[tuple[int, int]] | None = None,
     use_context_decoder: bool = True,
 ) -> ScoreSegmentation:
     """Do what [`DenseCLIPForSemanticSegmentation.predict_from_scores`] says."""
+
+    def score(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"score_maps": score_maps_of(model, pixels, text_embeds, use_context_decoder)}
+
     with eval_mode(model):
-        maps = score_maps_of(model, pixel_values, text_embeds, use_context_decoder)
-    own = (pixel_values.shape[-2], pixel_values.shape[-1])
-    sizes = [own] * len(maps) if target_sizes is None else list(target_sizes)
+        if isinstance(pixel_values, torch.Tensor):
+            maps: Any = score(pixel_values)["score_maps"]
+        else:
+            maps = forward_by_size(score, pixel_values)["score_maps"]
+    sizes: list[Any] = [p.shape[-2:] for p in pixel_values] if target_sizes is None else list(target_sizes)
     if len(sizes) != len(maps):
         raise ValueError(f"There are {len(maps)} pictures but {len(sizes)} target sizes.")
-    segmentation = [resize_argmax(maps[i : i + 1], size)[0] for i, size in enumerate(sizes)]
+    segmentation = [resize_argmax(m[None], size)[0] for m, size in zip(maps, sizes, strict=True)]
     return ScoreSegmentation(segmentation=segmentation, score_maps=maps)
 
 
-__all__ = ["ZERO_SHOT_TEMPLATES", "ScoreSegmentation", "encode_texts", "eval_mode", "predict_from_scores", "score_maps_of"]
+__all__ = [
+    "ZERO_SHOT_TEMPLATES",
+    "ScoreSegmentation",
+    "check_words",
+    "encode_texts",
+    "eval_mode",
+    "predict_from_scores",
+    "score_maps_of",
+]
