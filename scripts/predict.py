@@ -8,6 +8,7 @@ address. A video's frames are pictures too (needs `pip install av`).
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
@@ -19,6 +20,14 @@ from denseclip_hf.prediction_inputs import find_sources
 
 
 def names(text: str) -> list[str]:
+    """Names with commas between them, or those in a file, one a line (so that they may hold commas themselves)."""
+    if text.endswith(".txt"):
+        try:
+            return [line.strip() for line in Path(text).read_text("utf-8-sig").rstrip().splitlines()]
+        except (OSError, ValueError) as error:
+            raise argparse.ArgumentTypeError(
+                f"{text} can not be read as a file of names, one a line ({error})."
+            ) from error
     return [name.strip() for name in text.split(",")]
 
 
@@ -27,8 +36,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+", help="files, folders, patterns, http(s) addresses")
     parser.add_argument("--model", required=True, help="directory, or name on the Hub")
     parser.add_argument("--output_dir", default="outputs/predictions")
-    parser.add_argument("--score_maps", type=names, default=[], help="classes or words to draw heat maps of: car,tree")
-    parser.add_argument("--words", type=names, default=[], help="segment these words, from score maps alone")
+    parser.add_argument(
+        "--score_maps",
+        type=names,
+        default=[],
+        help="classes or words to draw heat maps of: car,tree, or FILE.txt with one a line",
+    )
+    parser.add_argument(
+        "--words", type=names, default=[], help="segment these words, from score maps alone; given likewise"
+    )
     parser.add_argument(
         "--templates", action="store_true", help="put words into CLIP-like sentences (untrained models)"
     )

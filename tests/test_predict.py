@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
+from transformers import AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.example_clip import example_clip_model, example_corpus, make_example_tokenizer
@@ -104,6 +105,26 @@ def test_script_segments_new_words_in_any_precision(script, model_dir, photos, t
     words = ["--words", "a cat,dog,grass,house", "--templates", "--score_maps", "dog"]
     assert script.main([str(photos / "a.png"), *flags, *words, "--dtype", dtype]) == 0
     assert np.asarray(Image.open(tmp_path / "out" / "a_mask.png")).max() < 4
+
+
+def test_script_reads_sentences_with_commas_from_a_file(script, model_dir, photos, tmp_path):
+    (tmp_path / "words.txt").write_text("\ufeffa tall, green tree\nsky\n\n", encoding="utf-8")
+    flags = ["--model", str(model_dir), "--output_dir", str(tmp_path / "out"), "--words", str(tmp_path / "words.txt")]
+    assert script.main([str(photos / "a.png"), *flags, "--score_maps", str(tmp_path / "words.txt")]) == 0
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert names == ["a_mask.png", "a_overlay.png", "a_score_0_a-tall--green-tree.png", "a_score_1_sky.png"]
+
+
+def test_a_file_of_words_that_is_missing_is_one_sentence(script, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main([str(photos), "--model", "x", "--words", str(tmp_path / "none.txt")])
+    assert "none.txt can not be read as a file of names" in capsys.readouterr().err
+
+
+def test_help_tells_the_largest_picture(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    assert f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels" in capsys.readouterr().out
 
 
 def test_script_goes_on_after_what_it_can_not_read(script, model_dir, photos, tmp_path, capsys):
@@ -385,6 +406,19 @@ def test_a_broken_video_is_one_sentence(tmp_path):
 def test_other_words_need_a_tokenizer():
     with pytest.raises(ValueError, match="'car' is none of the model's classes"):
         segmenter(score_maps=["class 1", "car"])
+
+
+@pytest.mark.parametrize("option", ["words", "score_maps"])
+def test_a_text_is_no_list_of_words(option):
+    with pytest.raises(ValueError, match="must be a list of texts"):
+        segmenter(**{option: "car"})
+
+
+def test_a_class_of_several_phrasings_is_called_by_its_first(model_dir):
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    asked = segmenter(model, tokenizer=tokenizer, words=[["a person on foot", "a pedestrian"], "sky"])
+    assert asked.names == ["a person on foot", "sky"] and len(asked.embeds) == 2
 
 
 def test_score_maps_of_own_classes_are_the_models():

@@ -42,7 +42,8 @@ class Segmenter:
         model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode.
         image_processor ([`DenseCLIPImageProcessor`]): its preprocessing.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): CLIP's, needed for words that are not the model's classes.
-        words (`Sequence[str]`): segment these from score maps instead of the model's classes.
+        words (list of `str` or of lists of `str`): segment these, as [`encode_texts`] takes them, from score maps
+            instead of the model's classes; a class of several phrasings is called by its first.
         score_maps (`Sequence[str]`): names or words whose score maps are wanted.
         templates (`Sequence[str]`, *optional*): sentences for words, see [`encode_texts`].
 
@@ -52,7 +53,8 @@ class Segmenter:
 
     def __init__(self, model, image_processor, tokenizer=None, words=(), score_maps=(), templates=None):
         self.model, self.image_processor = model.eval(), image_processor
-        self.names = list(words) or [model.config.id2label[i] for i in range(model.config.num_labels)]
+        own_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        self.names = [phrasings[0] for phrasings in check_words(words)] if words else own_names
         own_palette = None if words else model.config.palette
         self.palette = own_palette or default_palette(len(self.names))
         self.score_names = list(score_maps)
