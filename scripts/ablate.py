@@ -4,7 +4,8 @@
         [-- --dataset FOLDER --max_steps 500]
 
 What follows `--` goes to every training run. Runs that are finished are not run again, one that was broken off goes
-on. `--launcher "accelerate launch --num_processes 8"` trains on several devices.
+on; those of another recipe or budget are refused. The tables show the variants and seeds that were asked for.
+`--launcher "accelerate launch --num_processes 8"` trains on several devices.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from denseclip_hf.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
-from denseclip_hf.runs import one_sentence_errors, write_atomically
+from denseclip_hf.recipes import DataArguments, ModelArguments, parse_arguments
+from denseclip_hf.runs import RECIPE_FILE, changes_of_recipe, one_sentence_errors, recipe_of, write_atomically
+from denseclip_hf.training import DenseCLIPTrainingArguments
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,17 +45,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def directory(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Where the run of one variant with one seed is."""
+    return args.output_dir / variant / f"seed-{seed}"
+
+
+def arguments(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
+    """What `scripts/train.py` is given for one run."""
+    recipes = [args.recipe, REPOSITORY / "configs" / "ablations" / f"{variant}.yaml"]
+    return [*map(str, recipes), "--seed", str(seed), "--output_dir", str(directory(args, variant, seed)), *args.flags]
+
+
+def refuse_another_recipe(args: argparse.Namespace, variant: str, seed: int) -> None:
+    """Raise `ValueError` if there is a run already, of something else than what is asked for."""
+    folder = directory(args, variant, seed)
+    if (folder / RECIPE_FILE).exists():
+        kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
+        recipe = recipe_of(*parse_arguments(kinds, arguments(args, variant, seed)))
+        recipe.pop("processes")  # of the launcher's run, not of this one
+        if changes := changes_of_recipe(folder, recipe):
+            raise ValueError(f"{folder} holds a run of another recipe ({changes}): name a new `--output_dir`.")
+    elif (folder / "eval_results.json").exists():
+        raise ValueError(f"{folder} holds results without their {RECIPE_FILE}: name a new `--output_dir`.")
+
+
 def train(args: argparse.Namespace, variant: str, seed: int) -> float:
     """Run one variant with one seed unless it is done; returns the seconds it took."""
-    output_dir = args.output_dir / variant / f"seed-{seed}"
+    output_dir = directory(args, variant, seed)
     if (output_dir / "eval_results.json").exists():
         return 0.0
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    command = [*shlex.split(args.launcher), REPOSITORY / "scripts" / "train.py", args.recipe]
-    command += [REPOSITORY / "configs" / "ablations" / f"{variant}.yaml", "--seed", seed, "--output_dir", output_dir]
+    command = [*shlex.split(args.launcher), str(REPOSITORY / "scripts" / "train.py"), *arguments(args, variant, seed)]
     start = time.perf_counter()
     with open(output_dir.parent / f"seed-{seed}.log", "w") as log:
-        result = subprocess.run([*map(str, command), *args.flags], stdout=log, stderr=subprocess.STDOUT)
+        result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     if result.returncode:
         raise RuntimeError(f"{variant} with seed {seed} failed: see {log.name}.")
     return time.perf_counter() - start
@@ -63,11 +89,13 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(argv)
     runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
+    for variant, seed in runs:
+        refuse_another_recipe(args, variant, seed)
     with ThreadPoolExecutor(args.parallel) as pool:
         jobs = [pool.submit(train, args, variant, seed) for variant, seed in runs]
         for (variant, seed), job in zip(tqdm(runs, desc="Ablations", unit="run"), jobs, strict=True):
             logger.info("%s, seed %d: %.0f s", variant, seed, job.result())
-    measured = read_measurements(args.output_dir, VARIANTS)
+    measured = read_measurements(args.output_dir, args.variants, args.seeds)
     tables = ablation_tables(measured)
     write_atomically(args.output_dir / "ablations.md", tables)
     write_atomically(args.output_dir / "ablations.json", json.dumps(ablation_json(measured), indent=2) + "\n")

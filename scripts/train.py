@@ -9,7 +9,15 @@ from pathlib import Path
 
 from denseclip_hf import DenseCLIPTrainingArguments
 from denseclip_hf.recipes import DataArguments, ModelArguments, make_trainer, parse_arguments
-from denseclip_hf.runs import finish_run, one_sentence_errors, prepare_run, recipe_of, results_json, write_atomically
+from denseclip_hf.runs import (
+    check_checkpoint,
+    finish_run,
+    one_sentence_errors,
+    prepare_run,
+    recipe_of,
+    results_json,
+    write_atomically,
+)
 from denseclip_hf.training_card import write_training_card
 
 
@@ -19,7 +27,10 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, args = parse_arguments([ModelArguments, DataArguments, DenseCLIPTrainingArguments], argv)
     output_dir = Path(args.output_dir)
     with args.main_process_first(desc="preparing the output directory"):
-        checkpoint = prepare_run(output_dir, recipe_of(model_args, data_args, args))
+        recipe = recipe_of(model_args, data_args, args)
+        if args.resume_from_checkpoint:
+            check_checkpoint(args.resume_from_checkpoint, recipe)
+        checkpoint = prepare_run(output_dir, recipe)
     trainer, data = make_trainer(model_args, data_args, args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     metrics = trainer.evaluate() if data.validation is not None else {}

@@ -1,10 +1,13 @@
+import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 from test_recipes import KINDS
 
 from denseclip_hf.ablations import ROWS, VARIANTS, ablation_json, ablation_tables, mean_and_spread, read_measurements
 from denseclip_hf.recipes import parse_arguments
+from denseclip_hf.runs import recipe_of
 
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -39,7 +42,8 @@ def test_tables_put_the_measured_beside_the_published(tmp_path):
         run = tmp_path / "gamma_one" / f"seed-{seed}"
         run.mkdir(parents=True)
         (run / "eval_results.json").write_text(json.dumps({"eval_mean_iou": iou}))
-    measured = read_measurements(tmp_path, VARIANTS)
+    measured = read_measurements(tmp_path, VARIANTS, [0, 1])
+    assert read_measurements(tmp_path, ["gamma_one"], [1, 7]) == {"gamma_one": [42.0]}
     tables = ablation_tables(measured)
     assert "| 1.0, learnable | 42.8 | 41.0 ± 1.4 (2) |" in tables
     assert "| 1e-4, fixed | 42.6 | - |" in tables
@@ -49,3 +53,29 @@ def test_tables_put_the_measured_beside_the_published(tmp_path):
 
 def test_one_run_has_no_spread():
     assert mean_and_spread([41.25]) == "41.2 (1)"
+
+
+def finished(folder, iou, flags, seed):
+    """A finished run of `final` as `scripts/ablate.py` starts it."""
+    files = [str(CONFIGS / "ablation_example.yaml"), str(CONFIGS / "ablations" / "final.yaml"), "--seed", str(seed)]
+    folder = folder / "final" / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(recipe_of(*parse_arguments(KINDS, [*files, *flags]))))
+    (folder / "eval_results.json").write_text(json.dumps({"eval_mean_iou": iou}))
+
+
+def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("ablate", CONFIGS.parent / "scripts" / "ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for seed, iou in ((0, 0.4), (7, 0.9)):
+        finished(tmp_path, iou, ["--max_steps", "5"], seed)
+    command = [str(CONFIGS / "ablation_example.yaml"), "--output_dir", str(tmp_path), "--variants", "final"]
+    module.main([*command, "--seeds", "0", "--", "--max_steps", "5"])
+    tables = capsys.readouterr().out
+    assert "| 1e-4, learnable (final) | 43.5 | 40.0 (1) |" in tables  # not the seed that was not asked for
+    with pytest.raises(SystemExit, match=r"seed-0 holds a run of another recipe \(max_steps 5 -> 9\): name a new"):
+        module.main([*command, "--seeds", "0", "--", "--max_steps", "9"])
+    (tmp_path / "final" / "seed-0" / "recipe.json").unlink()
+    with pytest.raises(SystemExit, match="seed-0 holds results without their recipe.json"):
+        module.main([*command, "--seeds", "0", "--", "--max_steps", "5"])

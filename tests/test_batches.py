@@ -11,7 +11,8 @@ def steps(num_samples, batch_size, world=1, epoch=0, **options):
         batches.set_epoch(epoch)
         shares.append(list(batches))
         assert len(shares[-1]) == len(batches)
-    return [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)], [[len(b) for b in share] for share in shares]
+    sizes = [[len(batch) for batch in share] for share in shares]
+    return [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)], sizes
 
 
 @pytest.mark.parametrize("drop_last", [True, False])

@@ -32,12 +32,13 @@ ROWS = [
 VARIANTS = list(dict.fromkeys(row.variant for row in ROWS))
 
 
-def read_measurements(folder: Path, variants: Sequence[str]) -> dict[str, list[float]]:
-    """mIoU in percent of every finished run `folder/VARIANT/seed-*`, by variant."""
+def read_measurements(folder: Path, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[float]]:
+    """mIoU in percent of every finished run `folder/VARIANT/seed-SEED`, by variant."""
     measured = {}
     for variant in variants:
-        files = sorted(folder.glob(f"{variant}/seed-*/eval_results.json"))
-        measured[variant] = [100 * json.loads(file.read_text())["eval_mean_iou"] for file in files]
+        files = [folder / variant / f"seed-{seed}" / "eval_results.json" for seed in seeds]
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+        measured[variant] = [100 * result["eval_mean_iou"] for result in results]
     return measured
 
 

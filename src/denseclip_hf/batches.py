@@ -37,18 +37,18 @@ class GlobalBatches(Sampler[list[int]]):
         seed: int = 0,
         drop_last: bool = True,
     ):
-        self.num_samples, self.batch_size, self.world, self.rank, self.seed = num_samples, batch_size, world, rank, seed
-        self.epoch = 0
+        self.num_samples, self.batch_size, self.world, self.rank = num_samples, batch_size, world, rank
+        self.seed, self.epoch = seed, 0
         self.step_size = batch_size * world * accumulation
         left_out = num_samples % (self.step_size if drop_last else batch_size * world)
         self.used = num_samples - left_out if drop_last or left_out < world else num_samples
         if not self.used:
-            wanted = (
-                f"one step needs {self.step_size} ({world} processes x batch {batch_size} x {accumulation} accumulated)"
-                if drop_last
-                else f"there are {world} processes"
-            )
-            remedy = ", or set `dataloader_drop_last` to false" if drop_last and num_samples >= world else ""
+            wanted = f"there are {world} processes"
+            remedy = ""
+            if drop_last:
+                parts = f"{world} processes x batch {batch_size} x {accumulation} accumulated"
+                wanted = f"one step needs {self.step_size} ({parts})"
+                remedy = ", or set `dataloader_drop_last` to false" if num_samples >= world else ""
             raise ValueError(
                 f"the training data has {num_samples} pictures but {wanted}, so nothing would be trained: lower the "
                 f"batch, the accumulation or the number of processes{remedy}."

@@ -15,6 +15,7 @@ from .data_layouts import (
     ClassTable,
     Color,
     Layout,
+    Pair,
     default_palette,
     find_layout,
     hold_out,
@@ -83,6 +84,7 @@ def load_segmentation_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     streaming: bool = False,
+    shuffle_buffer: int = 0,
     revision: str | None = None,
     decode: bool = True,
     read_first: bool = True,
@@ -106,6 +108,8 @@ def load_segmentation_dataset(
         do_reduce_labels: whether 0 means no class and n the class n − 1 (default: what the data says, or False).
         image_column, label_column: columns of a `datasets` data set; detected from the features by default.
         streaming: read a Hub data set while iterating instead of downloading it first.
+        shuffle_buffer: a stream's training samples are drawn from a buffer of so many, still encoded, anew in each
+            epoch of an [`AugmentedStream`]; 0 takes them as they come.
         revision: version of a Hub data set.
         decode: False leaves plain RGB files undecoded, for `TrainTransform(fast_jpeg=True)`.
         read_first: read the first sample of each split now, so that what is wrong shows early.
@@ -120,14 +124,21 @@ def load_segmentation_dataset(
     known = layout.classes if layout else None
     splits: Splits
     if layout:
-        splits = _rows_of_layout(layout, train_split, validation_split, validation_fraction)
+        splits = _rows_of_layout(_picked(layout.splits, train_split, validation_split), validation_fraction)
     else:
         loaded = _load_rows(path_or_name, config_name, streaming, revision)
-        picked = _picked_rows(loaded, train_split, validation_split, validation_fraction)
+        picked = _with_held_out(_picked(loaded, train_split, validation_split), validation_fraction)
         splits, feature_names = _standard_columns(picked, image_column, label_column)
+        if shuffle_buffer > 1 and isinstance(splits.get("train"), datasets.IterableDataset):
+            splits = {**splits, "train": splits["train"].shuffle(seed=0, buffer_size=shuffle_buffer)}
         known = ClassTable(dict(enumerate(feature_names))) if feature_names else None
     table = _class_table(known, classes, path_or_name)
     ignore = next(value for value in (ignore_index, table.ignore_index, 255) if value is not None)
+    if 0 <= ignore < len(table.id2label):
+        raise ValueError(
+            f"ignore_index is {ignore}, but that is the id of a class ({table.id2label[ignore]}): set ignore_index to "
+            f"an id that none of the {len(table.id2label)} classes has, such as 65535."
+        )
     reduce = next(value for value in (do_reduce_labels, table.do_reduce_labels, False) if value is not None)
     id_table = [ignore if i == 255 else i for i in layout.id_table] if layout and layout.id_table else None
     reader = SampleReader(len(table.id2label), ignore, reduce, table.palette, table.ignore_colors, id_table, decode)
@@ -176,17 +187,20 @@ def _saved_to_disk(root: Path) -> bool:
     return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
 
 
-def _rows_of_layout(layout: Layout, train: str | None, validation: str | None, fraction: float) -> dict[str, Rows]:
-    train_name = pick_split(layout.splits, train, TRAIN_FOLDERS)
-    validation_name = pick_split(layout.splits, validation, VALIDATION_FOLDERS)
-    if train_name is None and validation_name is None:
-        raise ValueError(f"Which split trains? Set train_split to one of {', '.join(layout.splits)}.")
-    pairs = {
-        name: layout.splits[split]
-        for name, split in (("train", train_name), ("validation", validation_name))
-        if split is not None
+def _picked(splits: Mapping[str, Any], train: str | None, validation: str | None) -> dict[str, Any]:
+    """What is under the names of the training and the validation split, where there are such."""
+    names = {
+        "train": pick_split(splits, train, TRAIN_FOLDERS),
+        "validation": pick_split(splits, validation, VALIDATION_FOLDERS),
     }
-    if validation_name is None:
+    picked = {kind: splits[name] for kind, name in names.items() if name is not None}
+    if not picked:
+        raise ValueError(f"Which split trains? Set train_split to one of {', '.join(map(str, splits))}.")
+    return picked
+
+
+def _rows_of_layout(pairs: dict[str, list[Pair]], fraction: float) -> dict[str, Rows]:
+    if "validation" not in pairs:
         pairs["train"], pairs["validation"] = hold_out(pairs["train"], fraction)
         logger.info("No validation split: %d of the training samples are held out.", len(pairs["validation"]))
     features = datasets.Features({name: datasets.Image(decode=False) for name in ("image", "mask")})
@@ -218,19 +232,10 @@ def _load_rows(source: Any, config_name: str | None, streaming: bool, revision: 
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
 
-def _picked_rows(splits: Splits, train: str | None, validation: str | None, fraction: float) -> dict[str, Rows]:
+def _with_held_out(picked: dict[str, Rows], fraction: float) -> dict[str, Rows]:
     """The training and validation rows, the latter held out of the former where no split is for them."""
-    train_name = pick_split(splits, train, TRAIN_FOLDERS)
-    validation_name = pick_split(splits, validation, VALIDATION_FOLDERS)
-    if train_name is None and validation_name is None:
-        raise ValueError(f"Which split trains? Set train_split to one of {', '.join(map(str, splits))}.")
-    picked = {
-        name: splits[split]
-        for name, split in (("train", train_name), ("validation", validation_name))
-        if split is not None
-    }
     rows = picked.get("train")
-    if validation_name is None and isinstance(rows, datasets.Dataset) and fraction and len(rows) > 1:
+    if "validation" not in picked and isinstance(rows, datasets.Dataset) and fraction and len(rows) > 1:
         held_out = rows.train_test_split(test_size=max(1, round(fraction * len(rows))), seed=0)
         picked = {"train": held_out["train"], "validation": held_out["test"]}
         logger.info("No validation split: %d of the training samples are held out.", len(picked["validation"]))

@@ -3,7 +3,6 @@
 import colorsys
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-
-logger = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]
 Pair = tuple[Path, Path]

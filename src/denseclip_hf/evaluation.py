@@ -98,8 +98,8 @@ def evaluate_segmentation(
             labels `(H, W)`.
 
     Returns:
-        `dict` of [`scores_from_confusion_matrix`], with `confusion_matrix` `(K, K)` and, unless the model slides,
-        `loss` averaged over the pictures.
+        `dict` of [`scores_from_confusion_matrix`], with `confusion_matrix` `(K, K)`, `num_images` and, unless
+        the model slides, `loss` averaged over the pictures.
 
     Raises:
         ValueError: if there is nothing to evaluate on.
@@ -135,6 +135,7 @@ def evaluate_segmentation(
     if not totals[1]:
         raise ValueError("there is no picture to evaluate on: the split is empty.")
     scores: dict[str, Any] = {**scores_from_confusion_matrix(matrix), "confusion_matrix": matrix.cpu()}
+    scores["num_images"] = int(totals[1])
     if config.inference_mode == "whole" and predict is None:
         scores["loss"] = (totals[0] / totals[1]).item()
     return scores

@@ -70,10 +70,16 @@ class DataArguments:
     classes: str | None = field(default=None, metadata={"help": "Class names: a JSON file, or names with commas."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (datasets)."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the masks (datasets)."})
+    ignore_index: int | None = field(
+        default=None, metadata={"help": "Id of pixels without a class: what the data says, or 255."}
+    )
     do_reduce_labels: bool | None = field(
         default=None, metadata={"help": "Masks hold 0 for no class and n for class n - 1 (as ADE20K's)."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read a Hub data set while training."})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Samples, still encoded, from which a stream's next is drawn."}
+    )
     crop_size: int = field(default=512, metadata={"help": "Side of the training crops."})
     scale_long: int = field(default=2048, metadata={"help": "Longest side a picture is resized to."})
     scale_short: int | None = field(
@@ -177,16 +183,28 @@ def load_data(args: DataArguments) -> SegmentationData:
         validation_split=args.validation_split,
         validation_fraction=args.validation_fraction,
         classes=args.classes,
+        ignore_index=args.ignore_index,
         do_reduce_labels=args.do_reduce_labels,
         image_column=args.image_column,
         label_column=args.label_column,
         streaming=args.streaming,
+        shuffle_buffer=args.shuffle_buffer,
         decode=not args.fast_jpeg,
     )
     if args.check_data:
         report = check_dataset(data, max_samples=20)
         if not report.ok:
             raise ValueError(f"{report.problems[0]} ({len(report.problems)} such problems in a look at 20 samples.)")
+        if int(os.environ.get("RANK", 0)) == 0:
+            logger.info("%s", report)
+            if report.unseen_classes:
+                logger.warning(
+                    "%d of %d classes are in none of the masks looked at: %s. `scripts/check_data.py --full` looks at "
+                    "all masks.",
+                    len(report.unseen_classes),
+                    len(data.id2label),
+                    ", ".join(report.unseen_classes),
+                )
     return data
 
 
@@ -196,7 +214,7 @@ def load_model(args: ModelArguments, data: SegmentationData, crop_size: int):
     own = _options(args.config, "config")
     options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **own}
     if args.model is not None:
-        return _trained_model(args, data)
+        return _trained_model(args.model, args, data)
     clip: Any
     if clip_config := _options(args.clip_config, "clip_config"):
         tokenizer = _tokenizer_for(args, data)
@@ -220,16 +238,17 @@ def _options(text: str, name: str) -> dict[str, Any]:
     return options
 
 
-def _trained_model(args: ModelArguments, data: SegmentationData):
-    model = load_pretrained(DenseCLIPForSemanticSegmentation, args.model)
-    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or args.model)
+def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
+    model = load_pretrained(DenseCLIPForSemanticSegmentation, name)
+    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or name)
     if _options(args.config, "config"):
         raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")
+    model.config.semantic_loss_ignore_index = data.ignore_index
     names = list(data.id2label.values())
     if names != list(dict(model.config.id2label or {}).values()):
         if not args.replace_classes:
             raise ValueError(
-                f"the data has {len(names)} classes ({', '.join(names[:3])}, …) and {args.model} was trained on "
+                f"the data has {len(names)} classes ({', '.join(names[:3])}, …) and {name} was trained on "
                 f"{model.config.num_labels}: pass --replace_classes to give the model the data's, starting the new "
                 "ones anew."
             )

@@ -28,17 +28,23 @@ RECIPE_FILE = "recipe.json"
 WRITING_DIR = ".writing"
 # What of the training arguments decides the weights; the rest (logging, workers, ...) may differ when a run goes on.
 DECISIVE_ARGUMENTS = (
-    "learning_rate", "weight_decay", "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type", "optim",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16",
-    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "image_encoder_lr_multiplier",
-    "text_encoder_lr_multiplier", "min_learning_rate", "poly_power", "warmup_start_ratio", "exempt_norms_and_biases",
+    "learning_rate", "weight_decay", "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "per_device_train_batch_size", "auto_find_batch_size", "gradient_accumulation_steps", "max_grad_norm",
+    "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last",
+    "ignore_data_skip", "seed", "data_seed", "bf16", "fp16", "tf32", "metric_for_best_model", "greater_is_better",
+    "load_best_model_at_end", "image_encoder_lr_multiplier", "text_encoder_lr_multiplier", "min_learning_rate",
+    "poly_power", "warmup_start_ratio", "exempt_norms_and_biases",
 )  # fmt: skip
+HARMLESS_OPTIONS = ("check_data",)  # of the model and the data
 
 
 def recipe_of(model_args: Any, data_args: Any, args: DenseCLIPTrainingArguments) -> dict[str, Any]:
     """Everything that decides what a run computes, as JSON values; `args.world_size` included."""
     training = {name: getattr(args, name) for name in DECISIVE_ARGUMENTS}
     recipe = {**asdict(model_args), **asdict(data_args), **training, "processes": args.world_size}
+    for name in HARMLESS_OPTIONS:
+        recipe.pop(name, None)
     return json.loads(json.dumps(recipe, default=str))
 
 
@@ -75,9 +81,7 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> str | 
             f"the output directory {folder} is not empty and holds no run of this program: name a new one, so that "
             "nothing is overwritten."
         )
-    before = json.loads(kept.read_text())
-    if different := [name for name in recipe if before.get(name) != recipe[name]]:
-        changes = ", ".join(f"{name} {before.get(name)!r} -> {recipe[name]!r}" for name in different[:5])
+    if changes := changes_of_recipe(folder, recipe):
         raise ValueError(
             f"{folder} holds a run of another recipe ({changes}): name a new output directory, or run that recipe."
         )
@@ -86,6 +90,36 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> str | 
     if checkpoint := get_last_checkpoint(str(folder)):
         logger.info("Going on from %s.", checkpoint)
     return checkpoint
+
+
+def changes_of_recipe(folder: Path, recipe: dict[str, Any]) -> str:
+    """In words, what `recipe` changes about that of the run in `folder`; empty if nothing."""
+    before = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    # An option that an earlier version did not write down can't be compared.
+    different = [name for name in recipe if name in before and before[name] != recipe[name]]
+    return ", ".join(f"{name} {before[name]!r} -> {recipe[name]!r}" for name in different[:5])
+
+
+def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> None:
+    """
+    Make sure that a run of `recipe` may go on from a checkpoint named by hand.
+
+    Raises:
+        ValueError: if there is none, or it is of a run of another recipe or of none that is known.
+    """
+    folder = Path(checkpoint).absolute()
+    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint: give a directory such as outputs/run/checkpoint-500.")
+    if not (folder.parent / RECIPE_FILE).is_file():
+        raise ValueError(
+            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so whether it is of this recipe can't be told: start "
+            f"from its weights with `--model {checkpoint}`."
+        )
+    if changes := changes_of_recipe(folder.parent, recipe):
+        raise ValueError(
+            f"{checkpoint} is of another recipe ({changes}): run that recipe, or start from its weights with `--model "
+            f"{checkpoint}`."
+        )
 
 
 def finish_run(trainer: Any) -> None:
@@ -167,6 +201,8 @@ def sentence_of(error: BaseException) -> str:
 
 
 __all__ = [
+    "changes_of_recipe",
+    "check_checkpoint",
     "finish_run",
     "one_sentence_errors",
     "prepare_run",

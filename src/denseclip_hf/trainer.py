@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -118,8 +118,8 @@ class DenseCLIPTrainer(Trainer):
         return output
 
     def get_train_dataloader(self):
-        """Batches of this process, see [`GlobalBatches`]; of an [`AugmentedStream`], pass after pass without an end."""
-        args, dataset = self.args, self.train_dataset
+        """Batches of this process, see [`GlobalBatches`]; of an [`AugmentedStream`], pass after pass, endlessly."""
+        args, dataset = self.args, cast(Any, self.train_dataset)
         options: dict[str, Any] = {}
         if isinstance(dataset, AugmentedStream):
             dataset.share(args.world_size, args.process_index)
@@ -284,7 +284,7 @@ class DenseCLIPTrainer(Trainer):
 
     @torch.no_grad()
     def _count(self, outputs, labels: torch.Tensor, share: float) -> None:
-        """Add a batch, which is `share` of its step, to what the next log line averages; doesn't wait for the device."""
+        """Add a batch, `share` of its step, to what the next log line averages, without waiting for the device."""
         sums = self._sums
         sums["steps"] += share
         sums["images"] += len(labels)
@@ -302,7 +302,7 @@ class DenseCLIPTrainer(Trainer):
         """[`Trainer.log`]; beside the loss, both its parts, accuracy, rates and speed, all of every process."""
         if "loss" in logs and self._sums:
             counted, self._sums = self._sums, defaultdict(float)
-            values = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for value in counted.values()]
+            values = [torch.as_tensor(value, device=self.args.device).float() for value in counted.values()]
             sums = dict(zip(counted, self.accelerator.reduce(torch.stack(values), "sum").tolist(), strict=True))
             for key in ("decode_loss", "auxiliary_loss"):
                 if key in sums:

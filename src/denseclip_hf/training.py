@@ -1,5 +1,6 @@
 """The published training recipe: parameter groups, schedule, arguments (section 4.1)."""
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .adapters import plain_name
+
+
+logger = logging.getLogger(__name__)
 
 
 class GroupRow(NamedTuple):
@@ -122,7 +126,12 @@ class DenseCLIPTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Rate of what is new: contexts, γ, decoders."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's, see `parameter_groups`."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 clips nothing."})
-    max_steps: int = field(default=80_000, metadata={"help": "Optimizer steps; -1 counts `num_train_epochs` instead."})
+    max_steps: int | None = field(  # type: ignore[assignment]  # a number once it is made
+        default=None, metadata={"help": "Optimizer steps: 80000, or -1 (count epochs) if `num_train_epochs` is given."}
+    )
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Epochs, where `max_steps` is not given."}
+    )
     warmup_steps: float = field(default=1500, metadata={"help": "Warm-up steps, or below 1 their share of all."})
     lr_scheduler_type: str = field(
         default="polynomial", metadata={"help": "`polynomial` is the original's schedule; others are transformers'."}
@@ -149,6 +158,17 @@ class DenseCLIPTrainingArguments(TrainingArguments):
     exempt_norms_and_biases: bool = field(default=False, metadata={"help": "No weight decay on norms and biases."})
 
     def __post_init__(self):
+        if self.max_steps is None:
+            self.max_steps = 80_000 if self.num_train_epochs is None else -1
+        elif self.max_steps > 0 and self.num_train_epochs is not None:
+            logger.warning(
+                "max_steps %d counts, not num_train_epochs %g: to train for epochs, pass `--max_steps -1`.",
+                self.max_steps,
+                self.num_train_epochs,
+            )
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is {self.max_steps}: give a positive number of steps, or -1 to count epochs.")
+        self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()

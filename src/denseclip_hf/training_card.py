@@ -40,9 +40,9 @@ def write_training_card(model_args: Any, data_args: Any, args: Any, data: Any, m
         processor = DenseCLIPImageProcessorPil.from_pretrained(folder)
         split = data_args.validation_split or "validation"
         results = results_of_training(metrics, model.config, data_args.dataset, split, processor.size)
-        results["num_images"] = len(data.validation)
+        results["num_images"] = metrics["eval_num_images"]
         results["protocol"]["dtype"] = precision(args)
-        draw_example(model, processor, data.validation[0]["image"]).save(folder / PICTURE)
+        draw_example(model, processor, next(iter(data.validation))["image"]).save(folder / PICTURE)
     return write_model_card(
         folder,
         base_model=None if from_nothing else model_args.model or model_args.clip,

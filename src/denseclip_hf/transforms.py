@@ -168,7 +168,7 @@ class TrainTransform:
             )
         ratio = rng.uniform(*self.ratio_range)
         short, long = sorted(int(side * ratio) for side in self.scale)
-        new_size = fit_within(*mask.shape, short, long)
+        new_size = fit_within(mask.shape[0], mask.shape[1], short, long)
         box, crop_labels = self._random_crop(mask, new_size, rng)
         flip = rng.random() < self.flip_probability
         crop = self._crop_image(image, new_size, box)
@@ -257,8 +257,8 @@ class AugmentedStream(_Augmented, torch.utils.data.IterableDataset):
     """
     [`AugmentedDataset`] for a streaming dataset, which has no indices: a checksum of the mask stands in for them.
 
-    What `datasets` streams is shuffled anew in every pass, drawn from (seed, epoch): its files, and the samples within
-    a buffer if it has one (`shuffle_buffer` of [`load_segmentation_dataset`]).
+    Of a stream of `datasets`, the order of its files is drawn from (seed, epoch), and that of its samples within its
+    `shuffle_buffer` (see [`load_segmentation_dataset`]).
     """
 
     world, rank, endless = 1, 0, False
@@ -279,11 +279,12 @@ class AugmentedStream(_Augmented, torch.utils.data.IterableDataset):
                 return
 
     def _samples(self, epoch: int) -> Any:
-        # A shuffled copy: `set_epoch` of a stream would reach into other workers, which are at passes of their own.
-        if hasattr(self.dataset, "shuffle"):
-            seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-            return self.dataset.shuffle(seed=seed, buffer_size=1)
-        return self.dataset
+        if not hasattr(self.dataset, "set_epoch"):
+            return self.dataset
+        # A copy: the original shares its epoch with other workers, which are at passes of their own.
+        rows = self.dataset.with_format(None)
+        rows.set_epoch(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
+        return rows
 
 
 class EpochCallback(TrainerCallback):
