@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from transformers import AutoTokenizer
 
 from denseclip_hf.checkpoints import new_directory
-from denseclip_hf.exporting import FILES, check_export, export
+from denseclip_hf.exporting import FILES, check_export, export, export_frozen
 from denseclip_hf.measurement import load_model
-from denseclip_hf.model_card import shown_name, write_model_card
 from denseclip_hf.original_release import check_picture
 
 
@@ -30,12 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         model, processor = load_model(args.model, "fp32")
         with new_directory(args.output_dir) as directory:
             if args.format == "frozen":
-                model.freeze_classes()
-                model.save_pretrained(directory)
-                processor.save_pretrained(directory)
-                AutoTokenizer.from_pretrained(args.model).save_pretrained(directory)
-                source = f"`{shown_name(args.model)}`, its classes frozen"
-                write_model_card(directory, name=Path(args.output_dir).name, source=source)
+                export_frozen(model, processor, args.model, directory, Path(args.output_dir).name)
                 print(f"{model.num_parameters() / 1e6:.1f} M parameters")
             else:
                 path = export(model, processor, directory, args.format)

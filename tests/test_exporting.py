@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
 from denseclip_hf.example_clip import make_example_tokenizer
 from denseclip_hf.exporting import check_export, export, run_exported
+from denseclip_hf.model_card import write_model_card
 
 
 ROOT = Path(__file__).parent.parent
@@ -62,8 +64,10 @@ def test_programs_agree_at_any_batch_and_size(exported):
 
 
 @pytest.mark.slow
-def test_the_example_of_the_docs_runs_without_torch(exported, tmp_path):
+@pytest.mark.parametrize("size", [{"shortest_edge": 96, "longest_edge": 128}, {"height": 96, "width": 128}])
+def test_the_example_of_the_docs_runs_without_torch(exported, tmp_path, size):
     _, files = exported
+    DenseCLIPImageProcessor(size=size).save_pretrained(files["onnx"].parent)
     picture().save(tmp_path / "photo.png")
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     command = [sys.executable, "-c", HIDE_TORCH + example, files["onnx"].parent, tmp_path / "photo.png"]
@@ -98,13 +102,46 @@ def test_a_frozen_directory(directory, tmp_path, images):
         assert torch.equal(frozen(images).logits, whole(images).logits)
 
 
+def test_a_frozen_model_keeps_its_card(directory, tmp_path):
+    picture().save(directory / "example.png")
+    results = {"dataset": "example", "split": "val", "metrics": {"mean_iou": 0.4351}}
+    known = {"license": "mit", "base_model": "openai/x", "dataset": "someone/streets", "training": {"Steps": 3}}
+    before = write_model_card(directory, results=results, picture="example.png", **known).read_text()
+    assert script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"]) == 0
+    after = (tmp_path / "frozen" / "README.md").read_text()
+    assert ModelCard(after).data.to_dict() == ModelCard(before).data.to_dict()
+    assert "with its classes frozen" in after and "| 43.51 |" in after and "| Steps | 3 |" in after
+    assert (tmp_path / "frozen" / "example.png").read_bytes() == (directory / "example.png").read_bytes()
+
+
 def test_failures_leave_nothing(directory, tmp_path, capsys, monkeypatch):
     assert script()([str(directory), str(tmp_path / "out"), "--image", str(tmp_path / "no.jpg")]) == 1
     assert "no.jpg" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_one_sentence(directory, tmp_path, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr("denseclip_hf.exporting.export_program", lambda model: None)
+    monkeypatch.setattr("denseclip_hf.exporting._save_onnx", lambda program, path: None)
     assert script()([str(directory), str(tmp_path / "out")]) == 1
-    assert "pip install 'denseclip_hf[export]'" in capsys.readouterr().err
+    expected = f"ONNX needs the package {package}: pip install 'denseclip_hf[export]'.\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["resnet"])
+@pytest.mark.parametrize("format", ["onnx", "torch_export", "frozen"])
+def test_a_real_full_disk_leaves_nothing(directory, tmp_path, format):
+    """The largest file the process may write is 100 kB, as if the disk ended there."""
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    code = f"{limit}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = [ROOT / "scripts" / "export.py", directory, tmp_path / "out" / "model", "--format", format]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "could not be written" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
 
@@ -122,7 +159,8 @@ def test_a_full_disk_leaves_nothing(directory, tmp_path, capsys, monkeypatch):
 def test_the_card_of_a_frozen_model_names_no_path(directory, tmp_path):
     script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     card = (tmp_path / "frozen" / "README.md").read_text()
-    assert "# frozen" in card and f"`{tmp_path.name} model`, its classes frozen" in card and str(tmp_path) not in card
+    assert "# frozen" in card and f"This is `{tmp_path.name} model` with its classes frozen" in card
+    assert str(tmp_path) not in card
 
 
 def test_unknown_format(tmp_path):

@@ -1,14 +1,22 @@
 """Models as programs that run without this package: ONNX and `torch.export`, class embeddings folded in."""
 
 import copy
+import importlib
+import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from .model_card import CARD, write_frozen_card
+from .model_card_sections import shown_name, shown_pictures
 
 
 # Sides are multiples of 32, so that every feature map's size follows from them; from 64 pixels on.
@@ -67,23 +75,58 @@ def export(model: Any, processor: Any, directory: str | os.PathLike, kind: str) 
     if kind not in FILES:
         raise ValueError(f"`kind` must be one of {', '.join(FILES)}, got {kind!r}.")
     path = Path(directory) / FILES[kind]
+    if kind == "onnx":
+        _require("onnx", "onnxscript")
     program = export_program(model)
     if kind == "onnx":
         _save_onnx(program, path)
-    else:
-        torch.export.save(program, path)
+    else:  # through memory: on a full disk PyTorch's own writer ends the process
+        archive = io.BytesIO()
+        torch.export.save(program, archive)
+        path.write_bytes(archive.getbuffer())
     processor.save_pretrained(directory)
     labels = {"id2label": model.config.id2label, "palette": model.config.palette}
     (Path(directory) / "labels.json").write_text(json.dumps(labels, indent=2) + "\n", encoding="utf-8")
     return path
 
 
+def export_frozen(model: Any, processor: Any, source: str, directory: str | os.PathLike, name: str) -> None:
+    """
+    Freeze the classes of `model` and write it into `directory`: a complete model with tokenizer, and with the card of
+    `source` (and the pictures in it) or a new one.
+
+    Args:
+        model ([`DenseCLIPForSemanticSegmentation`]): its classes are frozen in place.
+        processor ([`DenseCLIPImageProcessor`]): its image processor.
+        source (`str`): directory or Hub name that both were loaded from.
+        directory (`str` or `os.PathLike`): exists already.
+        name (`str`): title of a new card.
+    """
+    model.freeze_classes()
+    for part in (model, processor, AutoTokenizer.from_pretrained(source)):
+        part.save_pretrained(directory)
+    card = _file_of(source, CARD)
+    write_frozen_card(directory, card, f"`{shown_name(source)}`", name)
+    for picture in shown_pictures((Path(directory) / CARD).read_text(encoding="utf-8")):
+        if (file := _file_of(source, picture)) is not None:
+            (Path(directory) / picture).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, Path(directory) / picture)
+
+
+def _file_of(source: str, name: str) -> str | None:
+    """A file of a model directory or Hub repository, if it has one of that name."""
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(f"ONNX needs the package {package}: pip install 'denseclip_hf[export]'.") from error
+
+
 def _save_onnx(program: ExportedProgram, path: Path) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"ONNX needs the package {error.name}: pip install 'denseclip_hf[export]'.") from error
     torch.onnx.export(
         program,
         f=str(path),
@@ -96,10 +139,16 @@ def _save_onnx(program: ExportedProgram, path: Path) -> None:
 
 
 def run_exported(path: str | os.PathLike, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Logits of an exported file (`.onnx` through onnxruntime, or `.pt2`) for `pixel_values` `(B, 3, H, W)`."""
+    """
+    Logits of an exported file (`.onnx` through onnxruntime, or `.pt2`) for `pixel_values` `(B, 3, H, W)`.
+
+    Raises:
+        ValueError: if onnxruntime is missing.
+    """
     if str(path).endswith(".pt2"):
         with torch.no_grad():
             return torch.export.load(path).module()(pixel_values)
+    _require("onnxruntime")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -121,4 +170,4 @@ def check_export(model: Any, processor: Any, path: str | os.PathLike, image: Any
     return (run_exported(path, pixel_values) - expected).abs().max().item()
 
 
-__all__ = ["check_export", "export", "export_program", "run_exported"]
+__all__ = ["check_export", "export", "export_frozen", "export_program", "run_exported"]

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .configuration_denseclip import DenseCLIPConfig
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .model_card import CARD, card_to_push
+from .model_card_sections import shown_pictures
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 
 
@@ -37,7 +37,6 @@ REFUSED = (
     "*.pkl", "*.pickle", "*.ckpt", "scaler*", "checkpoint-*", ".*", "*.env", "*.pem", "*.key", "secret*",
     "credential*",
 )  # fmt: skip
-_PICTURE = re.compile(r"!\[[^]]*\]\(([^)\s]+)|<img[^>]*\ssrc=[\"']([^\"']+)")
 
 
 def add_code(model_dir: str | os.PathLike, output_dir: str | os.PathLike | None = None) -> None:
@@ -134,9 +133,8 @@ def _weights(folder: Path) -> list[str]:
 
 def _pictures(folder: Path) -> list[str]:
     """Names of the pictures in the directory that its card shows."""
-    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    names = [os.path.normpath(markdown or html) for markdown, html in _PICTURE.findall(text)]
-    return sorted({name for name in names if Path(name).parts[0] != ".." and (folder / name).is_file()})
+    shown = shown_pictures((folder / CARD).read_text(encoding="utf-8", errors="replace"))
+    return [name for name in shown if (folder / name).is_file()]
 
 
 def _stage_without_code(folder: Path, staging: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -210,6 +211,13 @@ def citation() -> str:
 ```"""
 
 
+def shown_pictures(card: str) -> list[str]:
+    """Names of the files that a card shows as pictures, those inside its directory."""
+    found = re.findall(r"!\[[^]]*\]\(([^)\s]+)|<img[^>]*\ssrc=[\"']([^\"']+)", card)
+    names = {os.path.normpath(markdown or html) for markdown, html in found if "://" not in markdown + html}
+    return sorted(name for name in names if not os.path.isabs(name) and name.split(os.sep)[0] != "..")
+
+
 def environment() -> dict[str, str]:
     """Versions and hardware of this process."""
     versions = []
@@ -255,6 +263,7 @@ __all__ = [
     "protocol_words",
     "results_tables",
     "shown_name",
+    "shown_pictures",
     "training_table",
     "usage",
 ]
