@@ -1,64 +1,34 @@
-"""Data sets: every layout and file type that is read, and every refusal with its words."""
+"""Data sets: every layout that is read, and every refusal with its words."""
 
 import json
-import runpy
-import shutil
 from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import Image
+from sample_data import (
+    NAMES,
+    PALETTE,
+    SIZE,
+    hub_like,
+    make_mask,
+    make_pixels,
+    write_classes,
+    write_folder,
+    write_pairs,
+)
 
 from denseclip_hf import data_layouts
 from denseclip_hf.data import load_segmentation_dataset, read_sample
 from denseclip_hf.data_check import check_dataset
-from denseclip_hf.data_files import SampleReader, read_image
-from denseclip_hf.transforms import AugmentedDataset, AugmentedStream, TrainTransform
-
-
-NAMES = ["sky", "road", "car"]
-PALETTE = [[0, 0, 255], [128, 64, 128], [255, 0, 0]]
-SIZE = (8, 6)  # width, height
-NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-
-
-def make_mask(seed=0, highest=2, size=SIZE):
-    mask = np.random.default_rng(seed).integers(0, highest + 1, size[::-1], dtype=np.uint8)
-    mask[0, 0] = 255
-    return mask
-
-
-def make_pixels(seed=0, size=SIZE):
-    return np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-
-
-def write_pairs(folder, count, images="images", masks="masks", mask_of=make_mask, suffix=".jpg"):
-    for name in (images, masks):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        Image.fromarray(make_pixels(index)).save(folder / images / f"{index:03}{suffix}")
-        Image.fromarray(mask_of(index)).save(folder / masks / f"{index:03}.png")
-
-
-def write_classes(folder, **changes):
-    classes = {"id2label": dict(enumerate(NAMES)), "palette": PALETTE, "ignore_index": 255, **changes}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "classes.json").write_text(json.dumps({k: v for k, v in classes.items() if v is not None}))
+from denseclip_hf.transforms import AugmentedStream, TrainTransform
 
 
 @pytest.fixture
 def folder(tmp_path):
-    root = tmp_path / "set"
-    write_pairs(root / "train", 4)
-    write_pairs(root / "val", 2)
-    write_classes(root)
-    return root
-
-
-def reader(**options):
-    return SampleReader(**{"num_labels": 3, "palette": PALETTE, **options})
+    return write_folder(tmp_path / "set")
 
 
 # Layouts on disk
@@ -148,15 +118,6 @@ def test_cityscapes(tmp_path):
 # `datasets`
 
 
-def hub_like(count=4, image="image", label="annotation", **extra):
-    rows = {image: [Image.fromarray(make_pixels(i)) for i in range(count)]}
-    rows[label] = [Image.fromarray(make_mask(i)) for i in range(count)]
-    features = {image: datasets.Image(), label: datasets.Image()}
-    for name in extra:
-        rows[name], features[name] = list(range(count)), datasets.Value("int64")
-    return datasets.Dataset.from_dict(rows, datasets.Features(features))
-
-
 @pytest.mark.parametrize(
     ("image", "label"), [("image", "label"), ("pixel_values", "annotation"), ("image", "whatever"), ("photo", "mask")]
 )
@@ -167,10 +128,12 @@ def test_columns_are_detected(image, label):
 
 
 def test_columns_given_by_the_caller():
+    rows = hub_like(image="label", label="image")  # named the wrong way round
     data = load_segmentation_dataset(
-        hub_like(image="left", label="right"), classes=NAMES, image_column="left", label_column="right"
+        {"train": rows, "validation": rows}, classes=NAMES, image_column="label", label_column="image"
     )
-    assert np.array_equal(data.train[0]["mask"], make_mask(0)) or len(data.validation) == 1
+    assert np.array_equal(data.train[1]["mask"], make_mask(1))
+    assert np.array_equal(data.train[1]["image"], make_pixels(1))
 
 
 def test_a_class_number_per_picture_is_not_a_mask():
@@ -225,180 +188,6 @@ def test_streams(tmp_path):
 def test_refusals_about_datasets(rows, options, words):
     with pytest.raises(ValueError, match=words):
         load_segmentation_dataset(rows(), **{"classes": NAMES, **options})
-
-
-# File types
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix"),
-    [("L", ".png"), ("P", ".png"), ("RGBA", ".png"), ("LA", ".png"), ("1", ".png"), ("CMYK", ".jpg"), ("L", ".jpg")],
-)
-def test_other_pictures_become_rgb(tmp_path, mode, suffix):
-    original = Image.fromarray(make_pixels())
-    path = tmp_path / f"picture{suffix}"
-    original.convert(mode).save(path)
-    image = read_image(path)
-    assert image.mode == "RGB" and image.size == SIZE
-    if suffix == ".png":
-        assert np.array_equal(image, original.convert(mode).convert("RGB"))
-
-
-def test_alpha_is_dropped(tmp_path):
-    pixels = np.dstack([make_pixels(), np.zeros(SIZE[::-1], dtype=np.uint8)])
-    Image.fromarray(pixels).save(tmp_path / "clear.png")
-    assert np.array_equal(read_image(tmp_path / "clear.png"), pixels[..., :3])
-
-
-@pytest.mark.parametrize(
-    ("values", "suffix"),
-    [(np.array([[0, 257, 65535]], np.uint16), ".png"), (np.array([[0, 1 / 255, 1]], np.float32), ".tif")],
-)
-def test_more_than_8_bits_are_scaled(tmp_path, values, suffix):
-    path = tmp_path / f"deep{suffix}"
-    Image.fromarray(values).save(path)
-    assert np.asarray(read_image(path))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
-
-
-FORMATS = ["JPEG", "MPO", "WEBP", "PNG", "TIFF", pytest.param("AVIF", marks=NEEDS_AVIF)]
-
-
-@pytest.mark.parametrize("decode", [True, False])
-@pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright_as_pillow_turns_them(tmp_path, file_format, orientation, decode):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(make_pixels()).save(tmp_path / "lying", file_format, exif=exif)
-    with Image.open(tmp_path / "lying") as lying:
-        expected = np.asarray(ImageOps.exif_transpose(lying).convert("RGB"))
-    assert expected.shape == (*(SIZE if orientation > 4 else SIZE[::-1]), 3)
-    image = read_image(tmp_path / "lying", decode)
-    assert np.array_equal(read_image(image), expected)  # what is upright stays so
-
-
-def test_plain_files_can_be_left_undecoded(folder):
-    data = load_segmentation_dataset(folder, decode=False)
-    assert data.train[0]["image"].tile  # what Pillow still has to decode
-    transform = TrainTransform(crop_size=4, scale=(8, 4), fast_jpeg=True)
-    assert AugmentedDataset(data.train, transform)[0]["labels"].shape == (4, 4)
-
-
-IDS = np.array([[0, 1], [2, 255]], dtype=np.uint8)
-
-
-def palette_picture():
-    picture = Image.fromarray(IDS).convert("P")
-    picture.putdata(IDS.ravel().tolist())
-    picture.putpalette(np.random.default_rng(0).permutation(768).astype(np.uint8).tobytes())
-    return picture
-
-
-@pytest.mark.parametrize(
-    ("picture", "suffix"),
-    [
-        (Image.fromarray(IDS), ".png"),
-        (palette_picture(), ".png"),
-        (Image.fromarray(IDS.astype(np.uint16)), ".png"),
-        (Image.fromarray(IDS.astype(np.int32)), ".tif"),
-    ],
-    ids=["L", "P", "I;16", "I"],
-)
-def test_masks_of_ids(tmp_path, picture, suffix):
-    path = tmp_path / f"mask{suffix}"
-    picture.save(path)
-    assert reader().read_mask(path).tolist() == IDS.tolist()
-    assert reader().read_mask({"path": None, "bytes": path.read_bytes()}).tolist() == IDS.tolist()
-
-
-@pytest.mark.parametrize("reduce", [False, True])
-def test_masks_in_the_colours_of_the_palette(tmp_path, reduce):
-    colors = np.array([[PALETTE[2], PALETTE[0], [1, 2, 3]]], dtype=np.uint8)
-    Image.fromarray(colors).save(tmp_path / "mask.png")
-    rules = reader(ignore_colors=[[1, 2, 3]], do_reduce_labels=reduce)
-    mask = rules.read_mask(tmp_path / "mask.png")
-    assert mask.tolist() == ([[3, 1, 0]] if reduce else [[2, 0, 255]])
-    assert rules.class_ids(mask).tolist() == [[2, 0, 255]]
-
-
-def test_reduced_labels_may_be_one_higher():
-    rules = reader(do_reduce_labels=True)
-    assert rules.class_ids(rules.read_mask(np.array([[0, 1, 3, 255]]))).tolist() == [[255, 0, 2, 255]]
-    with pytest.raises(ValueError, match=r"ids 4, .* 0…3 and 255"):
-        rules.read_mask(np.array([[4]]))
-
-
-# Refusals of files
-
-
-def truncated(path, file_format="JPEG"):
-    Image.fromarray(make_pixels(size=(64, 64))).save(path, file_format)
-    path.write_bytes(path.read_bytes()[:-500])
-
-
-def save_mask(array, path):
-    Image.fromarray(np.asarray(array)).save(path)
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda p: save_mask(np.full((6, 8), 7, np.uint8), p), r"mask.png holds the ids 7, .* 0…2 and 255"),
-        (lambda p: save_mask(np.full((6, 8, 3), 9, np.uint8), p), r"mask.png holds the colour \(9, 9, 9\)"),
-        (lambda p: save_mask(np.zeros((8, 6), np.uint8), p), r"image.png is 8x6 pixels but .*mask.png is 6x8"),
-        (lambda p: Image.new("LA", SIZE).save(p), "mask.png has mode LA"),
-        (lambda p: truncated(p, "PNG"), "mask.png cannot be read as a picture"),
-        (lambda p: p.write_bytes(b"no picture"), "mask.png cannot be read as a picture"),
-        (lambda p: Image.new("L", SIZE).save(p, "JPEG"), "mask.png is a JPEG"),
-        (lambda p: None, "mask.png is missing"),
-    ],
-    ids=["ids", "colour", "size", "mode", "truncated", "no picture", "jpeg", "missing"],
-)
-def test_masks_that_are_refused(tmp_path, make, words):
-    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
-    Image.new("RGB", SIZE).save(image)
-    make(mask)
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
-        reader().read(image, mask)
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (truncated, "image.tif cannot be read .* truncated"),
-        (lambda p: save_mask(np.array([[0, np.nan]], np.float32), p), "image.tif holds values that are not numbers"),
-        (lambda p: save_mask(np.array([[0, 300]], np.float32), p), "image.tif has values from 0.0 to 300.0"),
-        (lambda p: save_mask(np.array([[-1, 300]], np.int32), p), "image.tif has values from -1 to 300"),
-        (lambda p: p.write_bytes(b""), "image.tif cannot be read"),
-        (lambda p: None, "image.tif is missing; restore"),
-    ],
-    ids=["truncated", "nan", "float range", "negative", "empty", "missing"],
-)
-def test_pictures_that_are_refused(tmp_path, make, words):
-    make(tmp_path / "image.tif")
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
-        read_image(tmp_path / "image.tif")
-
-
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
-    Image.new("RGB", (30, 30)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="bomb.png has more pixels than are decoded"):
-        read_image(tmp_path / "bomb.png")
-
-
-def test_a_colour_mask_needs_a_palette_of_different_colours():
-    mask = Image.fromarray(np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(ValueError, match="no palette is given"):
-        reader(palette=None).read_mask(mask)
-    with pytest.raises(ValueError, match="two classes share one"):
-        reader(palette=[[0, 0, 0], [0, 0, 0], [1, 1, 1]]).read_mask(mask)
-
-
-@pytest.mark.parametrize("array", [np.zeros((2, 2)), np.zeros((2, 2, 1), int)], ids=["float", "3-d"])
-def test_arrays_that_are_no_mask(array):
-    with pytest.raises(ValueError, match=r"give \(h, w\) integer ids"):
-        reader().read_mask(array)
 
 
 # Refusals of folders
@@ -483,52 +272,6 @@ def test_paths_in_classes_json_are_not_followed(folder, tmp_path):
         load_segmentation_dataset(folder)
 
 
-# The check
-
-
-def test_report_counts_by_hand(folder):
-    mask = np.array([[0, 0, 0, 1], [255, 255, 1, 1]], dtype=np.uint8)
-    for index in range(4):
-        Image.new("RGB", (4, 2)).save(folder / f"train/images/{index:03}.jpg")
-        Image.fromarray(mask).save(folder / f"train/masks/{index:03}.png")
-    report = check_dataset(load_segmentation_dataset(folder), full=True)
-    train = report.splits["train"]
-    assert train.pixels_per_class.tolist() == [12, 12, 0] and train.images_per_class.tolist() == [4, 4, 0]
-    assert train.void_share == 0.25 and train.sizes == [(4, 2)] * 4
-    assert report.ok and report.unseen_classes == []  # the validation masks show the third class
-    assert "all 4x2 pixels" in str(report) and "No problems." in str(report)
-
-
-def test_report_names_every_problem(folder):
-    truncated(folder / "train/images/000.jpg")
-    Image.fromarray(np.full(SIZE[::-1], 9, np.uint8)).save(folder / "val/masks/001.png")
-    data = load_segmentation_dataset(folder, read_first=False)
-    report = check_dataset(data, full=True)
-    assert not report.ok and len(report.problems) == 2
-    assert "000.jpg cannot be read" in report.problems[0] and "holds the ids 9" in report.problems[1]
-    assert report.splits["train"].num_checked == 4 and len(report.splits["train"].sizes) == 3
-    assert "Problems: 2" in str(report)
-
-
-def test_report_of_a_stream_and_of_a_split_without_sound_samples(folder, tmp_path):
-    for mask in (folder / "val" / "masks").iterdir():
-        mask.write_bytes(b"")
-    data = load_segmentation_dataset(folder, read_first=False)
-    report = check_dataset(data, full=True)
-    assert "none of them sound" in str(report) and not report.ok
-    rows = hub_like(4).to_iterable_dataset()
-    stream = load_segmentation_dataset({"train": rows}, classes=NAMES[:2], read_first=False)  # masks hold 0…2
-    (problem,) = check_dataset(stream).problems
-    assert problem.startswith("train: sample 0: ") and "holds the ids 2" in problem
-
-
-def test_quick_check_looks_at_the_same_few_samples(folder):
-    data = load_segmentation_dataset(folder)
-    first, second = (check_dataset(data, max_samples=2) for _ in range(2))
-    assert first.splits["train"].num_checked == 2
-    assert str(first) == str(second)
-
-
 def test_a_sample_from_elsewhere_is_read_like_those_of_the_data_set(folder, tmp_path):
     data = load_segmentation_dataset(folder)
     write_pairs(tmp_path, 1)
@@ -539,22 +282,3 @@ def test_a_sample_from_elsewhere_is_read_like_those_of_the_data_set(folder, tmp_
 def test_default_palette_has_a_colour_for_each_class():
     palette = data_layouts.default_palette(150)
     assert len(set(palette)) == 150 and palette == data_layouts.default_palette(150)
-
-
-def test_script_prints_a_table_and_tells_by_its_exit_code(folder, monkeypatch, capsys):
-    script = str(Path(__file__).parents[1] / "scripts" / "check_data.py")
-    for expected, words in ((0, "No problems."), (1, "000.jpg cannot be read"), (1, "no data set that is recognised")):
-        if expected:
-            truncated(folder / "train/images/000.jpg")
-        source = folder / "train" / "masks" if "recognised" in words else folder
-        monkeypatch.setattr("sys.argv", [script, str(source), "--full"])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(script, run_name="__main__")
-        printed = capsys.readouterr()
-        assert stop.value.code == expected and words in printed.out + printed.err
-
-
-def test_pictures_inside_an_archive(folder, tmp_path):
-    archive = shutil.make_archive(str(tmp_path / "masks"), "zip", folder / "train" / "masks")
-    mask = reader().read_mask({"path": f"zip://001.png::{archive}", "bytes": None})
-    assert np.array_equal(mask, make_mask(1))
