@@ -8,17 +8,37 @@ import torch
 from conftest import tiny_model
 from test_training import NO_DROPOUT, pictures, trainer_for
 
+from denseclip_hf.transforms import AugmentedStream
 
-def main(output_dir: str, batch_size: str) -> None:
+
+def main(output_dir: str, options: str) -> None:
+    chosen = {"max_steps": 5, **json.loads(options)}
+    samples, stream = pictures(10), chosen.pop("stream", False)
+    for index, sample in enumerate(samples):
+        sample["image"].filename = str(index)
     model = tiny_model("resnet", **NO_DROPOUT)
-    trainer = trainer_for(output_dir, model, pictures(10), max_steps=5, per_device_train_batch_size=int(batch_size))
+    trainer = trainer_for(output_dir, model, samples, **chosen)
+    if stream:
+        trainer.train_dataset = AugmentedStream(samples, trainer.train_dataset.transform)
+    seen, compute_loss = [], trainer.compute_loss
+
+    def note(model, inputs, *args, **kwargs):
+        seen.append(inputs["name"])
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = note
     trainer.train()
     metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        result = {"losses": losses, "matrix": metrics["eval_confusion_matrix"].tolist(), "loss": metrics["eval_loss"]}
-        Path(output_dir, "result.json").write_text(json.dumps(result))
-        torch.save(trainer.model.state_dict(), Path(output_dir, "weights.pt"))
+    result = {
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "seen": seen,
+        "best": trainer.state.best_model_checkpoint,
+        "matrix": metrics["eval_confusion_matrix"].tolist(),
+        "loss": metrics["eval_loss"],
+        "num_images": metrics["eval_num_images"],
+    }
+    Path(output_dir, f"result-{trainer.args.process_index}.json").write_text(json.dumps(result))
+    torch.save(trainer.model.state_dict(), Path(output_dir, f"weights-{trainer.args.process_index}.pt"))
     trainer.end()
 
 

@@ -11,43 +11,76 @@ import pytest
 import torch
 
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "distributed_training.py"
 
 
-def run(output_dir, processes, batch_size):
-    """Start the script on `processes` processes and return what the first one wrote."""
+def run(output_dir, processes, batch_size, **options):
+    """Start the script on `processes` processes and return what each of them wrote, results and weights."""
     output_dir.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = {"WORLD_SIZE": str(processes)} if processes > 1 else {}
+    options = json.dumps({"per_device_train_batch_size": batch_size, **options})
     started = []
     for rank in range(processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world} if world else {}
-        command = [sys.executable, str(SCRIPT), str(output_dir), str(batch_size)]
+        command = [sys.executable, str(SCRIPT), str(output_dir), options]
         started.append(subprocess.Popen(command, env={**common, **ranks}))
     try:
         assert [process.wait(timeout=150) for process in started] == [0] * processes
     finally:
         for process in started:
             process.kill()
-    weights = torch.load(output_dir / "weights.pt", weights_only=True)
-    return json.loads((output_dir / "result.json").read_text()), weights
+    results = [json.loads((output_dir / f"result-{rank}.json").read_text()) for rank in range(processes)]
+    return results, [torch.load(output_dir / f"weights-{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    """Ten pictures in global batches of four: the incomplete last batch is left out alike."""
-    one, weights_of_one = run(tmp_path / "one", 1, 4)
-    two, weights_of_two = run(tmp_path / "two", 2, 2)
-    assert len(one["losses"]) == 5
-    # Logged losses are averaged over processes, so they are the whole batch's.
-    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), atol=2e-4, rtol=1e-3)
-    for name, expected in weights_of_one.items():
-        torch.testing.assert_close(
-            weights_of_two[name], expected, atol=3e-4, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}"
-        )
+def column(result, key):
+    return torch.tensor([entry[key] for entry in result["log"]])
+
+
+def assert_same_training(one, two):
+    """Losses, what else is logged, and the final weights, which all processes share."""
+    (result_of_one,), (expected,) = one
+    results, weights = two
+    for key in ("loss", "decode_loss", "auxiliary_loss", "pixel_accuracy", "learning_rate/decoder"):
+        assert len(column(results[0], key)) == 5
+        torch.testing.assert_close(column(results[0], key), column(result_of_one, key), atol=2e-4, rtol=1e-3, msg=key)
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[0][name], value, atol=3e-4, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, drop_last):
+    """Ten pictures in global batches of four: the incomplete last batch is left out alike, or shared."""
+    one = run(tmp_path / "one", 1, 4, dataloader_drop_last=drop_last)
+    two = run(tmp_path / "two", 2, 2, dataloader_drop_last=drop_last)
+    assert [len(names) for names in two[0][1]["seen"]] == ([2] * 5 if drop_last else [2, 2, 1, 2, 2])
+    assert_same_training(one, two)
     # Every picture counted once, on however many processes.
-    assert sum(map(sum, two["matrix"])) == sum(map(sum, one["matrix"]))
-    assert two["loss"] == pytest.approx(one["loss"], abs=1e-2)
+    (expected,), (result, _) = one[0], two[0]
+    assert sum(map(sum, result["matrix"])) == sum(map(sum, expected["matrix"]))
+    assert result["num_images"] == expected["num_images"] == 10
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-2)
+
+
+def test_processes_share_a_stream(tmp_path):
+    one = run(tmp_path / "one", 1, 4, stream=True)
+    two = run(tmp_path / "two", 2, 2, stream=True)
+    first_pass = sum((sum(result["seen"], [])[:5] for result in two[0]), [])
+    assert sorted(first_pass) == sorted(map(str, range(10)))  # each picture once
+    assert_same_training(one, two)
+
+
+def test_all_processes_end_with_the_best_model(tmp_path):
+    """The loss as a score that shall be high makes an early checkpoint the best."""
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1e-2}
+    results, weights = run(tmp_path / "two", 2, 2, **options)
+    best = {result["best"] for result in results}
+    assert len(best) == 1 and Path(*best).parent == tmp_path / "two" and Path(*best).name != "checkpoint-5"
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
