@@ -105,12 +105,19 @@ class CLIPResNetConfig(CLIPConfig):
 
     model_type = "clip_resnet"
     sub_configs_defaults = {"vision_config": CLIPResNetVisionConfig, "text_config": CLIPTextConfig}
+    sub_configs = sub_configs_defaults  # its name before transformers 5.20
 
     vision_config: dict | CLIPResNetVisionConfig | None = None
     projection_dim: int | None = None
 
     def __post_init__(self, **kwargs):
+        vision = self.vision_config
+        if not hasattr(PreTrainedConfig, "sub_configs_defaults"):
+            self.vision_config = None  # transformers before 5.20 would make a ViT's of it
         super().__post_init__(**kwargs)
+        if not isinstance(self.vision_config, CLIPResNetVisionConfig):
+            given = vision.to_dict() if isinstance(vision, CLIPResNetVisionConfig) else vision or {}
+            self.vision_config = CLIPResNetVisionConfig(**given)
         if self.projection_dim is None:
             self.projection_dim = self.vision_config.projection_dim
         if self.projection_dim != self.vision_config.projection_dim:
@@ -211,6 +218,7 @@ class DenseCLIPConfig(PreTrainedConfig):
 
     model_type = "denseclip"
     sub_configs_defaults = {"clip_config": CLIPConfig}
+    sub_configs = sub_configs_defaults
     keys_to_ignore_at_inference = ["decode_loss", "auxiliary_loss", "score_maps", "text_embeds", "hidden_states"]
 
     clip_config: dict | CLIPConfig | None = None
@@ -283,7 +291,8 @@ class DenseCLIPConfig(PreTrainedConfig):
                 "this is a CLIP, not a segmenter yet: build one with "
                 "`DenseCLIPForSemanticSegmentation.from_clip(directory, id2label=…)`."
             )
-        return super().from_dict(config_dict, **kwargs)
+        given = {name: kwargs.pop(name) for name in ("id2label", "class_token_ids", "palette") if name in kwargs}
+        return super().from_dict(_with_classes(config_dict, given, kwargs.get("num_labels")), **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **options) -> "DenseCLIPConfig":
@@ -430,6 +439,22 @@ def check_ids(id2label: Any, num_labels: int | None = None) -> None:
         raise ValueError(
             f"`num_labels` is {num_labels}, but `id2label` names {len(ids)} classes: give one of the two."
         )
+
+
+def _with_classes(config: dict[str, Any], given: dict[str, Any], num_labels: int | None) -> dict[str, Any]:
+    """A saved config with what is `given` of its classes; if they become others, what it knew of the old ones goes."""
+    old = config.get("id2label") or {index: f"LABEL_{index}" for index in range(2)}  # two such are not saved
+    old = {int(index): name for index, name in old.items()}
+    new = given.get("id2label")
+    check_ids(new, num_labels)
+    if (new is None and num_labels in (None, len(old))) or (new and {int(i): name for i, name in new.items()} == old):
+        return {**config, **given}
+    if config.get("frozen_classes"):
+        raise ValueError(
+            "this model's classes are frozen, so it can not be loaded for others: its text tower is gone. Load the "
+            "model it was made from."
+        )
+    return {**config, "id2label": None, "label2id": None, "class_token_ids": None, "palette": None, **given}
 
 
 def clip_config_class(clip_config: dict[str, Any]) -> type[CLIPConfig]:
