@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -39,7 +40,9 @@ def main(output_dir: str, options: str) -> None:
     }
     Path(output_dir, f"result-{trainer.args.process_index}.json").write_text(json.dumps(result))
     torch.save(trainer.model.state_dict(), Path(output_dir, f"weights-{trainer.args.process_index}.pt"))
+    wrapper = weakref.ref(trainer.model_wrapped)
     trainer.end()
+    assert wrapper() in (None, trainer.model)  # else its end may come when there is no group of processes any more
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Run:
             said = done.communicate(timeout=500)[0]
         finally:
             done.kill()
+        self.ended = time.time()
         assert done.returncode == code, said
         return said
 

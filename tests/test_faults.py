@@ -44,22 +44,29 @@ def test_killed_in_the_evaluation(recipe, whole, tmp_path):
     assert results[0] == results[1]
 
 
-def test_a_killed_worker_is_named(recipe, tmp_path):
+def test_a_killed_worker_is_named(recipe, whole, tmp_path):
     run = Run(tmp_path / "run", [recipe])
     said = one_sentence(run.end(code=1, fault="worker"))
     assert "a process that reads data died" in said and "fewer workers" in said
     assert 2 in run.checkpoints() and not (run.folder / "model.safetensors").exists()
+    run.end()
+    assert run.ends_as(whole)
 
 
-def test_a_file_that_turns_corrupt_is_named(tmp_path):
+def test_a_file_that_turns_corrupt_is_named(whole, tmp_path):
     run = Run(tmp_path / "run", [training_recipe(tmp_path)])
     process = run.begin()
-    for picture in (tmp_path / "data" / "images").iterdir():
-        picture.write_bytes(picture.read_bytes()[:100])
+    pictures = {picture: picture.read_bytes() for picture in (tmp_path / "data" / "images").iterdir()}
+    for picture, content in pictures.items():
+        picture.write_bytes(content[:100])
     said = one_sentence(process.communicate(timeout=100)[0])
     assert process.returncode == 1
     assert re.fullmatch(r"error: \S+/images/\d.png cannot be read as a picture .*", said)
     assert 2 in run.checkpoints()
+    for picture, content in pictures.items():
+        picture.write_bytes(content)
+    run.end()
+    assert run.ends_as(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])

@@ -69,6 +69,7 @@ def test_launched_evaluation_equals_one_process(launched, recipe, tmp_path):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(launched, recipe, tmp_path):
     run = Run(tmp_path / "run", [recipe], launcher())
     assert "Signal 9 (SIGKILL) received" in run.end(code=1, fault="rank")
+    assert run.ended - (tmp_path / "run.killed").stat().st_mtime < 60
     assert run.checkpoints() == [2, 4] and not (run.folder / "model.safetensors").exists()
     run.end()
     assert run.ends_as(launched) and run.losses() == launched.losses()
@@ -83,8 +84,9 @@ def test_without_a_launcher_the_others_say_so(recipe, tmp_path):
     )
     with ThreadPoolExecutor() as pool:
         killed = pool.submit(second.end, code=-signal.SIGKILL, fault="rank")
-        said = one_sentence(first.end(code=1, fault="rank"))  # within its time limit
+        said = one_sentence(first.end(code=1, fault="rank"))
         killed.result()
+    assert first.ended - (tmp_path / "run.killed").stat().st_mtime < 60
     assert said.startswith("error: another process of this run is gone") and "start the same command again" in said
 
 

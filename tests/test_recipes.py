@@ -1,6 +1,8 @@
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_training import pictures, write_folder
@@ -137,7 +139,11 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
     # and a trained one goes on, here with another class
     (folder / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "tree"}}))
     data = load_data(DataArguments(dataset=str(folder)))
-    with pytest.raises(ValueError, match="pass --replace_classes"):
+    sentence = (
+        f"the data has 3 classes (sky, road, tree) and {tmp_path / 'out'} was trained on 3: pass --replace_classes to "
+        "give the model the data's, starting the new ones anew."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         load_model(ModelArguments(model=str(tmp_path / "out")), data, 64)
     model, _ = load_model(ModelArguments(model=str(tmp_path / "out"), replace_classes=True), data, 64)
     assert model.config.id2label[2] == "tree"
@@ -151,6 +157,62 @@ def test_a_trained_model_keeps_its_own_config(folder, tmp_path):
     again = ModelArguments(model=str(tmp_path / "model"), config=json.dumps({"gamma_init": 2.0}))
     with pytest.raises(ValueError, match="keeps its own"):
         load_model(again, load_data(data_args), 64)
+
+
+@pytest.fixture
+def trained(folder, tmp_path):
+    """A model of three classes."""
+    model_args, data_args = tiny_arguments(folder)
+    for part in load_model(model_args, load_data(data_args), 64):
+        part.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_fewer_classes_in_the_data_than_in_the_model(trained, tmp_path):
+    root = write_folder(tmp_path / "two", 3)
+    for mask in (root / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(mask)) % 2).save(mask)
+    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road"}}))
+    data = load_data(DataArguments(dataset=str(root)))
+    sentence = (
+        f"the data has 2 classes (sky, road) and {trained} was trained on 3: pass --replace_classes to give the model "
+        "the data's, starting the new ones anew."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        load_model(ModelArguments(model=trained), data, 64)
+    model, _ = load_model(ModelArguments(model=trained, replace_classes=True), data, 64)
+    assert model.config.num_labels == 2
+
+
+def test_a_trained_model_takes_over_what_means_no_class(trained, folder, tmp_path):
+    for mask in (folder / "masks").iterdir():
+        ids = np.array(Image.open(mask))
+        Image.fromarray(np.where(ids == 255, 99, ids).astype(np.uint8)).save(mask)
+    with pytest.raises(ValueError, match="holds the ids 99, but only 0…2 and 255 .* set ignore_index"):
+        load_data(DataArguments(dataset=str(folder)))
+    data = load_data(parse_arguments(KINDS, ["--dataset", str(folder), "--ignore_index", "99"])[1])
+    model, _ = load_model(ModelArguments(model=trained), data, 64)
+    assert model.config.semantic_loss_ignore_index == 99
+
+
+def test_what_means_no_class_must_be_no_class(folder):
+    with pytest.raises(
+        ValueError, match=r"ignore_index is 2, but that is the id of a class \(car\): set ignore_index"
+    ):
+        load_data(DataArguments(dataset=str(folder), ignore_index=2))
+    names = ",".join(f"class {i}" for i in range(256))
+    with pytest.raises(ValueError, match=r"ignore_index is 255, but .* none of the 256 classes has, such as 65535"):
+        load_data(DataArguments(dataset=str(folder), classes=names))
+
+
+def test_the_look_at_the_data_is_logged(folder, caplog):
+    for mask in (folder / "masks").iterdir():
+        Image.fromarray(np.zeros((72, 80), dtype=np.uint8)).save(mask)
+    with caplog.at_level("INFO"):
+        load_data(DataArguments(dataset=str(folder)))
+    assert "all 80x72 pixels" in caplog.text and "100.00%" in caplog.text and "No problems." in caplog.text
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("2 of 3 classes are in none of the masks looked at: road, car.")
 
 
 def test_data_that_does_not_fit_stops_before_training(folder):

@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from running import Run, one_sentence, training_recipe
+from test_recipes import KINDS
 
-from denseclip_hf.runs import one_sentence_errors, prepare_run, results_json
+from denseclip_hf.recipes import parse_arguments
+from denseclip_hf.runs import check_checkpoint, one_sentence_errors, prepare_run, recipe_of, results_json
 
 
 RECIPE = {"learning_rate": 1.0, "seed": 1}
@@ -43,6 +48,45 @@ def test_another_recipe_is_refused(tmp_path):
         prepare_run(tmp_path, {**RECIPE, "seed": 2})
 
 
+def test_what_an_earlier_version_did_not_write_down_is_no_other_recipe(tmp_path):
+    prepare_run(tmp_path, RECIPE)
+    (tmp_path / "checkpoint-2").mkdir()
+    assert prepare_run(tmp_path, {"learning_rate": 1.0, "new": True}) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("dataloader_drop_last", "false"), ("lr_scheduler_kwargs", '{"power": 2}'), ("optim_args", "amsgrad=true"),
+        ("ignore_data_skip", "true"), ("ignore_index", "0"), ("metric_for_best_model", "loss"),
+    ],
+)  # fmt: skip
+def test_what_decides_the_result_is_part_of_the_recipe(flag, value):
+    one, other = (recipe_of(*parse_arguments(KINDS, flags)) for flags in ([], [f"--{flag}", value]))
+    assert [name for name in one if one[name] != other[name]] == [flag]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--check_data", "false"], ["--dataloader_num_workers", "3"], ["--save_steps", "7"]]
+)
+def test_what_does_not_is_none(flags):
+    assert recipe_of(*parse_arguments(KINDS, [])) == recipe_of(*parse_arguments(KINDS, flags))
+
+
+def test_a_checkpoint_of_another_recipe_or_of_none_is_refused(tmp_path):
+    checkpoint = tmp_path / "other" / "checkpoint-4"
+    with pytest.raises(ValueError, match="checkpoint-4 is no checkpoint: give a directory such as"):
+        check_checkpoint(checkpoint, RECIPE)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="lies in no run with a recipe.json, .* `--model .*checkpoint-4`"):
+        check_checkpoint(checkpoint, RECIPE)
+    (tmp_path / "other" / "recipe.json").write_text(json.dumps(RECIPE))
+    check_checkpoint(checkpoint, RECIPE)
+    with pytest.raises(ValueError, match="checkpoint-4 is of another recipe .seed 1 -> 2.: run that recipe, or start"):
+        check_checkpoint(checkpoint, {**RECIPE, "seed": 2})
+
+
 def test_a_finished_run_is_refused(tmp_path):
     prepare_run(tmp_path, RECIPE)
     (tmp_path / "model.safetensors").touch()
@@ -75,6 +119,27 @@ def test_scripts_end_in_one_sentence():
 
     with pytest.raises(SystemExit, match="^error: the mask is missing: add it.$"):
         main()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="only root can become somebody else")
+def test_a_directory_without_permission_is_refused_as_anybody_but_root(tmp_path):
+    """In a process of its own, which gives up root's rights."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tmp_path.chmod(0o755), folder.chmod(0o555)
+    code = "import os, sys; from denseclip_hf.runs import prepare_run; os.setuid(65534); prepare_run(sys.argv[1], {})"
+    said = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
+    assert re.search(r"ValueError: the output directory \S+ cannot be written \(.*\): name another\.$", said.strip())
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_not_gone_on_from_unasked(tmp_path):
+    recipe = training_recipe(tmp_path, max_steps=2)
+    Run(tmp_path / "one", [recipe]).end()
+    flags = ["--resume_from_checkpoint", tmp_path / "one" / "checkpoint-2", "--learning_rate", "0.5"]
+    said = one_sentence(Run(tmp_path / "other", [recipe, *flags]).end(code=1))
+    assert "is of another recipe (learning_rate 0.001 -> 0.5)" in said and not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

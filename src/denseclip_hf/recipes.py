@@ -248,7 +248,7 @@ def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
     if names != list(dict(model.config.id2label or {}).values()):
         if not args.replace_classes:
             raise ValueError(
-                f"the data has {len(names)} classes ({', '.join(names[:3])}, …) and {name} was trained on "
+                f"the data has {len(names)} classes ({', '.join([*names[:3], '…'][: len(names)])}) and {name} was trained on "
                 f"{model.config.num_labels}: pass --replace_classes to give the model the data's, starting the new "
                 "ones anew."
             )

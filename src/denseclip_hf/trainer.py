@@ -117,6 +117,12 @@ class DenseCLIPTrainer(Trainer):
             raise ValueError("the training stream gives not a single batch, so nothing was trained: fill it.")
         return output
 
+    def end(self):
+        """[`Trainer.end`]; what wraps the model goes first, for which torch may wait forever once the processes part."""
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        super().end()
+
     def get_train_dataloader(self):
         """Batches of this process, see [`GlobalBatches`]; of an [`AugmentedStream`], pass after pass, endlessly."""
         args, dataset = self.args, cast(Any, self.train_dataset)
