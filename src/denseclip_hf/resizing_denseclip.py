@@ -86,7 +86,8 @@ def _resize_levels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def _neighbours(old: int, new: int) -> tuple[torch.Tensor, ...]:
     """For each new pixel along one axis the two old ones around it, and their weights in 2048ths (int32)."""
-    positions = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    # dividing twice, as for labels
+    positions = ((torch.arange(new, dtype=torch.float64) + 0.5) * (1 / (new / old)) - 0.5).float()
     before = positions.floor()
     weight = positions - before
     weights = (((1 - weight) * 2048).round().int(), (weight * 2048).round().int())
