@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(model)
     recipe = REPOSITORY / "configs" / "example.yaml"
     flags = ["--clip", clip, "--dataset", data, "--output_dir", model]
-    flags += ["--max_steps", args.max_steps] if args.max_steps else []
+    if args.max_steps:
+        flags += ["--max_steps", args.max_steps, "--warmup_steps", args.max_steps // 20]
     run([REPOSITORY / "scripts" / "train.py", recipe, *flags])
     say("3/4  Loading the saved model in a fresh process, through the pipeline, and drawing what it sees")
     run(["-c", FRESH_PROCESS, model, data, picture])

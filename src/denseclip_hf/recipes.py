@@ -247,10 +247,10 @@ def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
     names = list(data.id2label.values())
     if names != list(dict(model.config.id2label or {}).values()):
         if not args.replace_classes:
+            shown = ", ".join([*names[:3], "…"][: len(names)])
             raise ValueError(
-                f"the data has {len(names)} classes ({', '.join([*names[:3], '…'][: len(names)])}) and {name} was trained on "
-                f"{model.config.num_labels}: pass --replace_classes to give the model the data's, starting the new "
-                "ones anew."
+                f"the data has {len(names)} classes ({shown}) and {name} was trained on {model.config.num_labels}: "
+                "pass --replace_classes to give the model the data's, starting the new ones anew."
             )
         model.set_classes(names, tokenizer)
         model.config.palette = [list(colour) for colour in data.palette]

@@ -118,7 +118,7 @@ class DenseCLIPTrainer(Trainer):
         return output
 
     def end(self):
-        """[`Trainer.end`]; what wraps the model goes first, for which torch may wait forever once the processes part."""
+        """[`Trainer.end`]; what wraps the model goes first, as freed after the processes part it can hang."""
         self.model_wrapped = self.model
         self.accelerator.free_memory()
         super().end()
