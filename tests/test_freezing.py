@@ -58,6 +58,34 @@ def test_training_and_new_words_are_refused(frozen, action, what):
         action(frozen)
 
 
+def test_nothing_of_it_gets_a_gradient(frozen, images, tmp_path):
+    frozen.save_pretrained(tmp_path)
+    for model in (frozen, AutoModelForSemanticSegmentation.from_pretrained(tmp_path)):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            model(images).logits.sum().backward()
+
+
+def test_other_classes_are_refused(frozen, kind, tmp_path):
+    frozen.save_pretrained(tmp_path)
+    load = DenseCLIPForSemanticSegmentation.from_pretrained
+    for other in ({"num_labels": 7}, {"id2label": {0: "sky", 1: "road", 2: "sea"}}):
+        with pytest.raises(ValueError, match="classes are frozen, so it can not be loaded for others"):
+            load(tmp_path, ignore_mismatched_sizes=True, **other)
+    config = tiny_config(kind, num_labels=7, frozen_classes=True)
+    with pytest.raises(ValueError, match="hold no frozen embeddings of 7 classes, so they would be noise"):
+        load(tmp_path, config=config, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match="text tower is gone and would be noise"):
+        load(tmp_path, frozen_classes=False)
+    assert load(tmp_path, num_labels=3).config.frozen_classes
+
+
+def test_a_whole_model_is_not_loaded_as_a_frozen_one(kind, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hold no frozen embeddings of 3 classes"):
+        AutoModelForSemanticSegmentation.from_pretrained(tmp_path, frozen_classes=True)
+
+
 def test_without_text_there_is_nothing_to_freeze(kind):
     with pytest.raises(ValueError, match="no text guidance"):
         tiny_model(kind, use_text_guidance=False).freeze_classes()

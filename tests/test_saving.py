@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import EOS, SOS, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
@@ -89,6 +89,59 @@ def test_another_number_of_classes(kind, tmp_path, images):
         if key not in mismatched:
             assert torch.equal(value, kept[key]), key
     assert loaded(images).logits.shape[1] == 7
+
+
+@pytest.mark.parametrize("classes", [{"num_labels": 7}, {"id2label": dict(enumerate("abcdefg"))}])
+def test_the_usual_idiom_for_another_number_of_classes(kind, tmp_path, images, classes):
+    model = tiny_model(kind, palette=[[0, 0, 0]] * 3)
+    model.save_pretrained(tmp_path)
+    for loader in (DenseCLIPForSemanticSegmentation, AutoModelForSemanticSegmentation):
+        loaded = loader.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **classes)
+        assert loaded.config.num_labels == 7 == len(loaded.config.label2id)
+        assert loaded.config.class_token_ids is None and loaded.config.palette is None
+        assert loaded.config.id2label == classes.get("id2label", {i: f"LABEL_{i}" for i in range(7)})
+    with pytest.raises(ValueError, match="no class names yet .* call `model.set_classes.names, tokenizer.`"):
+        loaded(images)
+    names = ["sky", "road", "car", "tree", "sea"]
+    loaded.set_classes(names, lambda text: {"input_ids": [SOS, 3 + names.index(text), EOS]})
+    assert loaded(images).logits.shape[1] == 5
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "again").eval()
+    assert again.config.id2label == dict(enumerate(names))
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, loaded(images).logits)
+
+
+@pytest.mark.parametrize(
+    "same", [{"num_labels": 3}, {"id2label": {str(i): f"class {i}" for i in range(3)}}, {"temperature": 0.5}]
+)
+def test_the_same_classes_stay(kind, tmp_path, same):
+    model = tiny_model(kind, palette=[[0, 0, 0]] * 3)
+    model.save_pretrained(tmp_path)
+    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, **same)
+    assert loaded.config.class_token_ids == model.config.class_token_ids and loaded.config.palette
+    assert loaded.config.id2label == model.config.id2label
+
+
+def test_other_names_with_their_tokens(kind, tmp_path, images):
+    tiny_model(kind).save_pretrained(tmp_path)
+    new = {"id2label": {0: "a", 1: "b"}, "class_token_ids": [[SOS, 5, EOS], [SOS, 6, EOS]]}
+    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **new)
+    assert loaded.config.class_token_ids == new["class_token_ids"] and loaded(images).logits.shape[1] == 2
+
+
+@pytest.mark.parametrize("memory", [20_000, 80_000, 300_000])
+@pytest.mark.filterwarnings("ignore")
+def test_offloaded(model, tmp_path, images, memory):
+    """To the disk all of it, some, or (the smallest models) nothing; the logits stay the same bit for bit."""
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": memory}, offload_folder=tmp_path / "offload"
+    )
+    assert memory > 20_000 or all(parameter.is_meta for parameter in loaded.parameters())
+    with torch.no_grad():
+        for pixels in (images, torch.cat([images, images], dim=3)):
+            assert torch.equal(loaded(pixels).logits, model(pixels).logits)
 
 
 def test_prompt_layout_comes_back_without_being_saved(kind, tmp_path):

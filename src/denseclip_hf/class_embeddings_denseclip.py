@@ -56,23 +56,23 @@ class ClassEmbeddingCache:
         sources = list(chain(prompts.parameters(), clip.text_model.parameters(), clip.text_projection.parameters()))
         trainable = [p for p in sources if p.requires_grad] if torch.is_grad_enabled() else []
         if trainable and torch.compiler.is_compiling():
-            return prompts(clip)
+            return prompts(clip=clip)
         if trainable and training:
             return self._for_step(prompts, clip, sources)
         if torch.compiler.is_compiling():  # versions can't be read in a graph; `clear` guards it there
-            return prompts(clip) if self.value is None else self.value.clone()
+            return prompts(clip=clip) if self.value is None else self.value.clone()
         self._refresh(prompts, clip, sources)
         if trainable:
-            return _GradientOnDemand.apply(self.value, lambda: prompts(clip), *trainable)
+            return _GradientOnDemand.apply(self.value, lambda: prompts(clip=clip), *trainable)
         return self.value.clone()  # callers may normalise it in place
 
     def _for_step(self, prompts: ContextPrompts, clip: CLIPModel, sources: list[torch.Tensor]) -> torch.Tensor:
         """t with its graph; earlier passes of the step get a stand-in that collects their gradients for the last."""
         if not self.share_until_next and self.shared is None:
-            return prompts(clip)
+            return prompts(clip=clip)
         key = _layout_and_fingerprints(prompts, sources)
         if self.shared is None:
-            self.shared, self.shared_key = prompts(clip), key
+            self.shared, self.shared_key = prompts(clip=clip), key
         elif self.shared_key != key:
             raise RuntimeError(
                 "weights of the text encoder or the contexts changed while gradients were accumulated: call "
@@ -94,9 +94,10 @@ class ClassEmbeddingCache:
         if self.value is not None and key == self.key and _equal(sample, self.sample):
             return
         # Neither a caller's inference mode (its tensors can't meet autograd later) nor its autocast may get in.
-        device = clip.text_projection.weight.device.type
+        placed = (tensor for tensor in chain(prompts.buffers(), sources) if not tensor.is_meta)  # others: offloaded
+        device = next(placed, torch.empty(0)).device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            self.value = prompts(clip)
+            self.value = prompts(clip=clip)
         self.key, self.sample = key, sample
 
 

@@ -18,7 +18,24 @@ def freeze_classes(model: Any) -> None:
     del model.prompts
     drop_text_tower(model.clip)
     model.register_buffer("class_embeddings", embeddings)
+    model.requires_grad_(False)
     config.frozen_classes = True
+
+
+def refuse_random_classes(config: Any, loading_info: dict[str, Any]) -> None:
+    """Raise `ValueError` if a model of `config` was loaded whose class embeddings, or text tower, are noise."""
+    missing = {key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"]}
+    missing |= set(loading_info["missing_keys"])
+    if config.frozen_classes and "class_embeddings" in missing:
+        raise ValueError(
+            f"these weights hold no frozen embeddings of {config.num_labels} classes, so they would be noise: load "
+            "the model as it was saved; `freeze_classes()` freezes the classes of one that has its text tower."
+        )
+    if not config.frozen_classes and "class_embeddings" in loading_info["unexpected_keys"]:
+        raise ValueError(
+            "these weights are of a model whose classes are frozen, its text tower is gone and would be noise: load "
+            "it as it was saved, or the model it was made from."
+        )
 
 
 def drop_text_tower(clip: Any) -> None:
@@ -35,4 +52,4 @@ def refuse_if_frozen(config: Any, action: str) -> None:
         )
 
 
-__all__ = ["drop_text_tower", "freeze_classes", "refuse_if_frozen"]
+__all__ = ["drop_text_tower", "freeze_classes", "refuse_if_frozen", "refuse_random_classes"]

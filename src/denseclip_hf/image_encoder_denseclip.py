@@ -28,7 +28,7 @@ class BilinearPositionEmbeddings(CLIPVisionEmbeddings):
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         grid = (height // self.patch_size, width // self.patch_size)
-        return resize_position_grid(self.position_embedding.weight, grid)
+        return resize_position_grid(self.position_embedding(self.position_ids)[0], grid)  # called: offload hooks
 
 
 class StochasticDepth:

@@ -4,7 +4,7 @@ Shapes: B images, K classes, D embedding size, H x W pixels, h x w the grid of t
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from .class_embeddings_denseclip import ClassEmbeddingCache
 from .configuration_denseclip import DenseCLIPConfig
 from .context_decoder_denseclip import ContextDecoder, cosine_score_maps
 from .fpn_denseclip import FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, resize_bilinear
-from .freezing_denseclip import freeze_classes, refuse_if_frozen
+from .freezing_denseclip import freeze_classes, refuse_if_frozen, refuse_random_classes
 from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_image
 from .loading_denseclip import class_names, clip_report, load_clip, load_clip_weights, replace_classes
 from .losses_denseclip import pixel_cross_entropy
@@ -81,6 +81,7 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    _skip_keys_device_placement = ["clip"]  # a module among the arguments of `ContextPrompts`, not a tensor
     _no_split_modules = [
         "CLIPTextEmbeddings", "CLIPEncoderLayer", "BilinearPositionEmbeddings", "CLIPResNetBottleneck",
         "CLIPResNetAttentionPool", "ContextDecoderLayer", "ContextPrompts",
@@ -173,7 +174,16 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         self._class_embeddings = ClassEmbeddingCache()
         self.post_init()
         if config.frozen_classes:
-            self.eval()
+            self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        refuse_random_classes(model.config, info)
+        if model.config.frozen_classes:
+            model.requires_grad_(False)  # loading made the parameters anew
+        return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.clip.vision_model.get_input_embeddings()

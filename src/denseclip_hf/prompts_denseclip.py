@@ -117,8 +117,8 @@ class ContextPrompts(nn.Module):
         """Class embeddings t `(K, D)`: the prompts through `clip`'s text tower, read at EOS and projected."""
         if self.token_ids is None:
             raise ValueError(
-                "this model has no class names yet: give `class_token_ids` in its config or call "
-                "`model.set_classes(names, tokenizer)`."
+                "this model has no class names yet that its text tower could read: call "
+                "`model.set_classes(names, tokenizer)`, or give `class_token_ids` in its config."
             )
         text = clip.text_model
         hidden = text.embeddings.token_embedding(self.token_ids)  # G, L, C
