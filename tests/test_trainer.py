@@ -296,3 +296,8 @@ def test_evaluation_leaves_the_model_training(tmp_path):
     trainer.model.train()
     trainer.evaluate()
     assert trainer.model.training
+
+
+def test_an_order_that_is_not_random_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_sampling_strategy is sequential, but only random is done here"):
+        trainer_for(tmp_path, train_sampling_strategy="sequential").train()

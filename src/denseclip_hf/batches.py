@@ -1,9 +1,15 @@
 """Which pictures each process trains on, so that any number of processes and workers takes the same steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from .stopping import OutlivesSignals
+from .training import DenseCLIPTrainingArguments
+from .transforms import AugmentedStream
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -73,4 +79,59 @@ class GlobalBatches(Sampler[list[int]]):
             yield order[start : start + size][self.rank :: self.world]
 
 
-__all__ = ["GlobalBatches"]
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack `pixel_values` and `labels`; whatever else a sample has (its file name) stays a list."""
+    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return {k: torch.stack(v) if k in ("pixel_values", "labels") else v for k, v in batch.items()}
+
+
+def training_loader(
+    dataset: Any, args: DenseCLIPTrainingArguments, batch_size: int, collate_fn: Callable = collate
+) -> tuple[DataLoader, GlobalBatches | None]:
+    """
+    This process's batches of `dataset`, and how they are chosen; an [`AugmentedStream`] gives them without an end.
+
+    Args:
+        dataset ([`AugmentedStream`], or any with a length): augmented samples.
+        args ([`DenseCLIPTrainingArguments`]): processes, seeds and options of the loader.
+        batch_size (`int`): samples per process and batch.
+        collate_fn (`Callable`): makes a batch of a list of samples.
+
+    Raises:
+        ValueError: if there are fewer samples than a step needs, or another order than a random one is asked for.
+    """
+    if args.train_sampling_strategy != "random":
+        raise ValueError(f"train_sampling_strategy is {args.train_sampling_strategy}, but only random is done here.")
+    batches = None
+    options: dict[str, Any] = {"batch_size": batch_size}
+    if isinstance(dataset, AugmentedStream):
+        dataset.share(args.world_size, args.process_index)
+    else:
+        batches = GlobalBatches(
+            len(dataset),
+            batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            world=args.world_size,
+            rank=args.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+        )
+        options = {"batch_sampler": batches}
+    loader = DataLoader(
+        dataset,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=OutlivesSignals(),
+        # Its own, as each new iterator draws from it, and after a resume there is one more than without.
+        generator=torch.Generator().manual_seed(args.seed + args.process_index),
+        **options,
+    )
+    return loader, batches
+
+
+__all__ = ["GlobalBatches", "collate", "training_loader"]

@@ -7,24 +7,23 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .adapters import is_adapted, load_added_adapter
 from .batch_norm import frozen_batch_norms, synchronise_batch_norms
-from .batches import GlobalBatches
+from .batches import GlobalBatches, collate, training_loader
 from .evaluation import evaluate_segmentation
 from .runs import WRITING_DIR
-from .stopping import OutlivesSignals, StopCallback, TrainingStopped
+from .stopping import StopCallback, TrainingStopped
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
 
@@ -34,12 +33,6 @@ logger = logging.getLogger(__name__)
 
 class NonFiniteLossError(RuntimeError):
     """Raised when the loss or its gradient is NaN or infinite, before it reaches a weight or a checkpoint."""
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack `pixel_values` and `labels`; whatever else a sample has (its file name) stays a list."""
-    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
-    return {k: torch.stack(v) if k in ("pixel_values", "labels") else v for k, v in batch.items()}
 
 
 class DenseCLIPTrainer(Trainer):
@@ -125,45 +118,15 @@ class DenseCLIPTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Batches of this process, see [`GlobalBatches`]; of an [`AugmentedStream`], pass after pass, endlessly."""
-        args, dataset = self.args, cast(Any, self.train_dataset)
-        options: dict[str, Any] = {}
-        if isinstance(dataset, AugmentedStream):
-            dataset.share(args.world_size, args.process_index)
-            options["batch_size"] = self._train_batch_size
-        elif hasattr(dataset, "__len__"):
-            self._batches = options["batch_sampler"] = GlobalBatches(
-                len(dataset),
-                self._train_batch_size,
-                accumulation=args.gradient_accumulation_steps,
-                world=args.world_size,
-                rank=args.process_index,
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                drop_last=args.dataloader_drop_last,
-            )
-        else:
+        args, dataset = self.args, self.train_dataset
+        if not (isinstance(dataset, AugmentedStream) or hasattr(dataset, "__len__")):
             return super().get_train_dataloader()
-        loader = DataLoader(
-            dataset,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            in_order=args.dataloader_in_order,
-            worker_init_fn=OutlivesSignals(),
-            # Its own, as each new iterator draws from it, and after a resume there is one more than without.
-            generator=torch.Generator().manual_seed(args.seed + args.process_index),
-            **options,
-        )
+        batch_size = self._train_batch_size
+        loader, self._batches = training_loader(dataset, args, batch_size, self.data_collator)
+        non_blocking = self.accelerator.non_blocking
+        # The batches are this process's already: accelerate sees just the one.
         return prepare_data_loader(
-            loader,
-            args.device,
-            num_processes=1,  # the batches are this process's already
-            process_index=0,
-            put_on_device=True,
-            dispatch_batches=False,
-            non_blocking=self.accelerator.non_blocking,
+            loader, args.device, 1, 0, put_on_device=True, dispatch_batches=False, non_blocking=non_blocking
         )
 
     # Recipe
@@ -445,4 +408,4 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
 
 
-__all__ = ["DenseCLIPTrainer", "NonFiniteLossError", "collate"]
+__all__ = ["DenseCLIPTrainer", "NonFiniteLossError"]
