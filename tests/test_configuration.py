@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from conftest import EOS, SOS, tiny_config
-from transformers import AutoConfig, CLIPConfig
+from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig
 
 from denseclip_hf import (
     CLIPResNetConfig,
@@ -64,7 +64,7 @@ def test_vision_config_decides_the_tower():
         ({"semantic_loss_ignore_index": 1}, "is one of the 3 classes"),
         ({"num_context_tokens": 14, "class_token_ids": None}, "leaves no room for a class name"),
         ({"id2label": {1: "a", 2: "b", 3: "c"}}, "must be 0 … 2 without gaps"),
-        ({"id2label": ["a", "b", "c"]}, "must be a mapping"),
+        ({"id2label": ["a", "b", "c"]}, "mapping|expected a dict"),
         ({"top_k": 5}, "no option `top_k`"),
         ({"clip_config": {"vision_config": {"hidden_sise": 32}}}, "did you mean `hidden_size`"),
         ({"clip_config": {"vission_config": {}}}, "did you mean `vision_config`"),
@@ -105,6 +105,11 @@ def test_vit_blocks_for_a_resnet_are_refused():
 def test_wrong_resnets_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         CLIPResNetVisionConfig(**options)
+
+
+def test_resnet_clip_takes_no_vit():
+    with pytest.raises(ValueError, match="must be a ResNet's, got a CLIPVisionConfig"):
+        CLIPResNetConfig(vision_config=CLIPVisionConfig())
 
 
 def test_resnet_clip_has_one_embedding_size():
