@@ -53,7 +53,6 @@ class DenseCLIPTrainer(Trainer):
     model: Any
     optimizer: Any
     args: DenseCLIPTrainingArguments
-    loss_is_scaled_for_ga = True  # by `compute_loss`, to the pictures of a whole step
 
     def __init__(
         self,
@@ -200,8 +199,8 @@ class DenseCLIPTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
-        The model's loss; in training, weighted so that its mean over processes, summed over the batches of a step, is
-        the mean over all pictures of the step, however unevenly they are spread.
+        The model's loss; in training, weighted so that its mean over the processes and batches of a step is the mean
+        over all pictures of the step, however unevenly they are spread.
         """
         names = inputs.pop("name", None)
         if self.args.channels_last:
@@ -215,7 +214,8 @@ class DenseCLIPTrainer(Trainer):
             share = len(inputs["labels"]) / self._pictures_in_step()
             self._unchecked.append((loss.detach(), names))
             self._count(outputs, inputs["labels"], share)
-            loss = loss * (share * self.args.world_size)
+            # What it is divided by again: here by Trainer, then by averaging gradients over the processes.
+            loss = loss * (share * self.current_gradient_accumulation_steps * self.args.world_size)
         return (loss, outputs) if return_outputs else loss
 
     def _pictures_in_step(self) -> int:
