@@ -3,7 +3,8 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 from transformers.utils import is_torchvision_available
 
-from .configuration_denseclip import CLIPResNetConfig, CLIPResNetVisionConfig, DenseCLIPConfig
+from .configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
+from .configuration_denseclip import DenseCLIPConfig
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .metrics import MeanBoundaryIoU, MeanIoU
 from .modeling_clip_resnet import CLIPResNetModel, CLIPResNetVisionModel

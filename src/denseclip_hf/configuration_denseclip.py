@@ -1,132 +1,20 @@
-"""Configurations: CLIP's modified ResNet, a CLIP with such an image tower, and DenseCLIP on top of either kind."""
+"""Configuration of DenseCLIP on top of either kind of CLIP, with the published models as presets."""
 
-import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPConfig, CLIPTextConfig, PreTrainedConfig
+from transformers import CLIPConfig, PreTrainedConfig
 
+from .configuration_clip_resnet import (
+    CLIPResNetConfig,
+    CLIPResNetVisionConfig,
+    clip_config_class,
+    refuse_misspelt_options,
+    refuse_unknown_options,
+)
 
-# What PreTrainedConfig itself understands beside the declared fields; everything else is a misspelt option.
-_BASE_OPTIONS = {
-    "model_type", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "auto_map",
-    "output_attentions", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "per_layer_config",
-    "quantization_config", "is_composition", "use_cache", "custom_pipelines", "tie_word_embeddings",
-}  # fmt: skip
-
-# What configs of CLIPs on the Hub may carry from older versions of transformers and resembles a field.
-_OLD_CLIP_OPTIONS = {"tie_encoder_decoder", "vision_config_dict", "text_config_dict"}
 
 MAX_LAYERS, MAX_SIZE = 1000, 2**24
-
-
-def refuse_unknown_options(config: PreTrainedConfig, options: dict[str, Any]) -> None:
-    """Raise `ValueError` for the first of `options` that is neither a field of `config` nor known to transformers."""
-    for name in options:
-        if name not in _BASE_OPTIONS:
-            close = difflib.get_close_matches(name, type(config).__dataclass_fields__, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else "see its docstring for the options it has."
-            raise ValueError(f"`{type(config).__name__}` has no option `{name}`: {hint}")
-
-
-def _refuse_misspelt_options(config: PreTrainedConfig) -> None:
-    """Raise `ValueError` for an option of CLIP's that is nearly a field: older files hold many others, all harmless."""
-    fields = type(config).__dataclass_fields__
-    for name in vars(config).keys() - fields.keys() - _BASE_OPTIONS - _OLD_CLIP_OPTIONS:
-        if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.88):
-            raise ValueError(f"`{type(config).__name__}` has no option `{name}`: did you mean `{close[0]}`?")
-
-
-@strict
-class CLIPResNetVisionConfig(PreTrainedConfig):
-    r"""
-    Configuration of CLIP's modified ResNet, `RN50` by default (Radford et al. 2021, section 2.4).
-
-    Args:
-        num_channels (`int`, defaults to 3): channels of the input image.
-        embedding_size (`int`, defaults to 64): width w of the stem; stage i (0-based) has w * 4 * 2^i channels.
-        depths (`list[int]`, defaults to `[3, 4, 6, 3]`): bottleneck blocks of the four stages.
-        num_attention_heads (`int`, defaults to 32): heads of the attention pooling; must divide 32 * w.
-        projection_dim (`int`, defaults to 1024): size D of the image embedding.
-        image_size (`int`, defaults to 224): side in pixels the learned positions belong to, a multiple of 32.
-        batch_norm_eps (`float`, defaults to 1e-5): epsilon of every batch norm.
-    """
-
-    model_type = "clip_resnet_vision_model"
-    base_config_key = "vision_config"
-
-    num_channels: int = 3
-    embedding_size: int = 64
-    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
-    num_attention_heads: int = 32
-    projection_dim: int = 1024
-    image_size: int = 224
-    batch_norm_eps: float = 1e-5
-
-    def __post_init__(self, **kwargs):
-        refuse_unknown_options(self, kwargs)
-        super().__post_init__(**kwargs)
-        self._check_architecture()
-
-    @property
-    def hidden_sizes(self) -> list[int]:
-        """Channels of the four stages."""
-        return [self.embedding_size * 4 * 2**stage for stage in range(4)]
-
-    @property
-    def hidden_size(self) -> int:
-        """Channels of the last stage, which are those of the attention pooling."""
-        return self.hidden_sizes[-1]
-
-    def _check_architecture(self) -> None:
-        if len(self.depths) != 4 or min(self.depths) < 1:
-            raise ValueError(f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.")
-        if self.embedding_size % 2:
-            raise ValueError(f"`embedding_size` is halved in the stem and must be even, got {self.embedding_size}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must divide the {self.hidden_size} channels of "
-                "the last stage (32 * `embedding_size`)."
-            )
-        if self.image_size % 32 or self.image_size < 32:
-            raise ValueError(f"`image_size` must be a positive multiple of the stride 32, got {self.image_size}.")
-
-
-@strict
-class CLIPResNetConfig(CLIPConfig):
-    r"""Configuration of a CLIP whose image tower is CLIP's modified ResNet (`RN50`, `RN101`).
-
-    Args:
-        text_config (`dict` or `CLIPTextConfig`): the text tower.
-        vision_config (`dict` or [`CLIPResNetVisionConfig`]): the image tower.
-        projection_dim (`int`): size D of the shared embedding; equals `vision_config.projection_dim`.
-    """
-
-    model_type = "clip_resnet"
-    sub_configs_defaults = {"vision_config": CLIPResNetVisionConfig, "text_config": CLIPTextConfig}
-    sub_configs = sub_configs_defaults  # its name before transformers 5.20
-
-    vision_config: dict | PreTrainedConfig | None = None
-    projection_dim: int | None = None
-
-    def __post_init__(self, **kwargs):
-        vision = self.vision_config
-        if isinstance(vision, PreTrainedConfig) and vision.model_type != CLIPResNetVisionConfig.model_type:
-            raise ValueError(f"`vision_config` must be a ResNet's, got a {type(vision).__name__}: use `CLIPConfig`.")
-        if not hasattr(PreTrainedConfig, "sub_configs_defaults"):
-            self.vision_config = None  # transformers before 5.20 would make a ViT's of it
-        super().__post_init__(**kwargs)
-        if not hasattr(PreTrainedConfig, "sub_configs_defaults"):
-            made = isinstance(vision, PreTrainedConfig)
-            self.vision_config = vision if made else CLIPResNetVisionConfig(**(vision or {}))
-        if self.projection_dim is None:
-            self.projection_dim = self.vision_config.projection_dim
-        if self.projection_dim != self.vision_config.projection_dim:
-            raise ValueError(
-                f"`projection_dim` ({self.projection_dim}) must equal `vision_config.projection_dim` "
-                f"({self.vision_config.projection_dim}): the attention pooling projects into the shared space itself."
-            )
 
 
 def _text(projection_dim: int) -> dict[str, Any]:
@@ -346,7 +234,7 @@ class DenseCLIPConfig(PreTrainedConfig):
         for part in (self, self.clip_config, self.clip_config.text_config, vision):
             for name, value in vars(part).items():
                 _refuse_absurd(name, value)
-            _refuse_misspelt_options(part)
+            refuse_misspelt_options(part)
         _refuse_absurd("depth", sum(vision.depths) if self.has_resnet else 0)
         _refuse_absurd("image_size", (self.image_size // max(self.embedding_stride, 1)) ** 2)
         if not 0 <= self.score_map_level <= 3:
@@ -401,8 +289,8 @@ class DenseCLIPConfig(PreTrainedConfig):
             raise ValueError(f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.")
         if self.use_text_guidance and self.max_class_tokens < 3:
             raise ValueError(
-                f"`num_context_tokens` ({self.num_context_tokens}) leaves no room for a class name between SOS and EOS "
-                f"in CLIP's {self.clip_config.text_config.max_position_embeddings} positions: use fewer contexts."
+                f"`num_context_tokens` ({self.num_context_tokens}) leaves no room for a class name between SOS and EOS"
+                f" in CLIP's {self.clip_config.text_config.max_position_embeddings} positions: use fewer contexts."
             )
         if self.class_token_ids is None:
             return
@@ -459,14 +347,6 @@ def _with_classes(config: dict[str, Any], given: dict[str, Any], num_labels: int
     return {**config, "id2label": None, "label2id": None, "class_token_ids": None, "palette": None, **given}
 
 
-def clip_config_class(clip_config: dict[str, Any]) -> type[CLIPConfig]:
-    """`CLIPResNetConfig` or `CLIPConfig`, whichever the dict `clip_config` describes."""
-    vision = clip_config.get("vision_config")
-    vision_type = vision.get("model_type") if isinstance(vision, dict) else getattr(vision, "model_type", None)
-    is_resnet = "clip_resnet" in (clip_config.get("model_type"), (vision_type or "").removesuffix("_vision_model"))
-    return CLIPResNetConfig if is_resnet else CLIPConfig
-
-
 def _refuse_absurd(name: str, value: Any) -> None:
     """Raise `ValueError` for a size that would exhaust memory: configs come from strangers too."""
     most = MAX_LAYERS if name.endswith("layers") or name == "depth" else MAX_SIZE
@@ -481,4 +361,4 @@ def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:
     return pair
 
 
-__all__ = ["CLIPResNetConfig", "CLIPResNetVisionConfig", "DenseCLIPConfig"]
+__all__ = ["DenseCLIPConfig", "check_ids"]

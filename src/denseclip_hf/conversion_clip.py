@@ -23,7 +23,7 @@ from .checkpoints import (
     read_checkpoint,
     state_dict_of,
 )
-from .configuration_denseclip import CLIPResNetConfig
+from .configuration_clip_resnet import CLIPResNetConfig
 from .conversion import check_keys, clip_key_table, rename
 from .modeling_clip_resnet import CLIPResNetModel
 

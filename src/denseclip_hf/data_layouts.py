@@ -14,7 +14,9 @@ from typing import Any
 Color = tuple[int, int, int]
 Pair = tuple[Path, Path]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm",
+}  # fmt: skip
 TRAIN_FOLDERS = ("train", "training")
 ADE20K_FOLDERS = ("training", "validation")
 VALIDATION_FOLDERS = ("val", "validation", "valid")

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .configuration_denseclip import CLIPResNetConfig
+from .configuration_clip_resnet import CLIPResNetConfig
 from .example import CLASSES, DRAWING_VERSION, Scene, draw_scene, finished_folder
 from .example_captions import PHOTOS, caption, crops, subject
 from .modeling_clip_resnet import CLIPResNetModel

@@ -95,9 +95,8 @@ def encode_image(
         ValueError: if the image is smaller than one position of the coarsest map, or there is no batch of images.
     """
     if pixel_values.dim() != 4:
-        raise ValueError(
-            f"`pixel_values` must have the shape (batch_size, channels, height, width), got {tuple(pixel_values.shape)}."
-        )
+        shape = tuple(pixel_values.shape)
+        raise ValueError(f"`pixel_values` must have the shape (batch_size, channels, height, width), got {shape}.")
     height, width = pixel_values.shape[-2:]
     coarsest = 32 if config.has_resnet else 2 * config.embedding_stride
     if min(height, width) < coarsest:

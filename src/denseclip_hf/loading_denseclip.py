@@ -8,7 +8,8 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
 
-from .configuration_denseclip import check_ids, clip_config_class
+from .configuration_clip_resnet import clip_config_class
+from .configuration_denseclip import check_ids
 from .modeling_clip_resnet import CLIPResNetModel, resize_position_grid
 from .open_vocabulary_denseclip import check_words
 from .prompts_denseclip import tokenize_classes

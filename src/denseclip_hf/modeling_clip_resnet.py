@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, eager_at
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_denseclip import CLIPResNetConfig, CLIPResNetVisionConfig
+from .configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
 
 
 @dataclass

@@ -231,7 +231,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
                 0 … K-1, or `config.semantic_loss_ignore_index`.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*): also return the image encoder's feature
                 maps, or those at some indices.
-            output_attentions (`bool`, *optional*): accepted as by every model of transformers; there are none to return.
+            output_attentions (`bool`, *optional*): accepted as by every model of transformers; none are returned.
 
         Returns:
             [`DenseCLIPSemanticSegmenterOutput`]
@@ -394,8 +394,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         """
         Embeddings of any class names or sentences, for [`predict_from_scores`]; the model stays as it is.
 
-        A class described by several sentences, or put into several `templates`, gets the mean of their unit vectors,
-        brought to unit length again, as in CLIP's zero-shot classifier (Radford et al. 2021, section 3.1.4).
+        A class described by several sentences, or put into several `templates`, gets the direction of their unit
+        vectors' mean, as in CLIP's zero-shot classifier (Radford et al. 2021, section 3.1.4), and their mean length.
 
         Args:
             texts (`list[str]` or `list[list[str]]`): K classes: a name, a sentence, or several of them.
@@ -424,7 +424,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         `inference_mode` says so.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images, normalised as CLIP's.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, or a list of `(3, H, W)`): images, normalised as
+                CLIP's; in a list each may have a size of its own.
             text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): from [`encode_texts`]; the model's own classes
                 by default.
             target_sizes (list of (height, width), *optional*): size of each result; (H, W) by default.

@@ -20,9 +20,9 @@ from urllib.request import Request, urlopen
 from PIL import Image
 
 from .data_files import file_stem, read_image
+from .data_layouts import IMAGE_SUFFIXES
 
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 # Most bytes that are fetched from an address.
 MAX_DOWNLOAD = 256 << 20
@@ -66,7 +66,7 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
         if _is_url(item) or os.path.isfile(item):
             found = [item]
         elif os.path.isdir(item):
-            files = sorted(path for path in Path(item).iterdir() if path.suffix.lower() in PICTURES | VIDEOS)
+            files = sorted(path for path in Path(item).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES | VIDEOS)
             found = [str(path) for path in files if path.is_file()]
             if not found:
                 problems.append(

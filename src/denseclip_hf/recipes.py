@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import yaml
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, HfArgumentParser, set_seed
 
-from .configuration_denseclip import clip_config_class
+from .configuration_clip_resnet import clip_config_class
 from .data import SegmentationData, load_segmentation_dataset
 from .data_check import check_dataset
 from .image_processing_denseclip import DenseCLIPImageProcessorPil

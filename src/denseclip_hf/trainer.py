@@ -17,11 +17,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import CONFIG_NAME
 
 from .adapters import is_adapted, load_added_adapter
 from .batch_norm import frozen_batch_norms, synchronise_batch_norms
 from .batches import GlobalBatches, collate, training_loader
 from .evaluation import evaluate_segmentation
+from .model_card import CARD, write_model_card
 from .runs import WRITING_DIR
 from .stopping import StopCallback, TrainingStopped
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
@@ -333,6 +335,14 @@ class DenseCLIPTrainer(Trainer):
         for part in (self.image_processor, self.tokenizer):
             if part is not None:
                 part.save_pretrained(folder)
+
+    def save_model(self, output_dir=None, _internal_call: bool = False):
+        """[`Trainer.save_model`]; a whole model gets the card that a directory to share must have, if it has none."""
+        super().save_model(output_dir, _internal_call)
+        folder = Path(str(output_dir or self.args.output_dir))
+        asked_for = not _internal_call and folder.name != WRITING_DIR  # a run writes its own card at its end
+        if asked_for and self.args.should_save and (folder / CONFIG_NAME).is_file() and not (folder / CARD).exists():
+            write_model_card(folder, base_model=self.model.config.clip_config.name_or_path or None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if getattr(self.model, "_hf_peft_config_loaded", False):

@@ -157,7 +157,7 @@ class DenseCLIPTrainingArguments(TrainingArguments):
     )
     exempt_norms_and_biases: bool = field(default=False, metadata={"help": "No weight decay on norms and biases."})
     if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # its name before transformers 5.23
-        activation_checkpointing: bool = field(default=False, metadata={"help": "Compute activations twice, keep few."})
+        activation_checkpointing: bool = field(default=False, metadata={"help": "Compute activations twice."})
 
     def __post_init__(self):
         if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
