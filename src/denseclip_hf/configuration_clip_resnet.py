@@ -103,7 +103,6 @@ class CLIPResNetConfig(CLIPConfig):
 
     model_type = "clip_resnet"
     sub_configs_defaults = {"vision_config": CLIPResNetVisionConfig, "text_config": CLIPTextConfig}
-    sub_configs = sub_configs_defaults  # its name before transformers 5.20
 
     vision_config: dict | PreTrainedConfig | None = None
     projection_dim: int | None = None
@@ -112,12 +111,7 @@ class CLIPResNetConfig(CLIPConfig):
         vision = self.vision_config
         if isinstance(vision, PreTrainedConfig) and vision.model_type != CLIPResNetVisionConfig.model_type:
             raise ValueError(f"`vision_config` must be a ResNet's, got a {type(vision).__name__}: use `CLIPConfig`.")
-        if not hasattr(PreTrainedConfig, "sub_configs_defaults"):
-            self.vision_config = None  # transformers before 5.20 would make a ViT's of it
         super().__post_init__(**kwargs)
-        if not hasattr(PreTrainedConfig, "sub_configs_defaults"):
-            made = isinstance(vision, PreTrainedConfig)
-            self.vision_config = vision if made else CLIPResNetVisionConfig(**(vision or {}))
         if self.projection_dim is None:
             self.projection_dim = self.vision_config.projection_dim
         if self.projection_dim != self.vision_config.projection_dim:

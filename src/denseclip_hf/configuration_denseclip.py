@@ -108,7 +108,6 @@ class DenseCLIPConfig(PreTrainedConfig):
 
     model_type = "denseclip"
     sub_configs_defaults = {"clip_config": CLIPConfig}
-    sub_configs = sub_configs_defaults
     keys_to_ignore_at_inference = ["decode_loss", "auxiliary_loss", "score_maps", "text_embeds", "hidden_states"]
 
     clip_config: dict | CLIPConfig | None = None
