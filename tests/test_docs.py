@@ -79,7 +79,10 @@ def test_readme(clone, example):
     shutil.copytree(example / "data", clone / "my_data")
     shutil.copytree(example / "clip", clone / CLIP)  # in place of the Hub's
     commands = [block for block in blocks("README.md", "") if block.startswith("python scripts/check_data.py")]
-    code = shorter(commands[0], {"--max_steps 2000": "--max_steps 1 --crop_size 96", "--bf16": "", "--gradient_accumulation_steps 4": ""})
+    code = shorter(
+        commands[0],
+        {"--max_steps 2000": "--max_steps 1 --crop_size 96", "--bf16": "", "--gradient_accumulation_steps 4": ""},
+    )
     run(["bash", "-euc", code], clone)
     shutil.rmtree(clone / "outputs" / "mine")
     code = "\n".join(blocks("README.md", "python"))  # one process, for speed

@@ -326,9 +326,7 @@ def test_activation_checkpointing_changes_no_gradient_and_no_statistics(kind, im
     for checkpointing in (False, True):
         model = tiny_model(kind, **options).train()
         if checkpointing:
-            new = hasattr(model, "activation_checkpointing_enable")  # its name before transformers 5.23 was another
-            enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
-            enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(3)
         model(images.clone().requires_grad_(), labels=labels).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})

@@ -156,12 +156,8 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Keep convolutions' tensors channels-last: faster with bf16 and ResNets."}
     )
     exempt_norms_and_biases: bool = field(default=False, metadata={"help": "No weight decay on norms and biases."})
-    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # its name before transformers 5.23
-        activation_checkpointing: bool = field(default=False, metadata={"help": "Compute activations twice."})
 
     def __post_init__(self):
-        if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
-            self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
         if self.max_steps is None:
             self.max_steps = 80_000 if self.num_train_epochs is None else -1
         elif self.max_steps > 0 and self.num_train_epochs is not None:
