@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -324,12 +323,7 @@ def _umask() -> int:
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
-        if sys.version_info >= (3, 11):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 __all__ = [
