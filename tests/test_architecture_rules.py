@@ -17,7 +17,7 @@ STANDARD |= {"contextlib"}
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
     {"configuration_clip_resnet"},
-    {"configuration_denseclip", "freezing_denseclip"},
+    {"configuration_denseclip", "freezing_denseclip", "outputs_denseclip"},
     {
         "modeling_clip_resnet",
         "fpn_denseclip",

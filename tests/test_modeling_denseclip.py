@@ -74,6 +74,7 @@ def test_all_ignored_labels_give_finite_gradients(kind, images):
     [
         (torch.full((2, 64, 64), 3), "from 3 to 3, but the model's classes are 0 … 2"),
         (torch.full((2, 64, 64), -1), "from -1"),
+        (torch.full((2, 64, 64), -1, dtype=torch.int8), "from -1"),
         (torch.zeros(1, 64, 64).long(), r"one integer map per image, shape \(2, height, width\)"),
         (torch.zeros(2, 64, 64), "torch.float32"),
         (torch.zeros(2, 1, 64, 64).long(), "one integer map per image"),

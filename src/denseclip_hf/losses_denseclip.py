@@ -9,11 +9,48 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .configuration_denseclip import DenseCLIPConfig
 from .fpn_denseclip import resize_bilinear
 
 
 # Resized logits that exist at a time (16 MiB of float32).
 _STRIP_ELEMENTS = 2**22
+
+
+def checked_labels(labels: torch.Tensor, batch_size: int, config: DenseCLIPConfig) -> torch.Tensor:
+    """
+    `labels` as int64, once they fit the images and the classes.
+
+    Args:
+        labels (`torch.Tensor`): what should be integers of shape `(batch_size, H, W)`.
+        batch_size (`int`): number of images.
+        config ([`DenseCLIPConfig`]): K classes, and the label that is ignored.
+
+    Raises:
+        ValueError: for another shape or type, an ignored label that is a class, or, on a CPU, one that is none.
+    """
+    ignore_index, num_labels = config.semantic_loss_ignore_index, config.num_labels
+    if labels.dim() != 3 or len(labels) != batch_size or labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must hold one integer map per image, shape ({batch_size}, height, width), got {labels.dtype} "
+            f"of shape {tuple(labels.shape)}."
+        )
+    if 0 <= ignore_index < num_labels:
+        raise ValueError(
+            f"`semantic_loss_ignore_index` ({ignore_index}) is one of the {num_labels} classes, which would not be "
+            "learnt: set it to a value that is none, such as -100, and mark pixels without a label with that."
+        )
+    labels = labels.long()
+    # On an accelerator this would make the host wait; there the data set's own check has to catch it.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        known = labels[labels != ignore_index]
+        if known.numel() and (known.min() < 0 or known.max() >= num_labels):
+            raise ValueError(
+                f"`labels` has values from {known.min()} to {known.max()}, but the model's classes are "
+                f"0 … {num_labels - 1} and {ignore_index} is ignored: check the masks, or whether they need "
+                "`do_reduce_labels`."
+            )
+    return labels
 
 
 def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -79,4 +116,4 @@ def _summed(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> to
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
 
 
-__all__ = ["pixel_cross_entropy"]
+__all__ = ["checked_labels", "pixel_cross_entropy"]

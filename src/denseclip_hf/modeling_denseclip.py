@@ -3,15 +3,14 @@
 Shapes: B images, K classes, D embedding size, H x W pixels, h x w the grid of the score map, M = 1 + h*w.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .class_embeddings_denseclip import ClassEmbeddingCache
@@ -21,53 +20,16 @@ from .fpn_denseclip import FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, resiz
 from .freezing_denseclip import freeze_classes, refuse_if_frozen, refuse_random_classes
 from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_image
 from .loading_denseclip import class_names, clip_report, load_clip, load_clip_weights, replace_classes
-from .losses_denseclip import pixel_cross_entropy
+from .losses_denseclip import checked_labels, pixel_cross_entropy
 from .mixed_sizes_denseclip import forward_by_size
 from .modeling_clip_resnet import CLIPResNetModel, choose_hidden_states
 from .open_vocabulary_denseclip import ScoreSegmentation, encode_texts, predict_from_scores
+from .outputs_denseclip import DenseCLIPSemanticSegmenterOutput, Segmentation
 from .prompts_denseclip import ContextPrompts, tokenize_classes
 from .sliding_window_denseclip import sliding_window_logits
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class DenseCLIPSemanticSegmenterOutput(ModelOutput):
-    """
-    Output of [`DenseCLIPForSemanticSegmentation`].
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, returned with `labels`): `decode_loss + auxiliary_loss`.
-        decode_loss (`torch.Tensor` of shape `()`, returned with `labels`): cross entropy of the logits.
-        auxiliary_loss (`torch.Tensor` of shape `()`, returned with `labels` and text guidance, not by a sliding
-            window): cross entropy of the score maps over τ, already weighted.
-        logits (`torch.Tensor` of shape `(batch_size, num_labels, height / 4, width / 4)`, or
-            `(batch_size, num_labels, height, width)` from a sliding window): class scores before softmax.
-        score_maps (`torch.Tensor` of shape `(batch_size, num_labels, h, w)`): cosines of every position's embedding
-            with every class's, not divided by τ. Absent without text guidance and from a sliding window.
-        text_embeds (`torch.Tensor` of shape `(batch_size, num_labels, projection_dim)`): t', the class embeddings
-            in the image's context. Absent like `score_maps`.
-        hidden_states (`tuple(torch.Tensor)`, returned with `output_hidden_states=True`): the image encoder's c2 … c5,
-            each `(batch_size, channels, height / s, width / s)`, before the score map joins one of them.
-    """
-
-    loss: torch.Tensor | None = None
-    decode_loss: torch.Tensor | None = None
-    auxiliary_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    score_maps: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-class Segmentation(NamedTuple):
-    """What one pass over whole images gives; see [`DenseCLIPSemanticSegmenterOutput`]."""
-
-    logits: torch.Tensor
-    score_maps: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    feature_maps: tuple[torch.Tensor, ...] | None = None
 
 
 class DenseCLIPPreTrainedModel(PreTrainedModel):
@@ -244,7 +206,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
                 raise ValueError("`labels` need images of one size, but `pixel_values` is a list: stack or pad it.")
             return DenseCLIPSemanticSegmenterOutput(**forward_by_size(self, pixel_values))
         if labels is not None:
-            labels = self._checked(labels, pixel_values)
+            labels = checked_labels(labels, len(pixel_values), self.config)
         if self.config.inference_mode == "slide" and not self.training:
             segmentation = Segmentation(self._slide(pixel_values))
         else:
@@ -303,30 +265,6 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
             return decode_loss, None
         auxiliary_loss = pixel_cross_entropy(segmentation.score_maps / self.config.temperature, labels, ignore_index)
         return decode_loss, self.config.auxiliary_loss_weight * auxiliary_loss
-
-    def _checked(self, labels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`labels` as int64, once they fit the images and the classes."""
-        if labels.dim() != 3 or len(labels) != len(pixel_values) or labels.is_floating_point():
-            raise ValueError(
-                f"`labels` must hold one integer map per image, shape ({len(pixel_values)}, height, width), got "
-                f"{labels.dtype} of shape {tuple(labels.shape)}."
-            )
-        if 0 <= self.config.semantic_loss_ignore_index < self.config.num_labels:
-            raise ValueError(
-                f"`semantic_loss_ignore_index` ({self.config.semantic_loss_ignore_index}) is one of the "
-                f"{self.config.num_labels} classes, which would not be learnt: set it to a value that is none, such "
-                "as -100, and mark pixels without a label with that."
-            )
-        # On an accelerator this would make the host wait; there the data set's own check has to catch it.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            known = labels[labels != self.config.semantic_loss_ignore_index]
-            if known.numel() and (known.min() < 0 or known.max() >= self.config.num_labels):
-                raise ValueError(
-                    f"`labels` has values from {known.min()} to {known.max()}, but the model's classes are "
-                    f"0 … {self.config.num_labels - 1} and {self.config.semantic_loss_ignore_index} is ignored: "
-                    "check the masks, or whether they need `do_reduce_labels`."
-                )
-        return labels.long()
 
     @classmethod
     def from_clip(cls, clip, id2label, tokenizer=None, image_size: int | None = None, **config):
