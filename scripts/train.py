@@ -30,19 +30,23 @@ def main(argv: list[str] | None = None) -> dict:
         recipe = recipe_of(model_args, data_args, args)
         if args.resume_from_checkpoint:
             check_checkpoint(args.resume_from_checkpoint, recipe)
-        checkpoint = prepare_run(output_dir, recipe)
+        checkpoint = prepare_run(output_dir, recipe, main_process=args.local_process_index == 0)
     trainer, data = make_trainer(model_args, data_args, args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     metrics = trainer.evaluate() if data.validation is not None else {}
-    finish_run(trainer)
+
+    def complete(folder: Path) -> None:
+        if metrics:
+            write_atomically(folder / "eval_results.json", results_json(metrics))
+        write_training_card(folder, model_args, data_args, args, data, metrics)
+
+    finish_run(trainer, complete)
     if trainer.is_world_process_zero():
         names = list(data.id2label.values())
         for name, iou in zip(names, metrics.get("eval_per_category_iou", []), strict=False):
             print(f"{name:>24}  IoU {100 * iou:5.1f}")
         if metrics:
             print(f"{'mean':>24}  IoU {100 * metrics['eval_mean_iou']:5.1f}")
-            write_atomically(output_dir / "eval_results.json", results_json(metrics))
-        write_training_card(model_args, data_args, args, data, metrics)
         print(f"The model is in {output_dir.resolve()}")
     trainer.end()
     return metrics

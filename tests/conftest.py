@@ -5,6 +5,10 @@ import os
 from functools import cache
 from pathlib import Path
 
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported; names are not looked for
+
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings

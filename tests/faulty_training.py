@@ -42,9 +42,9 @@ def full_at_end():
     """No room for the final model."""
     finish_run = runs.finish_run
 
-    def fail(trainer):
+    def fail(trainer, complete):
         fill_disk()
-        finish_run(trainer)
+        finish_run(trainer, complete)
 
     runs.finish_run = fail
 

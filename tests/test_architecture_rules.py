@@ -13,7 +13,7 @@ PACKAGE = Path(denseclip_hf.__file__).parent
 HUB_SET = {p.stem for pattern in ("*_denseclip.py", "*_clip_resnet.py") for p in PACKAGE.glob(pattern)}
 HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 STANDARD = {"os", "difflib", "dataclasses", "typing", "types", "collections", "itertools", "math", "functools"}
-STANDARD |= {"contextlib"}
+STANDARD |= {"contextlib", "copy"}
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
     {"configuration_clip_resnet"},

@@ -19,6 +19,25 @@ from denseclip_hf.runs import check_checkpoint, one_sentence_errors, prepare_run
 RECIPE = {"learning_rate": 1.0, "seed": 1}
 
 
+def test_processes_after_the_main_one_write_nothing(tmp_path):
+    assert prepare_run(tmp_path / "run", RECIPE) is None
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "run" / ".writing").mkdir()
+    assert prepare_run(tmp_path / "run", RECIPE, main_process=False) is None
+    (tmp_path / "run" / ".writing").rmdir()
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_file_is_written_whole_by_many_at_a_time(tmp_path):
+    file, text = tmp_path / "recipe.json", "x" * 100_000
+    code = "import sys; from denseclip_hf.runs import write_atomically; from pathlib import Path\n"
+    code += "for _ in range(50): write_atomically(Path(sys.argv[1]), 'x' * 100_000)"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(file)]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert file.read_text() == text and [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
 def test_a_new_run_keeps_its_recipe(tmp_path):
     assert prepare_run(tmp_path / "run", RECIPE) is None
     assert json.loads((tmp_path / "run" / "recipe.json").read_text()) == RECIPE

@@ -80,12 +80,41 @@ def test_a_frozen_image_encoder_keeps_the_statistics_of_its_batch_norms(tmp_path
     assert [name for name in moved if name.startswith("decode_head.") and "running_mean" in name]
 
 
+def test_the_time_of_an_evaluation_is_no_time_of_training(tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path, max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=1)
+    now = [0.0]
+    monkeypatch.setattr("denseclip_hf.trainer.time.perf_counter", lambda: now[0])
+
+    def evaluate(*args, **kwargs):
+        now[0] += 100.0
+        return {"mean_iou": 0.5}
+
+    def step(*args, **kwargs):
+        now[0] += 1.0
+
+    monkeypatch.setattr("denseclip_hf.trainer.evaluate_segmentation", evaluate)
+    trainer.add_callback(type("Clock", (TrainerCallback,), {"on_step_end": step})())
+    trainer._last_log = 0.0
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "images_per_second" in entry)
+    assert logged["images_per_second"] == pytest.approx(4 / 2)  # two steps of two pictures, a second each
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor is not used"):
+        trainer_for(tmp_path, label_smoothing_factor=0.1)
+
+
 def test_saved_directory_is_complete(tmp_path):
     trainer = trainer_for(tmp_path / "model")
     trainer.train()
     trainer.save_model()
     files = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= files
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= files
+    card = tmp_path / "model" / "README.md"
+    card.write_text(card.read_text() + "My own words.")
+    trainer.save_model()
+    assert "My own words." in card.read_text()
     model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "model")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
     with torch.no_grad():

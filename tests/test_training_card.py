@@ -43,6 +43,7 @@ def test_training_writes_the_card(folder, tmp_path):
     assert Image.open(tmp_path / "streets" / "example.png").width == 80
 
 
+@pytest.mark.slow
 def test_a_streamed_data_set_gets_its_card_too(tmp_path):
     pictures_and_masks = {"image": datasets.Image(), "label": datasets.Image()}
     for split, count in (("train", 4), ("validation", 3)):

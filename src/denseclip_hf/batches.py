@@ -1,4 +1,4 @@
-"""Which pictures each process trains on, so that any number of processes and workers takes the same steps."""
+"""Which pictures each process trains on, so that any number of processes takes the same steps."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

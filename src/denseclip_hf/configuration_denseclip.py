@@ -1,5 +1,6 @@
 """Configuration of DenseCLIP on top of either kind of CLIP, with the published models as presets."""
 
+import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -149,6 +150,8 @@ class DenseCLIPConfig(PreTrainedConfig):
             self.clip_config = PRESETS["denseclip-vit-b16"]["clip_config"]
         if isinstance(self.clip_config, dict):
             self.clip_config = clip_config_class(self.clip_config)(**self.clip_config)
+        else:
+            self.clip_config = copy.deepcopy(self.clip_config)
         for part in (self.clip_config, self.clip_config.text_config, self.clip_config.vision_config):
             part.dtype = None  # the segmenter's own counts, for all of it
         if self.class_token_ids is not None and self.id2label is None and "num_labels" not in kwargs:

@@ -111,7 +111,7 @@ def load_segmentation_dataset(
         shuffle_buffer: a stream's training samples are drawn from a buffer of so many, still encoded, anew in each
             epoch of an [`AugmentedStream`]; 0 takes them as they come.
         revision: version of a Hub data set.
-        decode: False leaves plain RGB files undecoded, for `TrainTransform(fast_jpeg=True)`.
+        decode: False leaves plain RGB JPEGs undecoded, for `TrainTransform(fast_jpeg=True)`.
         read_first: read the first sample of each split now, so that what is wrong shows early.
 
     Raises:
@@ -129,8 +129,6 @@ def load_segmentation_dataset(
         loaded = _load_rows(path_or_name, config_name, streaming, revision)
         picked = _with_held_out(_picked(loaded, train_split, validation_split), validation_fraction)
         splits, feature_names = _standard_columns(picked, image_column, label_column)
-        if shuffle_buffer > 1 and isinstance(splits.get("train"), datasets.IterableDataset):
-            splits = {**splits, "train": splits["train"].shuffle(seed=0, buffer_size=shuffle_buffer)}
         known = ClassTable(dict(enumerate(feature_names))) if feature_names else None
     table = _class_table(known, classes, path_or_name)
     ignore = next(value for value in (ignore_index, table.ignore_index, 255) if value is not None)
@@ -143,6 +141,9 @@ def load_segmentation_dataset(
     id_table = [ignore if i == 255 else i for i in layout.id_table] if layout and layout.id_table else None
     reader = SampleReader(len(table.id2label), ignore, reduce, table.palette, table.ignore_colors, id_table, decode)
     ready = {name: _readable(rows, reader, read_first) for name, rows in splits.items()}
+    train = splits.get("train")
+    if shuffle_buffer > 1 and isinstance(train, datasets.IterableDataset):
+        ready["train"] = _readable(train.shuffle(seed=0, buffer_size=shuffle_buffer), reader, read_first=False)
     palette = table.palette or default_palette(len(table.id2label))
     return SegmentationData(
         ready.get("train"), ready.get("validation"), table.id2label, palette, ignore, reduce, reader

@@ -337,7 +337,7 @@ def _merge_body(body: str, sections: Mapping[str, str], add: Sequence[str]) -> s
     after the one before them.
     """
     found = {section[1]: section for section in _SECTION.finditer(body)}
-    if not found:
+    if not found and not _WRITTEN.search(body):  # a person's own
         add = [*add, *(name for name in MEASURED if sections.get(name) and not _has_title(body, sections[name]))]
     end = None
     for name, text in sections.items():

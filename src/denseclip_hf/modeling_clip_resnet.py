@@ -146,7 +146,11 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
 
 
 def _in_backward_pass() -> bool:
-    """Whether autograd is at work, as it is when activation checkpointing runs a block for the second time."""
+    """
+    Whether autograd is at work, as it is when activation checkpointing runs a block for the second time.
+
+    torch tells by this private function only, which its own checkpointing uses too.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import islice
@@ -111,9 +110,9 @@ def _fetched(source: Source, timeout: float) -> bytes:
     threading.Thread(target=_download, args=(source.address, timeout, answer), daemon=True).start()
     try:
         return answer.result(timeout)
-    except (OSError, ValueError, HTTPException, OutOfTime) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        if isinstance(reason, (OutOfTime, TimeoutError)):
+        if isinstance(reason, TimeoutError):
             reason = f"it takes longer than {timeout:g} seconds"
         reason = str(reason) or type(reason).__name__
         raise OSError(f"{source.shown} can not be fetched ({reason}).") from error

@@ -29,6 +29,8 @@ from .transforms import AugmentedDataset, AugmentedStream, TrainTransform
 logger = logging.getLogger(__name__)
 
 MAX_RECIPE_BYTES = 100_000
+# Of each split, looked at before training.
+CHECKED_SAMPLES = 20
 
 
 @dataclass
@@ -192,13 +194,15 @@ def load_data(args: DataArguments) -> SegmentationData:
         decode=not args.fast_jpeg,
     )
     if args.check_data:
-        report = check_dataset(data, max_samples=20)
+        report = check_dataset(data, max_samples=CHECKED_SAMPLES)
         if not report.ok:
-            raise ValueError(f"{report.problems[0]} ({len(report.problems)} such problems in a look at 20 samples.)")
+            raise ValueError(f"{report.problems[0]} ({len(report.problems)} such problems in a first look.)")
         if int(os.environ.get("RANK", 0)) == 0:
             logger.info("%s", report)
             if report.unseen_classes:
-                logger.warning(
+                all_seen = data.train is not None and not args.streaming and len(data.train) <= CHECKED_SAMPLES
+                logger.log(
+                    logging.WARNING if all_seen else logging.INFO,
                     "%d of %d classes are in none of the masks looked at: %s. `scripts/check_data.py --full` looks at "
                     "all masks.",
                     len(report.unseen_classes),

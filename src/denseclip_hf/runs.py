@@ -43,18 +43,21 @@ def recipe_of(model_args: Any, data_args: Any, args: DenseCLIPTrainingArguments)
     """Everything that decides what a run computes, as JSON values; `args.world_size` included."""
     training = {name: getattr(args, name) for name in DECISIVE_ARGUMENTS}
     recipe = {**asdict(model_args), **asdict(data_args), **training, "processes": args.world_size}
+    if getattr(data_args, "streaming", False):  # a stream's samples come in another order with other workers
+        recipe["dataloader_num_workers"] = args.dataloader_num_workers
     for name in HARMLESS_OPTIONS:
         recipe.pop(name, None)
     return json.loads(json.dumps(recipe, default=str))
 
 
-def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> str | None:
+def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_process: bool = True) -> str | None:
     """
     Make `output_dir` ready for a run of `recipe` and say which checkpoint it goes on from, if any.
 
     Args:
         output_dir (`str` or `os.PathLike`): the run's directory.
         recipe (`dict`): of [`recipe_of`]; kept there as `recipe.json`.
+        main_process (`bool`): whether this is the process that writes; it comes first, the others only read.
 
     Returns:
         Path of the last complete checkpoint, or `None` for a new run.
@@ -64,17 +67,20 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> str | 
     """
     folder = Path(output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except OSError as error:
         raise ValueError(
             f"the output directory {folder} cannot be written ({error.strerror}): name another."
         ) from error
-    shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # a checkpoint that was broken off
     kept = folder / RECIPE_FILE
+    if main_process:
+        shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # a checkpoint that was broken off
     if os.listdir(folder) in ([], [RECIPE_FILE]):  # new, or of a run that ended before it trained
-        write_atomically(kept, json.dumps(recipe, indent=2) + "\n")
+        if main_process:
+            write_atomically(kept, json.dumps(recipe, indent=2) + "\n")
         return None
     if not kept.exists():
         raise ValueError(
@@ -122,13 +128,25 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
         )
 
 
-def finish_run(trainer: Any) -> None:
-    """Save `trainer`'s model into its output directory: written aside, then moved, the weights last."""
+def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> None:
+    """
+    Save `trainer`'s model into its output directory: written aside, then moved, the weights last.
+
+    Args:
+        trainer ([`DenseCLIPTrainer`]): whose training is over.
+        complete (`Callable`, *optional*): called on the main process with the directory it is written to, to put
+            results and card beside the weights.
+
+    Raises:
+        OSError: if it can't be written.
+    """
     folder = Path(trainer.args.output_dir)
     writing = folder / WRITING_DIR
     try:
         trainer.save_model(str(writing))
         trainer.accelerator.wait_for_everyone()
+        if complete is not None and trainer.is_world_process_zero():
+            complete(writing)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
         shutil.rmtree(writing, ignore_errors=True)
         raise OSError(
@@ -155,7 +173,7 @@ def results_json(metrics: dict[str, Any]) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)

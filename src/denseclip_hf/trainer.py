@@ -246,6 +246,8 @@ class DenseCLIPTrainer(Trainer):
     def _refuse_step(self, losses: list[tuple[torch.Tensor, Any]], norm: torch.Tensor) -> None:
         bad = [(loss, names) for loss, names in losses if not loss.isfinite()]
         what = f"the loss is {bad[0][0].item()}" if bad else f"the norm of the gradient is {norm.item()}"
+        if not bad and self.args.world_size > 1:
+            losses = []  # it may be another process's pictures
         files = [str(name) for _, names in bad or losses for name in names or ()]
         on = f" on {', '.join(files)}" if files else ""
         raise NonFiniteLossError(
@@ -267,7 +269,8 @@ class DenseCLIPTrainer(Trainer):
         labelled = small != self.model.config.semantic_loss_ignore_index
         sums["hits"] += ((outputs["logits"].argmax(1) == small) & labelled).sum()
         sums["pixels"] += labelled.sum()
-        self._rates |= {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        groups = self.optimizer.param_groups  # a caller's own may have no names
+        self._rates |= {group.get("name", f"group_{i}"): group["lr"] for i, group in enumerate(groups)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """[`Trainer.log`]; beside the loss, both its parts, accuracy, rates and speed, all of every process."""
@@ -303,6 +306,7 @@ class DenseCLIPTrainer(Trainer):
         Raises:
             ValueError: if there is nothing to evaluate on.
         """
+        start = time.perf_counter()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("there is no picture to evaluate on: give the trainer an `eval_dataset`.")
@@ -323,7 +327,7 @@ class DenseCLIPTrainer(Trainer):
             **{f"{metric_key_prefix}_{k}": v for k, v in scores.items() if not isinstance(v, (int, float))},
         }
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._last_log = time.perf_counter()
+        self._last_log += time.perf_counter() - start  # no time of training
         return metrics
 
     # Checkpoints: complete or absent

@@ -169,6 +169,8 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}: give a positive number of steps, or -1 to count epochs.")
         self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()

@@ -11,7 +11,7 @@ from PIL import Image
 from .data_layouts import default_palette
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .model_card import results_of_training, write_model_card
-from .model_card_sections import environment
+from .model_card_sections import environment, shown_name
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .pictures import overlay_with_legend
 
@@ -19,12 +19,15 @@ from .pictures import overlay_with_legend
 PICTURE = "example.png"
 
 
-def write_training_card(model_args: Any, data_args: Any, args: Any, data: Any, metrics: Mapping[str, Any]) -> Path:
+def write_training_card(
+    folder: Path, model_args: Any, data_args: Any, args: Any, data: Any, metrics: Mapping[str, Any]
+) -> Path:
     """
-    Complete the directory `args.output_dir` of a finished run with its card and, where there is validation data, a
-    picture of what the model sees in the first of it.
+    Complete the model of a finished run with its card and, where there is validation data, a picture of what the model
+    sees in the first of it.
 
     Args:
+        folder (`Path`): where the model is written; the card's title is made of `args.output_dir`.
         model_args ([`ModelArguments`]), data_args ([`DataArguments`]), args ([`DenseCLIPTrainingArguments`]): the run.
         data ([`SegmentationData`]): what it was trained on.
         metrics (`Mapping[str, Any]`): of `DenseCLIPTrainer.evaluate`; empty if nothing was measured.
@@ -32,7 +35,6 @@ def write_training_card(model_args: Any, data_args: Any, args: Any, data: Any, m
     Returns:
         `Path` of the card.
     """
-    folder = Path(args.output_dir)
     from_nothing = model_args.model is None and model_args.clip_config != "{}"
     results = None
     if metrics:
@@ -45,6 +47,7 @@ def write_training_card(model_args: Any, data_args: Any, args: Any, data: Any, m
         draw_example(model, processor, next(iter(data.validation))["image"]).save(folder / PICTURE)
     return write_model_card(
         folder,
+        name=shown_name(str(Path(args.output_dir).resolve())),
         base_model=None if from_nothing else model_args.model or model_args.clip,
         source="trained from random ones, nothing pretrained" if from_nothing else None,
         dataset=data_args.dataset,
