@@ -4,9 +4,10 @@ import logging
 import pytest
 import torch
 from conftest import EOS, SOS, tiny_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSemanticSegmentation, CLIPModel
 
-from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
+from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation, modeling_denseclip
 from denseclip_hf.modeling_clip_resnet import resize_position_grid
 
 
@@ -289,6 +290,38 @@ def test_autocast_does_not_leak_into_kept_embeddings(images):
         model(images)
     with torch.no_grad():
         assert torch.equal(model.encode_classes(), model.prompts(model.clip))
+
+
+def test_autocast_leaves_score_maps_and_losses_in_float32(kind, images, labels):
+    model = tiny_model(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = forward(model, images, labels)
+    assert output.logits.dtype == torch.bfloat16
+    assert output.score_maps.dtype == output.decode_loss.dtype == output.auxiliary_loss.dtype == torch.float32
+
+
+class NeverWaiting(TorchDispatchMode):
+    """Refuses what would make a program wait for its accelerator: values and shapes read from tensors."""
+
+    READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.READS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide", "training"])
+def test_forward_never_waits_for_the_device(kind, mode, images, labels, monkeypatch):
+    monkeypatch.setattr(modeling_denseclip, "checked_labels", lambda labels, *args: labels)  # on a CPU it reads them
+    model = tiny_model(kind, inference_mode="slide" if mode == "slide" else "whole")
+    if mode == "training":
+        with NeverWaiting():
+            model.train()(images, labels).loss.backward()
+    else:
+        with torch.no_grad(), NeverWaiting():
+            model(torch.randn(2, 3, 96, 160))
+    with pytest.raises(AssertionError, match="waits for the device"), NeverWaiting():
+        images.sum().item()
 
 
 # Behaviour inside transformers
