@@ -223,6 +223,7 @@ def _set_up_for_snippets(directory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit"])  # the same for either
 def test_snippets_run_and_ask_nothing(directory):
     _set_up_for_snippets(directory)
     write_model_card(directory)
