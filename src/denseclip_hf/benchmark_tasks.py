@@ -164,7 +164,7 @@ def peak_of(preset: str, what: str, case: str, device: str) -> float:
     step: Callable[[], Any] = training_step(model, size) if what == "training" else forward(model, pixels)
     for _ in range(2):
         step()
-    return peak_memory() / 2**30
+    return peak_memory(torch.device(device).type) / 2**30
 
 
 def parts(settings: Settings) -> Rows:

@@ -285,7 +285,7 @@ class DenseCLIPTrainer(Trainer):
             logs |= {f"learning_rate/{name}": rate for name, rate in self._rates.items()}
             now = time.perf_counter()
             logs["images_per_second"] = sums["images"] / (now - self._last_log)
-            logs["peak_memory_gib"] = peak_memory() / 2**30
+            logs["peak_memory_gib"] = peak_memory(self.args.device.type) / 2**30
             self._last_log = now
         super().log(logs, start_time)
 
@@ -413,9 +413,9 @@ def hold_scalars(model: nn.Module) -> None:
                 module.register_buffer(name, parameter.detach())
 
 
-def peak_memory() -> float:
-    """Most bytes in use so far: on the current CUDA device, else of this process."""
-    if torch.cuda.is_available():
+def peak_memory(device_type: str) -> float:
+    """Most bytes in use so far: on the current device if that is "cuda", else of this process."""
+    if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
 
