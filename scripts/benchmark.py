@@ -35,7 +35,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    tasks = [name for name in TASKS if name != "throughput" or torch.cuda.is_available()]
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tasks, help="without a GPU, all but throughput")
     parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=["denseclip-rn50", "denseclip-vit-b16"])
     parser.add_argument("--rounds", type=int, default=7, help="times every case is run, in turn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -19,6 +19,8 @@ from transformers import (
 from .benchmarking import (
     Timing,
     build_model,
+    floating_point_operations,
+    matrix_speed,
     multiply_adds,
     take_turns,
     time_of_parts,
@@ -36,6 +38,8 @@ BASELINE = "the original's way"
 # Side in pixels the presets were published for, and multiply-adds in units of 1e9 as published (table 1 of the paper).
 IMAGE_SIZES = {"denseclip-rn50": 512, "denseclip-rn101": 512, "denseclip-vit-b16": 640}
 PUBLISHED_GFLOPS = {"denseclip-rn50": 269.2, "denseclip-rn101": 346.3, "denseclip-vit-b16": 1043.1}
+WIDE_PICTURE = (512, 2048)  # height, width
+CLASS_COUNTS = (10, 150, 1000, 10_000)
 # Depths and widths of SegFormer's six sizes (Xie et al. 2021, table 6).
 SEGFORMERS: dict[str, dict[str, Any]] = {
     "SegFormer-B0": {"hidden_sizes": [32, 64, 160, 256], "depths": [2, 2, 2, 2], "decoder_hidden_size": 256},
@@ -61,7 +65,7 @@ Rows = list[dict[str, Any]]
 
 
 def inference(settings: Settings) -> Rows:
-    """One picture of the published size: eager, optimized, bf16, compiled."""
+    """One picture of the published size, taken whole."""
     rows: Rows = []
     for preset in settings.presets:
         size = IMAGE_SIZES[preset]
@@ -76,23 +80,25 @@ def slide(settings: Settings) -> Rows:
     """Sliding windows over one picture of 2048 x 512 pixels."""
     rows: Rows = []
     for preset in settings.presets:
-        pixels = torch.randn(1, 3, 512, 2048, device=settings.device)
+        pixels = torch.randn(1, 3, *WIDE_PICTURE, device=settings.device)
         model = build_model(preset, inference_mode="slide").to(settings.device)
-        rows += _inference_rows(f"{preset}, windows over 2048 x 512", model, pixels, settings)
+        rows += _inference_rows(f"{preset}, windows", model, pixels, settings)
     return rows
 
 
 def _inference_rows(name: str, model: Any, pixels: torch.Tensor, settings: Settings) -> Rows:
     optimized: Any = optimize_for_inference(model)
+    original: Any = work_like_the_original(copy.deepcopy(model))
     models = {
-        BASELINE: work_like_the_original(copy.deepcopy(model)),
+        BASELINE: original,
+        f"{BASELINE}, bf16": copy.deepcopy(original).to(torch.bfloat16),
         "ours, eager": model,
         "ours, optimized": optimized,
         "ours, optimized, bf16": copy.deepcopy(optimized).to(torch.bfloat16),
     }
     if settings.compile:
-        for key in ("ours, optimized", "ours, optimized, bf16"):  # frozen: weights are laid out once, for the kernels
-            models[f"{key}, compiled"] = torch.compile(models[key], fullgraph=True, options={"freezing": True})
+        for key in ("ours, optimized", "ours, optimized, bf16"):
+            models[f"{key}, compiled"] = _compiled(models[key])
 
     half = pixels.to(torch.bfloat16)
     cases = {key: forward(each, half if "bf16" in key else pixels) for key, each in models.items()}
@@ -101,6 +107,11 @@ def _inference_rows(name: str, model: Any, pixels: torch.Tensor, settings: Setti
     timings = take_turns(cases, settings.rounds)
     extra = {key: {"largest difference": f"{value:.1e}"} for key, value in differences.items()}
     return _ratio_rows(name, timings, extra)
+
+
+def _compiled(model: Any) -> Any:
+    """`model` for inference, compiled as one graph; frozen: its weights are laid out once, for the kernels."""
+    return torch.compile(model, fullgraph=True, options={"freezing": True})
 
 
 def forward(model: Any, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -123,17 +134,45 @@ def _ratio_rows(name: str, timings: dict[str, Timing], extra: dict[str, dict[str
 
 
 def training(settings: Settings) -> Rows:
-    """One optimizer step at batch 1, forward, backward and AdamW."""
+    """One optimizer step at batch 1, forward, backward and AdamW; bf16 is autocast's."""
     rows: Rows = []
     for preset in settings.presets:
-        size = IMAGE_SIZES[preset]
-        model = build_model(preset).to(settings.device)
-        cases: dict[str, Callable[[], Any]] = {
-            BASELINE: training_step(work_like_the_original(copy.deepcopy(model)), size),
-            "ours": training_step(model, size),
-        }
+        size, model = IMAGE_SIZES[preset], build_model(preset).to(settings.device)
+        bf16: dict[str, Any] = {"dtype": torch.bfloat16}
+        compiled: dict[str, Any] = {"compiled": True}
+        variants = {"ours": {}, "ours, bf16": bf16}
+        if settings.compile:
+            variants |= {"ours, compiled": compiled, "ours, bf16, compiled": bf16 | compiled}
+        original = work_like_the_original(copy.deepcopy(model))
+        cases = {BASELINE: training_step(original, size), f"{BASELINE}, bf16": training_step(original, size, **bf16)}
+        cases |= {key: training_step(copy.deepcopy(model), size, **options) for key, options in variants.items()}
         losses = {key: {"first loss": f"{step():.5f}"} for key, step in cases.items()}
         rows += _ratio_rows(f"{preset}, {size} x {size}", take_turns(cases, settings.rounds), losses)
+    return rows
+
+
+def throughput(settings: Settings) -> Rows:
+    """Pictures per second in bf16, in batches of 8, and how much of the device's speed in matrix products that is."""
+    rows: Rows = []
+    speed = matrix_speed(settings.device)
+    for preset in settings.presets:
+        size = IMAGE_SIZES[preset]
+        pixels = torch.randn(8, 3, size, size, device=settings.device, dtype=torch.bfloat16)
+        model = build_model(preset).to(settings.device)
+        optimized: Any = optimize_for_inference(model)
+        optimized = optimized.to(torch.bfloat16)
+        cases: dict[str, Callable[[], Any]] = {
+            "inference": forward(_compiled(optimized) if settings.compile else optimized, pixels),
+            "training": training_step(model, size, 8, torch.bfloat16, compiled=settings.compile),
+        }
+        work = {
+            "inference": floating_point_operations(forward(optimized, pixels)),
+            "training": floating_point_operations(training_step(copy.deepcopy(model), size, 8, torch.bfloat16)),
+        }
+        for case, timing in take_turns(cases, settings.rounds).items():
+            row = {"what": f"{preset}, {size} x {size}", "case": case, "compiled": settings.compile}
+            share = work[case] / timing.median / speed
+            rows.append({**row, "pictures/s": round(8 / timing.median, 1), "of the matrix speed": f"{share:.0%}"})
     return rows
 
 
@@ -174,8 +213,15 @@ def parts(settings: Settings) -> Rows:
         size = IMAGE_SIZES[preset]
         pixels = torch.randn(1, 3, size, size, device=settings.device)
         model = build_model(preset).to(settings.device)
-        for case, each in {"ours, eager": model, BASELINE: work_like_the_original(copy.deepcopy(model))}.items():
-            times = time_of_parts(each, pixels, settings.rounds)
+        optimized: Any = optimize_for_inference(model)
+        cases = {
+            BASELINE: work_like_the_original(copy.deepcopy(model)),
+            "ours, eager": model,
+            "ours, optimized": optimized,
+            "ours, optimized, bf16": copy.deepcopy(optimized).to(torch.bfloat16),
+        }
+        for case, each in cases.items():
+            times = time_of_parts(each, pixels.to(each.dtype), settings.rounds)
             rows.append({"what": preset, "case": case, **{part: round(s, 3) for part, s in times.items()}})
     return rows
 
@@ -183,7 +229,7 @@ def parts(settings: Settings) -> Rows:
 def classes(settings: Settings) -> Rows:
     """What the class embeddings cost with the number of classes: tokens, and forward plus backward to the contexts."""
     rows: Rows = []
-    for number in (10, 150, 1000, 10_000):
+    for number in CLASS_COUNTS:
         model = build_model("denseclip-rn50", number).to(settings.device)
         model.clip.text_model.requires_grad_(False)
         model.clip.text_projection.requires_grad_(False)
@@ -267,6 +313,7 @@ TASKS: dict[str, Callable[[Settings], Rows]] = {
     "inference": inference,
     "slide": slide,
     "training": training,
+    "throughput": throughput,
     "memory": memory,
     "parts": parts,
     "classes": classes,

@@ -105,8 +105,14 @@ def build_model(preset: str, num_labels: int = 150, **options) -> Any:
     return model
 
 
-def training_step(model: Any, image_size: int, batch_size: int = 1) -> Callable[[], float]:
-    """A function that does one optimizer step of the published recipe and returns its loss."""
+def training_step(
+    model: Any,
+    image_size: int,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> Callable[[], float]:
+    """A function that does one optimizer step of the published recipe, under autocast to `dtype`; returns its loss."""
     model.train()
     trainable = any(p.requires_grad for p in model.clip.text_model.parameters())
     groups = parameter_groups(model, 1e-4, 1e-4, text_encoder_lr_multiplier=1e-3 if trainable else 0.0)
@@ -118,11 +124,14 @@ def training_step(model: Any, image_size: int, batch_size: int = 1) -> Callable[
     pixels = torch.randn(batch_size, 3, image_size, image_size, generator=generator).to(model.device)
     labels = torch.randint(model.config.num_labels, (batch_size, image_size, image_size), generator=generator)
     labels = labels.to(model.device)
+    run = torch.compile(model, fullgraph=True) if compiled else model
+    autocast = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
     def step() -> float:
         torch.manual_seed(0)  # every way of working drops the same channels
         optimizer.zero_grad(set_to_none=True)
-        loss = model(pixels, labels).loss
+        with autocast:
+            loss = run(pixels, labels).loss
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -226,18 +235,33 @@ def _timed(forward: Callable, name: str, spent: dict[str, float]) -> Callable:
     return timed
 
 
-def multiply_adds(model: Any, image_size: int) -> int:
-    """Multiply-adds of one forward pass over a square image (torch's counter, halved: it counts both operations)."""
+def floating_point_operations(run: Callable[[], Any]) -> int:
+    """Operations of `run` by torch's counter: two for a multiply-add."""
     # the CPU's fused attention is not counted, its plain formula is
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device=model.device, dtype=model.dtype))
-    return counter.get_total_flops() // 2
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def multiply_adds(model: Any, image_size: int) -> int:
+    """Multiply-adds of one forward pass over a square image."""
+    pixels = torch.zeros(1, 3, image_size, image_size, device=model.device, dtype=model.dtype)
+    with torch.no_grad():
+        return floating_point_operations(lambda: model(pixels)) // 2
+
+
+def matrix_speed(device: str, side: int = 4096) -> float:
+    """Operations per second of a bf16 product of two square matrices: median of five."""
+    left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
+    return 2 * side**3 / take_turns({"product": lambda: left @ right}, 5)["product"].median
 
 
 __all__ = [
     "Timing",
     "build_model",
     "class_token_ids",
+    "floating_point_operations",
+    "matrix_speed",
     "multiply_adds",
     "take_turns",
     "time_of_parts",
