@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .transforms import reduce_labels
+from .image_inputs_denseclip import reduce_labels
 
 
 NAMELESS = "a sample without a file name"

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from .image_inputs_denseclip import reduce_labels
 from .metrics import confusion_matrix, scores_from_confusion_matrix
 from .open_vocabulary_denseclip import eval_mode
 from .resizing_denseclip import resize_argmax, resize_labels
 from .stopping import OutlivesSignals
-from .transforms import reduce_labels
 
 
 Sample = dict[str, Any]

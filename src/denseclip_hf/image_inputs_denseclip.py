@@ -3,12 +3,15 @@
 Shapes: C channels, H × W pixels.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+
+
+Labels = TypeVar("Labels", np.ndarray, torch.Tensor)
 
 
 def picture_to_tensor(
@@ -73,6 +76,23 @@ def label_map_to_tensor(segmentation_map: Any) -> torch.Tensor:
     if isinstance(segmentation_map, torch.Tensor):
         return segmentation_map.to(torch.int64, copy=True)
     return torch.from_numpy(segmentation_map.astype(np.int64))
+
+
+def reduce_labels(labels: Labels, ignore_index: int = 255) -> Labels:
+    """Shift class ids by one, as ADE20K needs: 0 becomes `ignore_index`, n becomes n - 1, `ignore_index` stays.
+
+    Args:
+        labels (`np.ndarray` or `torch.Tensor` of integers, any shape): Raw class ids, which are not changed.
+        ignore_index (`int`, *optional*, defaults to 255): Label of pixels without a class.
+
+    Returns:
+        A new array or tensor of the same kind and shape: int64.
+    """
+    if isinstance(labels, np.ndarray):
+        labels = labels.astype(np.int64)
+        return np.where((labels == 0) | (labels == ignore_index), ignore_index, labels - 1)
+    labels = labels.long()
+    return torch.where((labels == 0) | (labels == ignore_index), ignore_index, labels - 1)
 
 
 def flatten_images(images: Any, ndim: int) -> list[Any]:

@@ -24,6 +24,7 @@ from .image_inputs_denseclip import (
     height_by_width,
     label_map_to_tensor,
     picture_to_tensor,
+    reduce_labels,
 )
 from .mixed_sizes_denseclip import LonePicture
 from .resizing_denseclip import fit_within, resize_argmax, resize_image, resize_labels
@@ -229,7 +230,7 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
         if do_resize:
             labels = resize_labels(labels, (pixel_values.shape[-2], pixel_values.shape[-1]))
         if do_reduce_labels:
-            labels = (labels - 1).masked_fill((labels == 0) | (labels == LABEL_PADDING), LABEL_PADDING)
+            labels = reduce_labels(labels, LABEL_PADDING)
         return labels
 
     def post_process_semantic_segmentation(

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .image_inputs_denseclip import reduce_labels
+
 
 LabelMap: TypeAlias = torch.Tensor | np.ndarray | Sequence[Sequence[int]]
 
@@ -226,8 +228,7 @@ class _CountingMetric(evaluate.Metric):
         """
         labels = _integers(reference, "reference")
         if self.do_reduce_labels:
-            ignored = (labels == 0) | (labels == self.ignore_index)
-            labels = (labels - 1).masked_fill(ignored, self.ignore_index)
+            labels = reduce_labels(labels, self.ignore_index)
         self._accumulate(self._count(prediction, labels), 1)
 
     def add_batch(self, *, predictions: Iterable[LabelMap], references: Iterable[LabelMap]) -> None:

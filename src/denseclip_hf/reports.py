@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from .image_inputs_denseclip import reduce_labels
 from .metrics import scores_from_confusion_matrix
-from .transforms import reduce_labels
 
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from .image_inputs_denseclip import reduce_labels
 from .resizing_denseclip import _nearest, fit_within
 
 
@@ -28,12 +29,6 @@ MAX_HUE_SHIFT, MAX_BRIGHTNESS_SHIFT, GAIN_RANGE = 18, 32, (0.5, 1.5)
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """Random generator of one sample in one epoch, whichever worker or process draws it (all three non-negative)."""
     return np.random.default_rng([seed, epoch, index])
-
-
-def reduce_labels(mask: np.ndarray, ignore_index: int = 255) -> np.ndarray:
-    """Shift class ids by one: 0 becomes `ignore_index`, n becomes n − 1, `ignore_index` stays. Returns a new array."""
-    ignored = (mask == 0) | (mask == ignore_index)
-    return np.where(ignored, ignore_index, mask.astype(np.int64) - 1)
 
 
 def resize_region(
