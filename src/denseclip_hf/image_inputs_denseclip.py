@@ -64,11 +64,7 @@ def label_map_to_tensor(segmentation_map: Any) -> torch.Tensor:
         if len(segmentation_map.getbands()) != 1:
             raise ValueError(f"A segmentation map has one channel, but this one has the mode {segmentation_map.mode}.")
         segmentation_map = np.asarray(segmentation_map)
-    if isinstance(segmentation_map, torch.Tensor):
-        is_integer = not (segmentation_map.is_floating_point() or segmentation_map.is_complex())
-    else:
-        is_integer = segmentation_map.dtype.kind in "iub"
-    if not is_integer or segmentation_map.ndim != 2:
+    if not holds_integers(segmentation_map) or segmentation_map.ndim != 2:
         raise ValueError(
             f"A segmentation map holds integer class ids in the shape (height, width), but this one has the dtype "
             f"{segmentation_map.dtype} and the shape {tuple(segmentation_map.shape)}."
@@ -76,6 +72,13 @@ def label_map_to_tensor(segmentation_map: Any) -> torch.Tensor:
     if isinstance(segmentation_map, torch.Tensor):
         return segmentation_map.to(torch.int64, copy=True)
     return torch.from_numpy(segmentation_map.astype(np.int64))
+
+
+def holds_integers(values: np.ndarray | torch.Tensor) -> bool:
+    """Whether an array or tensor has an integer dtype; booleans count."""
+    if isinstance(values, torch.Tensor):
+        return not (values.is_floating_point() or values.is_complex())
+    return values.dtype.kind in "iub"
 
 
 def reduce_labels(labels: Labels, ignore_index: int = 255) -> Labels:

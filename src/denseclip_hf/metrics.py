@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .image_inputs_denseclip import reduce_labels
+from .image_inputs_denseclip import holds_integers, reduce_labels
 
 
 LabelMap: TypeAlias = torch.Tensor | np.ndarray | Sequence[Sequence[int]]
@@ -125,17 +125,11 @@ def _checked(
 
 
 def _integers(label_map: LabelMap, name: str) -> torch.Tensor:
-    if isinstance(label_map, torch.Tensor):
-        is_integer = not (label_map.is_floating_point() or label_map.is_complex())
-        dtype: Any = label_map.dtype
-    else:
-        label_map = np.asarray(label_map)
-        is_integer = label_map.dtype.kind in "iub"
-        dtype = label_map.dtype
-    if not is_integer:
-        raise ValueError(f"The {name} must hold integer class ids, but its dtype is {dtype}.")
+    values = label_map if isinstance(label_map, torch.Tensor) else np.asarray(label_map)
+    if not holds_integers(values):
+        raise ValueError(f"The {name} must hold integer class ids, but its dtype is {values.dtype}.")
     # astype copies, so read-only and byte-swapped arrays are welcome too
-    return label_map.long() if isinstance(label_map, torch.Tensor) else torch.from_numpy(label_map.astype(np.int64))
+    return values.long() if isinstance(values, torch.Tensor) else torch.from_numpy(values.astype(np.int64))
 
 
 def _check_range(values: torch.Tensor, num_labels: int, name: str, exception: str) -> None:
