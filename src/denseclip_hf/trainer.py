@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -27,6 +25,7 @@ from .model_card import CARD, write_model_card
 from .runs import WRITING_DIR
 from .stopping import StopCallback, TrainingStopped
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
+from .training_log import TrainingLog, peak_memory  # noqa: F401  # the benchmark takes it from here
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
 
 
@@ -72,9 +71,7 @@ class DenseCLIPTrainer(Trainer):
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.image_processor, self.tokenizer, self.do_reduce_labels = image_processor, tokenizer, do_reduce_labels
-        self._sums: dict[str, Any] = defaultdict(float)
-        self._last_log = time.perf_counter()
-        self._rates: dict[str, float] = {}  # of every parameter group, in the step that runs
+        self._log = TrainingLog()
         self._unchecked: list[tuple[torch.Tensor, Any]] = []  # losses of the step that runs, and their files' names
         self._still: list[nn.Module] = []  # batch norms that keep their statistics
         self._batches: GlobalBatches | None = None
@@ -158,7 +155,7 @@ class DenseCLIPTrainer(Trainer):
         trained = [group for group in groups if group["params"]]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         self.optimizer = optimizer_class(trained, **options)
-        self._rates = {group["name"]: 0.0 for group in groups}
+        self._log.rates = {group["name"]: 0.0 for group in groups}
         self._still = frozen_batch_norms(model)
         return self.optimizer
 
@@ -215,7 +212,8 @@ class DenseCLIPTrainer(Trainer):
         if model.training:
             share = len(inputs["labels"]) / self._pictures_in_step()
             self._unchecked.append((loss.detach(), names))
-            self._count(outputs, inputs["labels"], share)
+            self._log.add(outputs, inputs["labels"], share, self.model.config.semantic_loss_ignore_index)
+            self._log.note_rates(self.optimizer.param_groups)
             # What it is divided by again: here by Trainer, then by averaging gradients over the processes.
             loss = loss * (share * self.current_gradient_accumulation_steps * self.args.world_size)
         return (loss, outputs) if return_outputs else loss
@@ -255,38 +253,10 @@ class DenseCLIPTrainer(Trainer):
             f"in {self.args.output_dir} are from before. Lower `learning_rate` or look at these files."
         )
 
-    @torch.no_grad()
-    def _count(self, outputs, labels: torch.Tensor, share: float) -> None:
-        """Add a batch, `share` of its step, to what the next log line averages, without waiting for the device."""
-        sums = self._sums
-        sums["steps"] += share
-        sums["images"] += len(labels)
-        for key in ("decode_loss", "auxiliary_loss"):
-            if outputs.get(key) is not None:
-                sums[key] += outputs[key].detach() * share
-        # At the logits' own resolution: exact enough to watch, and nothing is upsampled for it.
-        small = F.interpolate(labels[:, None].float(), size=outputs["logits"].shape[-2:], mode="nearest")[:, 0]
-        labelled = small != self.model.config.semantic_loss_ignore_index
-        sums["hits"] += ((outputs["logits"].argmax(1) == small) & labelled).sum()
-        sums["pixels"] += labelled.sum()
-        groups = self.optimizer.param_groups  # a caller's own may have no names
-        self._rates |= {group.get("name", f"group_{i}"): group["lr"] for i, group in enumerate(groups)}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """[`Trainer.log`]; beside the loss, both its parts, accuracy, rates and speed, all of every process."""
-        if "loss" in logs and self._sums:
-            counted, self._sums = self._sums, defaultdict(float)
-            values = [torch.as_tensor(value, device=self.args.device).float() for value in counted.values()]
-            sums = dict(zip(counted, self.accelerator.reduce(torch.stack(values), "sum").tolist(), strict=True))
-            for key in ("decode_loss", "auxiliary_loss"):
-                if key in sums:
-                    logs[key] = sums[key] / sums["steps"]
-            logs["pixel_accuracy"] = sums["hits"] / max(sums["pixels"], 1.0)
-            logs |= {f"learning_rate/{name}": rate for name, rate in self._rates.items()}
-            now = time.perf_counter()
-            logs["images_per_second"] = sums["images"] / (now - self._last_log)
-            logs["peak_memory_gib"] = peak_memory(self.args.device.type) / 2**30
-            self._last_log = now
+        if "loss" in logs:
+            logs |= self._log.next_line(self.accelerator)
         super().log(logs, start_time)
 
     # Evaluation: every image once, at its own size, only a K x K matrix kept
@@ -327,7 +297,7 @@ class DenseCLIPTrainer(Trainer):
             **{f"{metric_key_prefix}_{k}": v for k, v in scores.items() if not isinstance(v, (int, float))},
         }
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._last_log += time.perf_counter() - start  # no time of training
+        self._log.leave_out(time.perf_counter() - start)
         return metrics
 
     # Checkpoints: complete or absent
@@ -411,15 +381,6 @@ def hold_scalars(model: nn.Module) -> None:
             if parameter.dim() == 0:
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())
-
-
-def peak_memory(device_type: str) -> float:
-    """Most bytes in use so far: on the current device if that is "cuda", else of this process."""
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
 
 
 __all__ = ["DenseCLIPTrainer", "NonFiniteLossError"]
