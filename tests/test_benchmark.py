@@ -61,7 +61,7 @@ def test_all_ways_of_training_begin_with_the_same_loss():
 @pytest.mark.usefixtures("tiny")
 def test_compiled_models_are_measured_too(monkeypatch):
     monkeypatch.setattr(benchmark_tasks.torch, "compile", lambda model, **options: model)
-    for task in ("inference", "training"):
+    for task in ("inference", "slide", "training"):
         cases = [row["case"] for row in rows_of(task, compiled=True)]
         assert len([case for case in cases if case.endswith(", compiled")]) == 4
     assert all(row["compiled"] for row in rows_of("throughput", compiled=True))

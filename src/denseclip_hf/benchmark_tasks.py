@@ -111,7 +111,12 @@ def _inference_rows(name: str, model: Any, pixels: torch.Tensor, settings: Setti
 
 def _compiled(model: Any) -> Any:
     """`model` for inference, compiled as one graph; frozen: its weights are laid out once, for the kernels."""
-    return torch.compile(model, fullgraph=True, options={"freezing": True})
+    options: dict[str, Any] = {"fullgraph": True, "options": {"freezing": True}}
+    if model.config.inference_mode == "whole":
+        return torch.compile(model, **options)
+    sliding = copy.copy(model)  # a graph of all windows would hold each of them: compile one, and loop in Python
+    sliding.window_logits = torch.compile(model.window_logits, **options)
+    return sliding
 
 
 def forward(model: Any, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
