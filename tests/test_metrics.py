@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from denseclip_hf.metrics import MeanBoundaryIoU, MeanIoU, confusion_matrix, scores_from_confusion_matrix
+from denseclip_hf.metrics import (
+    MeanBoundaryIoU,
+    MeanIoU,
+    boundary_counts,
+    confusion_matrix,
+    scores_from_confusion_matrix,
+)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -100,6 +106,12 @@ def test_confusion_matrix_rows_are_references(prediction, reference, ignore_inde
     assert matrix.tolist() == expected
 
 
+def test_label_255_is_ignored_by_default():
+    assert confusion_matrix([[0, 1]], [[0, 255]], 2).tolist() == [[1, 0], [0, 0]]
+    counts = boundary_counts(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 255]]), 1)
+    assert counts.tolist() == [[1], [1], [1]]
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32, ">i4"])
 def test_reducing_labels_changes_no_input(dtype):
     reference = np.array([[0, 1, 2, 255]], dtype=dtype)
@@ -169,6 +181,7 @@ ZEROS = torch.zeros(2, 3, dtype=torch.long)
         (ZEROS + 255, ZEROS, "prediction must hold class ids from 0 to 3, .* 255"),
         (ZEROS.float(), ZEROS, "prediction must hold integer class ids.*float32"),
         (ZEROS, np.zeros((2, 3)), "reference must hold integer class ids.*float64"),
+        (ZEROS[0, 0], ZEROS, "prediction is a single number and the reference 2×3"),
     ],
 )
 def test_bad_maps_are_refused(metric_class, prediction, reference, message):
@@ -183,16 +196,33 @@ def test_bad_maps_are_refused(metric_class, prediction, reference, message):
     [
         (lambda: MeanIoU(0), "at least 1"),
         (lambda: MeanIoU(300, do_reduce_labels=True), "ignore_index=-100"),
+        (lambda: MeanIoU(2, ignore_index=0, do_reduce_labels=True), "0 is below num_labels=2"),
         (lambda: MeanBoundaryIoU(2, boundary_width=0), "positive"),
         (lambda: MeanIoU(2).add_batch(predictions=[ZEROS], references=[]), "1 predictions but 0 references"),
         (lambda: MeanIoU(2).compute(predictions=[ZEROS]), "both"),
+        (lambda: MeanIoU(2).compute(references=[ZEROS]), "both"),
         (lambda: MeanIoU(2).merge(MeanIoU(3)), "2 classes, the other MeanIoU with 3"),
+        (lambda: MeanIoU(2).merge(MeanBoundaryIoU(2)), "this is MeanIoU .* the other MeanBoundaryIoU"),
         (lambda: MeanBoundaryIoU(2).add(prediction=ZEROS[None], reference=ZEROS[None]), "height, width"),
     ],
 )
 def test_bad_calls_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("num_labels", "ignore_index"), [(1, 255), (255, 255), (2, -1)])
+def test_reducing_needs_an_ignored_label_that_is_no_class(num_labels, ignore_index):
+    metric = MeanIoU(num_labels, ignore_index, do_reduce_labels=True)
+    metric.add(prediction=ZEROS, reference=ZEROS + 1)
+    assert metric.confusion_matrix[0, 0] == ZEROS.numel()
+
+
+def test_describes_itself_as_evaluate_asks():
+    metric = MeanBoundaryIoU(num_labels=2)
+    assert metric.description == MeanBoundaryIoU.__doc__ and metric.citation == metric.inputs_description == ""
+    assert metric.features["predictions"] == metric.features["references"]
+    assert metric.features["references"].feature.feature.dtype == "int64"
 
 
 def square(size, low, high):
@@ -218,6 +248,16 @@ def test_boundary_width_is_a_share_of_the_diagonal():
     assert metric.compute()["per_category_boundary_iou"][1] == 48 / (84 + 60 - 48)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "pixels"),
+    [(60, 80, 60 * 80 - 56 * 76), (3, 3, 8)],
+    ids=["two hundredths of 100", "at least one pixel"],
+)
+def test_band_inside_the_edge(height, width, pixels):
+    maps = torch.zeros(height, width, dtype=torch.long)
+    assert boundary_counts(maps, maps, 1).tolist() == [[pixels]] * 3
+
+
 def test_ignored_pixels_make_no_contour():
     reference = square(20, 0, 20)
     reference[8:12, 8:12] = 255
@@ -226,6 +266,13 @@ def test_ignored_pixels_make_no_contour():
     metric = MeanBoundaryIoU(num_labels=2)
     metric.add(prediction=prediction, reference=reference)
     assert metric.compute()["per_category_boundary_iou"] == pytest.approx([NAN, 1.0], nan_ok=True)
+
+
+def test_the_matrix_is_a_copy():
+    metric = MeanIoU(num_labels=2)
+    metric.add(prediction=ZEROS, reference=ZEROS)
+    metric.confusion_matrix.zero_()
+    assert metric.confusion_matrix.sum() == ZEROS.numel()
 
 
 def test_nothing_counted_is_a_matrix_of_zeros():
