@@ -93,6 +93,8 @@ def test_exemption_covers_norms_and_biases():
     for group in groups:
         if group["name"] not in ("logit_scale",):
             assert all((p.dim() < 2) == (group["weight_decay"] == 0.0) for p in group["params"])
+    exempt = {group["name"] for group in groups if group["name"].endswith("_without_decay")}
+    assert exempt == {f"{name}_without_decay" for name in ("text_encoder", "image_encoder", "decoder", "logit_scale")}
 
 
 def test_unknown_parameter_is_refused():
@@ -120,6 +122,7 @@ def test_schedule_is_the_originals(base_lr):
 def test_schedule_without_warmup_starts_at_the_base():
     assert poly_learning_rate(0, 0.5, total_steps=10, warmup_steps=0) == 0.5
     assert poly_learning_rate(10, 0.5, total_steps=10, warmup_steps=0) == 1e-6
+    assert poly_learning_rate(12, 0.5, total_steps=10, warmup_steps=0) == 1e-6
 
 
 def test_trainer_steps_every_group_on_its_own_rate(tmp_path):
@@ -142,18 +145,39 @@ def test_other_schedules_are_transformers_own(tmp_path):
 
 def test_defaults_are_the_published_recipe():
     args = DenseCLIPTrainingArguments(output_dir="unused")
-    assert (args.learning_rate, args.weight_decay, args.max_steps, args.warmup_steps) == (1e-4, 1e-4, 80_000, 1500)
-    assert (args.image_encoder_lr_multiplier, args.text_encoder_lr_multiplier, args.max_grad_norm) == (0.1, 0.0, 0.0)
-    assert args.num_train_epochs == 3.0
-    adam = OPTIM["adamw_defaults"]
-    assert [args.adam_beta1, args.adam_beta2] == adam["betas"] and args.adam_epsilon == adam["eps"]
+    beta1, beta2 = OPTIM["adamw_defaults"]["betas"]
+    expected = {
+        "learning_rate": 1e-4, "weight_decay": 1e-4, "max_steps": 80_000, "num_train_epochs": 3.0,
+        "lr_scheduler_type": "polynomial", "min_learning_rate": 1e-6, "poly_power": 0.9,
+        "warmup_steps": 1500, "warmup_start_ratio": 1e-6,
+        "image_encoder_lr_multiplier": 0.1, "text_encoder_lr_multiplier": 0.0, "max_grad_norm": 0.0,
+        "adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": OPTIM["adamw_defaults"]["eps"],
+        "exempt_norms_and_biases": False, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
+        "dataloader_drop_last": True, "remove_unused_columns": False, "logging_nan_inf_filter": False,
+        "metric_for_best_model": "mean_iou", "greater_is_better": True, "channels_last": False,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_epochs_that_are_given_count(caplog):
     assert DenseCLIPTrainingArguments("unused", num_train_epochs=2).max_steps == -1
     assert DenseCLIPTrainingArguments("unused", max_steps=-1).num_train_epochs == 3.0
+    assert DenseCLIPTrainingArguments("unused", max_steps=-1, num_train_epochs=2).num_train_epochs == 2
+    assert DenseCLIPTrainingArguments("unused", max_steps=7).max_steps == 7
     assert not caplog.text
     assert DenseCLIPTrainingArguments("unused", max_steps=7, num_train_epochs=2).max_steps == 7
     assert "max_steps 7 counts, not num_train_epochs 2: to train for epochs, pass `--max_steps -1`" in caplog.text
-    with pytest.raises(ValueError, match="max_steps is 0: give a positive number"):
-        DenseCLIPTrainingArguments("unused", max_steps=0)
+
+
+@pytest.mark.parametrize("steps", [0, -2])
+def test_steps_that_mean_nothing_are_refused(steps):
+    with pytest.raises(ValueError, match=f"max_steps is {steps}: give a positive number"):
+        DenseCLIPTrainingArguments("unused", max_steps=steps)
+
+
+def test_the_cpu_is_used_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert DenseCLIPTrainingArguments("unused", bf16=True).use_cpu
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not DenseCLIPTrainingArguments("unused").use_cpu
+    assert DenseCLIPTrainingArguments("unused", use_cpu=True).use_cpu
