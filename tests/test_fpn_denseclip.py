@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +16,19 @@ def test_neck_adds_coarser_levels_by_nearest_neighbour():
     assert p5.item() == 10 and p4.unique().tolist() == [10.0] and p3[0, 0, 0, 0] == 11 and p3[0, 0, 1, 1] == 10
     # seven rows take their value from row floor(i * 4 / 7) of four
     assert p2[0, 0, :, 0].tolist() == [11.0, 11.0, 10.0, 10.0, 10.0, 10.0, 10.0]
+
+
+@pytest.mark.parametrize("part", [FPNNeck([1] * 4, 1), SemanticFPNHead(1, 1, 1, 0.0, 1e-5)], ids=["neck", "head"])
+@pytest.mark.parametrize("levels", [3, 5])
+def test_other_numbers_of_levels_are_refused(part, levels):
+    with pytest.raises(ValueError, match="shorter|longer"):
+        part([torch.zeros(1, 1, 4, 4)] * levels)
+
+
+def test_head_drops_channels_and_normalises_as_told():
+    head = SemanticFPNHead(4, 6, 3, 0.2, 1e-3)
+    assert head.dropout.p == 0.2
+    assert {layer.eps for layer in head.modules() if isinstance(layer, nn.BatchNorm2d)} == {1e-3}
 
 
 def test_head_upsamples_between_convolutions_and_once_at_the_end():

@@ -324,6 +324,44 @@ def test_forward_never_waits_for_the_device(kind, mode, images, labels, monkeypa
         images.sum().item()
 
 
+# Start values
+
+
+def test_new_parts_start_as_the_config_says(kind):
+    sizes = {"neck_hidden_size": 8, "decode_head_hidden_size": 32, "num_context_tokens": 8}
+    model = tiny_model(kind, initializer_range=0.1, gamma_init=0.5, context_init_std=0.3, **sizes)
+    linears = [module for module in model.context_decoder.modules() if isinstance(module, torch.nn.Linear)]
+    weights = torch.cat([linear.weight.detach().flatten() for linear in linears])
+    assert not any(linear.bias is not None and linear.bias.any() for linear in linears)
+    # a normal distribution cut off at two standard deviations has 0.88 of them left
+    assert weights.std() == pytest.approx(0.088, rel=0.1) and 0.19 < weights.abs().max() <= 0.2
+    contexts = model.prompts.context_vectors.detach()
+    assert contexts.std() == pytest.approx(0.264, rel=0.2) and contexts.abs().max() <= 0.6
+    assert torch.equal(model.gamma, torch.full((12,), 0.5))
+    convolution = model.decode_head.scale_heads[0][0].weight.detach()  # 8 -> 32 channels, He et al. by outputs
+    assert convolution.std() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.1)
+
+
+def test_frozen_classes_start_as_unit_vectors_on_average():
+    model = tiny_model(num_labels=200, class_token_ids=[[SOS, 5, EOS]] * 200, frozen_classes=True)
+    assert model.class_embeddings.norm(dim=-1).square().mean() == pytest.approx(1, rel=0.1)
+
+
+def test_what_a_checkpoint_lacks_starts_anew(kind):
+    model = tiny_model(kind, gamma_init=0.5)
+    weights = model.state_dict()
+    random = ["prompts.context_vectors", "decode_head.classifier.weight", "decode_head.scale_heads.1.0.weight"]
+    lacking = ["clip.logit_scale", "gamma", "context_decoder.layers.0.mlp.0.bias", *random]
+    kept = {name: value for name, value in weights.items() if name not in lacking}
+    loaded, info = DenseCLIPForSemanticSegmentation.from_pretrained(
+        None, config=model.config, state_dict=kept, output_loading_info=True
+    )
+    state = loaded.state_dict()
+    assert set(info["missing_keys"]) == set(lacking)
+    assert {name for name in weights if not torch.equal(state[name], weights[name])} == set(random)
+    assert all(0.05 < state[name].std() < 1.5 for name in random)
+
+
 # Behaviour inside transformers
 
 
@@ -393,11 +431,31 @@ def test_stochastic_depth_drops_whole_samples():
     assert torch.equal(StochasticDepth(0.5)(module.eval(), None, torch.ones(4, 3, 2)), torch.ones(4, 3, 2))
 
 
-def test_stochastic_depth_rises_linearly():
+def test_stochastic_depth_drops_the_branch_of_a_tuple():
+    from denseclip_hf.image_encoder_denseclip import StochasticDepth
+
+    branch, *rest = StochasticDepth(0.999)(torch.nn.Identity().train(), None, (torch.ones(4, 3, 2), "a", "b"))
+    assert not branch.any() and rest == ["a", "b"]
+
+
+@pytest.mark.parametrize("branch", ["self_attn", "mlp"])
+def test_stochastic_depth_rises_linearly(branch):
     model = tiny_model(drop_path_rate=0.3)
     layers = model.clip.vision_model.encoder.layers
-    rates = [next(iter(layer.mlp._forward_hooks.values())).rate for layer in layers]
+    rates = [next(iter(getattr(layer, branch)._forward_hooks.values())).rate for layer in layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+def test_epsilons_and_dropout_are_the_configs():
+    options = {"context_decoder_dropout": 0.3, "decode_head_dropout": 0.2}
+    model = tiny_model(layer_norm_eps=1e-3, batch_norm_eps=1e-4, **options)
+    norms = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d)
+    decoder = model.context_decoder.modules()
+    others = [m for part in (model.pyramid, model.neck, model.decode_head) for m in part.modules()]
+    assert {module.eps for module in decoder if isinstance(module, norms)} == {1e-3}
+    assert {module.eps for module in others if isinstance(module, norms)} == {1e-4}
+    dropouts = [module for module in model.context_decoder.modules() if isinstance(module, torch.nn.Dropout)]
+    assert [module.p for module in dropouts] == [0.3, 0.3] and model.decode_head.dropout.p == 0.2
 
 
 def test_training_is_random_and_eval_is_not(images):
@@ -437,6 +495,17 @@ def test_from_clip_keeps_clip_and_resizes_its_positions(kind, images):
     assert (model.config.image_size, model.config.crop_size) == (128, [128, 128])
     assert torch.equal(model.gamma, torch.full((12,), 1e-4))
     assert forward(model.eval(), images).logits.shape[1] == 2
+
+
+def test_from_clip_trains_at_the_published_size(kind):
+    model = DenseCLIPForSemanticSegmentation.from_clip(tiny_clip(kind), ["sky"], Tokenizer(), **SIZES)
+    assert model.config.image_size == {"vit": 640, "resnet": 512}[kind]
+
+
+def test_from_clip_takes_token_ids_without_a_tokenizer():
+    ids = [[SOS, 5, EOS]]
+    model = DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), ["sky"], class_token_ids=ids, **SIZES)
+    assert model.config.class_token_ids == ids
 
 
 def test_from_clip_by_directory_reports_what_is_new(kind, tmp_path, caplog):
