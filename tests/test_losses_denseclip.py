@@ -1,9 +1,10 @@
 import pytest
 import torch
+from conftest import tiny_config
 from torch.nn import functional as F
 
 from denseclip_hf import losses_denseclip
-from denseclip_hf.losses_denseclip import pixel_cross_entropy
+from denseclip_hf.losses_denseclip import checked_labels, pixel_cross_entropy
 
 
 def straightforward(logits, labels, ignore_index=255):
@@ -36,6 +37,24 @@ def test_loss_and_gradient_are_those_of_resized_logits(monkeypatch, strip, size)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
+def test_a_compiler_gets_the_plain_formula(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.delattr(losses_denseclip, "_StripCrossEntropy")
+    logits, labels = torch.randn(2, 5, 8, 12).bfloat16(), torch.randint(5, (2, 32, 48))
+    labels[0, :16] = 255
+    resized = F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(resized.float(), labels, ignore_index=255, reduction="none").mean()
+    torch.testing.assert_close(pixel_cross_entropy(logits, labels, 255), expected)
+
+
+def test_there_is_no_second_derivative():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = pixel_cross_entropy(logits, torch.zeros(1, 8, 8, dtype=torch.long), 255)
+    (gradient,) = torch.autograd.grad(loss.square(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_nothing_of_the_labels_size_is_kept_for_the_backward_pass(monkeypatch):
     monkeypatch.setattr(losses_denseclip, "_STRIP_ELEMENTS", 4096)
     logits, labels = torch.randn(1, 16, 8, 8, requires_grad=True), torch.zeros(1, 256, 256, dtype=torch.long)
@@ -54,7 +73,8 @@ def test_nothing_of_the_labels_size_is_kept_for_the_backward_pass(monkeypatch):
     assert [tensor.numel() for tensor in node.saved_tensors] == [logits.numel()]
 
 
-def test_half_precision_logits_get_a_float32_loss_and_their_own_gradient():
+def test_half_precision_logits_get_a_float32_loss_and_their_own_gradient(monkeypatch):
+    monkeypatch.setattr(losses_denseclip, "_STRIP_ELEMENTS", 1)
     logits = torch.randn(1, 4, 4, 4, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(4, (1, 16, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -62,3 +82,21 @@ def test_half_precision_logits_get_a_float32_loss_and_their_own_gradient():
     loss.backward()
     assert loss.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss, straightforward(logits.detach().float(), labels), rtol=1e-5, atol=1e-6)
+    full = logits.detach().float().requires_grad_()
+    straightforward(full, labels).backward()
+    torch.testing.assert_close(logits.grad.float(), full.grad, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 2])
+def test_no_class_is_ignored(ignore_index):
+    labels, config = torch.zeros(1, 4, 4, dtype=torch.long), tiny_config()
+    config.semantic_loss_ignore_index = ignore_index
+    with pytest.raises(ValueError, match=rf"`semantic_loss_ignore_index` \({ignore_index}\) is one of the 3 classes"):
+        checked_labels(labels, 1, config)
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 3])
+def test_labels_beside_the_classes_are_ignored(ignore_index):
+    labels = torch.tensor([[[0, 2, ignore_index]]], dtype=torch.int8)
+    checked = checked_labels(labels, 1, tiny_config(semantic_loss_ignore_index=ignore_index))
+    assert checked.dtype == torch.long and torch.equal(checked, labels.long())

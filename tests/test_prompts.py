@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import EOS, SOS, tiny_model
+from conftest import EOS, SOS, tiny_config, tiny_model
 
-from denseclip_hf.prompts_denseclip import PADDING, PREFIX, pack_prompts
+from denseclip_hf.prompts_denseclip import PADDING, PREFIX, pack_prompts, tokenize_classes
 
 
 def straightforward(model, class_token_ids):
@@ -73,3 +73,27 @@ def test_groups_are_padded_to_one_length():
 def test_text_work_grows_with_distinct_tokens():
     names = [[SOS, i, EOS] for i in range(90)]
     assert pack_prompts(names, num_context_tokens=8).token_ids.numel() == 9 + 2 * 90
+
+
+def as_letters(text):
+    """A tokenizer that reads every letter as a token."""
+    return {"input_ids": (SOS, *map(ord, text), EOS)}
+
+
+def test_a_name_may_fill_every_place_beside_the_contexts():
+    config = tiny_config(num_context_tokens=4)  # of 16 places
+    ten = "a" * 10
+    assert tokenize_classes([ten], as_letters, config) == [[SOS, *[97] * 10, EOS]]
+    with pytest.raises(ValueError, match=f"'{ten}a' has 13 tokens with SOS and EOS, but 12 fit beside 4 contexts"):
+        tokenize_classes([ten, ten + "a"], as_letters, config)
+
+
+def test_names_are_put_into_the_template():
+    config = tiny_config(prompt_template="a {}.")
+    assert tokenize_classes(["b"], as_letters, config) == [[SOS, *map(ord, "a b."), EOS]]
+    with pytest.raises(ValueError, match="a class name is empty"):
+        tokenize_classes(["b", " "], as_letters, config)
+
+
+def test_the_layout_is_no_weight():
+    assert not any(name in key for key in tiny_model().state_dict() for name in ("token_ids", "owners", "eos_index"))
