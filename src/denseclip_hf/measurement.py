@@ -21,6 +21,7 @@ from .evaluation import evaluate_segmentation
 from .inference import colourise, comparison_picture, multi_scale_segmentation, overlay
 from .metrics import boundary_counts, confusion_matrix
 from .model_card import CARD, update_results
+from .model_card_results import protocol_of
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .pictures import confusion_picture, indexed_picture
 from .reports import MatchedSamples, build_report, match_classes, nan_mean, save_report, scores_of_classes
@@ -192,16 +193,8 @@ def _set_protocol(model, image_processor, args: EvaluationArguments) -> dict[str
     checked = type(model.config)(**{**model.config.to_dict(), **options})
     for name in asked:
         setattr(model.config, name, getattr(checked, name))
-    slides = checked.inference_mode == "slide"
-    return {
-        "inference_mode": checked.inference_mode,
-        "crop_size": list(checked.crop_size) if slides else None,
-        "stride": list(checked.stride) if slides else None,
-        "scales": list(args.scales),
-        "flip": args.flip,
-        "size": {key: value for key, value in dict(image_processor.size).items() if value is not None},
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    return protocol_of(checked, image_processor.size, args.scales, args.flip) | {"dtype": dtype}
 
 
 def _load_data(args: EvaluationArguments) -> SegmentationData:

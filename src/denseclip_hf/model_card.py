@@ -12,17 +12,15 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 from safetensors import safe_open
 
 from .configuration_denseclip import DenseCLIPConfig
+from .model_card_results import PIPELINE, add_to_model_index, check_results
 from .model_card_sections import (
     MODEL,
     about,
@@ -42,15 +40,10 @@ from .runs import write_atomically
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-LIBRARY, PIPELINE = "transformers", "image-segmentation"
+LIBRARY = "transformers"
 TAGS = ["denseclip", "clip", "semantic-segmentation", "image-segmentation", "vision"]
 # Sections that are added to a README which nothing was generated in yet.
 MEASURED = ("results", "training", "picture")
-METRICS = {
-    "mean_iou": ("mean_iou", "mIoU"),
-    "mean_accuracy": ("mean_accuracy", "mAcc"),
-    "overall_accuracy": ("accuracy", "aAcc"),
-}
 
 
 def write_model_card(
@@ -189,11 +182,12 @@ def _write(
     name = name or shown_name(str(model_dir.resolve()))
     front, block, body = ({}, "", f"# {name}\n\n{_HINT}\n") if new else _split(_text_of(path), path)
     before = dict(front)
-    written = set((found := _WRITTEN.search(body)) and found[1].split() or ())
+    found = _WRITTEN.search(body)
+    written = set(found[1].split()) if found else set()
     written |= _fill_front_matter(front, written, license, base_model, dataset)
     if results is not None:
-        _check_results(results)
-        measured = _add_to_model_index(front, name, eval_results(results), path)
+        check_results(results)
+        measured = add_to_model_index(front, name, results, path)
         sections["results"] = results_tables(results, measured)
     body = _merge_body(body, sections, add=tuple(sections) if new else add)
     record = f"<!-- generated front matter: {' '.join(sorted(written))} -->"
@@ -235,72 +229,6 @@ def _front_matter_block(front: dict[str, Any]) -> str:
     return f"---\n{yaml_dump(front, sort_keys=False).strip()}\n---\n\n"
 
 
-def _add_to_model_index(front: dict[str, Any], name: str, new: list[EvalResult], path: Path) -> list[EvalResult]:
-    """Put `new` into the entry `name` of the model-index, or its first; all results of that entry."""
-    try:
-        entries = list(front.get("model-index") or [])
-        place = next((index for index, entry in enumerate(entries) if entry["name"] == name), 0)
-        found = [model_index_to_eval_results([entry]) for entry in entries[place : place + 1]]
-    except (TypeError, LookupError, AttributeError, ValueError) as error:
-        raise ValueError(f"the `model-index` of {path} is not as the Hub defines it: correct it.") from error
-    name, old = found[0] if found else (name, [])
-    measured = [result for result in old if not any(result.is_equal_except_value(other) for other in new)] + new
-    if measured:
-        entries[place : place + 1] = eval_results_to_model_index(name, measured)
-        front["model-index"] = entries
-    return measured
-
-
-def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    """The numbers of a measurement, as in [`update_results`], for the front matter's model-index."""
-    protocol = {key: value for key, value in dict(results.get("protocol") or {}).items() if value is not None}
-    return [
-        EvalResult(
-            task_type=PIPELINE,
-            dataset_type=_slug(results["dataset"]),
-            dataset_name=shown_name(results["dataset"]),
-            dataset_split=str(results["split"]),
-            metric_type=metric_type,
-            metric_name=name,
-            metric_value=round(float(results["metrics"][key]), 4),
-            metric_args=protocol or None,  # not `dataset_args`, which only one measurement of a split can have
-        )
-        for key, (metric_type, name) in METRICS.items()
-        if _is_number(results["metrics"].get(key))
-    ]
-
-
-def results_of_training(
-    metrics: Mapping[str, Any], config: Any, dataset: str, split: str, size: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """
-    What `DenseCLIPTrainer.evaluate` returned, in the form [`update_results`] takes.
-
-    Args:
-        metrics (`Mapping[str, Any]`): with the prefix `eval_`.
-        config ([`DenseCLIPConfig`]): of the model, for class names and protocol.
-        dataset, split (`str`): what it was measured on.
-        size (`Mapping[str, Any]`, *optional*): what pictures were resized to.
-    """
-    protocol: dict[str, Any] = {"inference_mode": config.inference_mode, "scales": [1.0], "flip": False}
-    if config.inference_mode == "slide":
-        protocol |= {"crop_size": list(config.crop_size), "stride": list(config.stride)}
-    if size:
-        protocol["size"] = {key: value for key, value in dict(size).items() if value is not None}
-    columns = {kind: metrics.get(f"eval_per_category_{kind}", []) for kind in ("iou", "accuracy")}
-    per_category = {
-        name: {kind: values[index] for kind, values in columns.items() if index < len(values)}
-        for index, name in config.id2label.items()
-    }
-    return {
-        "dataset": dataset,
-        "split": split,
-        "protocol": protocol,
-        "metrics": {key: metrics[f"eval_{key}"] for key in METRICS if f"eval_{key}" in metrics},
-        "per_category": per_category,
-    }
-
-
 def _fill_front_matter(
     front: dict[str, Any], written: set[str], license: str | None, base_model: str | None, dataset: str | None
 ) -> set[str]:
@@ -315,20 +243,6 @@ def _fill_front_matter(
     if license:
         front["license"] = license
     return set(known)
-
-
-def _check_results(results: Mapping[str, Any]) -> None:
-    for key in ("dataset", "split", "metrics"):
-        if not results.get(key):
-            raise ValueError(f"the results lack `{key}`: a number without it means nothing in a model card.")
-    numbers = {key: results["metrics"].get(key) for key in METRICS}
-    for category, values in (results.get("per_category") or {}).items():
-        numbers |= {f"{kind} of {category}": values.get(kind) for kind in ("iou", "accuracy")}
-    for name, value in numbers.items():
-        if value is None or (isinstance(value, Real) and math.isnan(value)):
-            continue
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-            raise ValueError(f"{name} must be a number from 0 to 1 (not per cent), got {value!r}.")
 
 
 def _merge_body(body: str, sections: Mapping[str, str], add: Sequence[str]) -> str:
@@ -384,17 +298,8 @@ def _parameters(model_dir: Path) -> int | None:
     return count or None
 
 
-def _slug(name: str) -> str:
-    return name if is_hub_name(name) else re.sub(r"[^a-z0-9]+", "-", shown_name(name).lower()).strip("-") or "dataset"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
-
-
 __all__ = [
     "card_to_push",
-    "results_of_training",
     "update_results",
     "write_frozen_card",
     "write_model_card",

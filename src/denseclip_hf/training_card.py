@@ -10,7 +10,8 @@ from PIL import Image
 
 from .data_layouts import default_palette
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
-from .model_card import results_of_training, write_model_card
+from .model_card import write_model_card
+from .model_card_results import results_of_training
 from .model_card_sections import environment, shown_name
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .pictures import overlay_with_legend
