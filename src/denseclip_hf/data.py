@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import datasets
 
-from .data_files import SampleReader, read_image
+from .data_files import SampleReader
 from .data_layouts import (
     TRAIN_FOLDERS,
     VALIDATION_FOLDERS,
@@ -148,19 +148,6 @@ def load_segmentation_dataset(
     return SegmentationData(
         ready.get("train"), ready.get("validation"), table.id2label, palette, ignore, reduce, reader
     )
-
-
-def read_sample(data: SegmentationData, image: Any, mask: Any) -> dict[str, Any]:
-    """
-    Read one picture and its mask (paths, bytes or PIL images) as the samples of `data` are, and check them.
-
-    Returns:
-        `image`, an RGB PIL picture, and `mask`, an (h, w) integer array of raw ids.
-
-    Raises:
-        FileNotFoundError, ValueError: see [`SampleReader.read`].
-    """
-    return replace(data.reader, decode=True).read(image, mask)
 
 
 def _layout_of(source: Any) -> Layout | None:
@@ -342,4 +329,4 @@ def _readable(rows: Rows, reader: SampleReader, read_first: bool) -> Rows:
     return rows.with_transform(reader)
 
 
-__all__ = ["SampleReader", "SegmentationData", "load_segmentation_dataset", "read_image", "read_sample"]
+__all__ = ["SegmentationData", "load_segmentation_dataset"]
