@@ -9,13 +9,18 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported; names are not looked for
 
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from PIL import Image
 from safetensors.torch import load_file
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+from denseclip_hf.app_answers import AppModels
 from denseclip_hf.conversion import config_from_original, convert_original_state_dict
+from denseclip_hf.example_clip import example_clip_model, example_corpus, make_example_tokenizer
+from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -89,6 +94,50 @@ def tiny_model(kind: str = "vit", seed: int = 0, **options) -> DenseCLIPForSeman
     """A tiny model in eval mode with seeded weights."""
     torch.manual_seed(seed)
     return DenseCLIPForSemanticSegmentation(tiny_config(kind, **options)).eval()
+
+
+def varied(model, pixel_values: torch.Tensor | None = None):
+    """`model`, now with predictions of every class on pictures like these, which random weights seldom give."""
+    if pixel_values is None:
+        pixel_values = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.decode_head.classifier.bias -= model.window_logits(pixel_values).mean((0, 2, 3))
+    return model
+
+
+def photo(size=(96, 64), seed: int = 0) -> Image.Image:
+    """A smooth picture of random colours, of (width, height) pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 16, size[0] // 16, 3)).astype(np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def word_model_dir(tmp_path_factory) -> Path:
+    """A model that knows words and shows more than one class: around the example's CLIP with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    tokenizer = make_example_tokenizer(example_corpus(num_scenes=5), vocab_size=700)
+    torch.manual_seed(0)
+    sizes = {"context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2, "neck_hidden_size": 8}
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        example_clip_model(tokenizer, "vit"), ["sky", "road", "tree"], tokenizer, image_size=64, **sizes
+    ).eval()
+    processor = DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
+    varied(model, processor(photo(), return_tensors="pt")["pixel_values"])
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def app_models(word_model_dir) -> AppModels:
+    """What a page offers that shows this model alone, called "random"."""
+    return AppModels([str(word_model_dir)], device="cpu")
+
+
+@pytest.fixture
+def photo_file(tmp_path) -> Path:
+    photo().save(tmp_path / "holiday.png")
+    return tmp_path / "holiday.png"
 
 
 @pytest.fixture(params=["vit", "resnet"])

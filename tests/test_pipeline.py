@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, varied
 from PIL import Image
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
@@ -78,15 +78,6 @@ def expected(model, processor):
     return results
 
 
-def varied_model(kind, **options):
-    """A tiny model whose predictions are not all one class."""
-    model = tiny_model(kind, **options)
-    with torch.no_grad():
-        logits = model.window_logits(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-        model.decode_head.classifier.bias -= logits.mean((0, 2, 3))
-    return model
-
-
 @pytest.fixture
 def processor():
     return DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
@@ -101,7 +92,7 @@ def processor():
     ],
 )
 def test_every_way_to_call_gives_what_the_model_gives(tmp_path, processor, kind, mode, options, dtype):
-    model = varied_model(kind, inference_mode=mode, crop_size=48, stride=32).to(dtype)
+    model = varied(tiny_model(kind, inference_mode=mode, crop_size=48, stride=32)).to(dtype)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     answers = run_in_fresh_process(tmp_path, options)
@@ -117,7 +108,7 @@ def test_code_that_travels_with_the_weights_serves_the_pipeline(tmp_path, proces
     monkeypatch.setattr(DenseCLIPImageProcessorPil, "_auto_class", "AutoImageProcessor")
     monkeypatch.setattr(DenseCLIPConfig, "_auto_class", "AutoConfig")
     monkeypatch.setattr(DenseCLIPForSemanticSegmentation, "_auto_class", "AutoModelForSemanticSegmentation")
-    model = varied_model("resnet")
+    model = varied(tiny_model("resnet"))
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     answers = run_in_fresh_process(tmp_path, "trust_remote_code=True", "sys.modules['denseclip_hf'] = None")
