@@ -1,3 +1,5 @@
+"""The image processor: the published protocol, kinds of pictures, batches, refusals, post-processing, saving."""
+
 import json
 import subprocess
 import sys
@@ -14,10 +16,9 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.utils import is_torchvision_available
 
-from denseclip_hf import resizing_denseclip
+from denseclip_hf.image_inputs_denseclip import reduce_labels
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.image_processing_denseclip_torchvision import DenseCLIPImageProcessor
-from denseclip_hf.resizing_denseclip import fit_within, resize_argmax, resize_image, resize_labels
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -94,20 +95,12 @@ def test_reducing_labels_matches_the_original(golden, processor):
         assert raw.tolist() == before
 
 
-@pytest.mark.parametrize(
-    ("size", "bounds", "expected"),
-    [
-        ((480, 640), (512, 2048), (512, 683)),
-        ((640, 480), (512, 2048), (683, 512)),
-        ((100, 1000), (512, 2048), (205, 2048)),
-        ((3000, 4000), (640, 2048), (640, 853)),
-        ((5, 5), (3, None), (3, 3)),
-        ((1, 5000), (512, 2048), (1, 2048)),
-        ((3, 2), (5, 100), (8, 5)),
-    ],
-)
-def test_size_keeps_the_aspect_ratio_within_both_bounds(size, bounds, expected):
-    assert fit_within(*size, *bounds) == expected
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_labels_are_reduced_with_any_ignore_index_in_a_copy_of_their_kind(kind):
+    raw = kind([0, 1, 150, 255])
+    reduced = reduce_labels(raw, ignore_index=-100)
+    assert type(reduced) is type(raw) and reduced.tolist() == [-100, 0, 149, 254]
+    assert reduce_labels(raw).tolist() == [255, 0, 149, 255] and raw.tolist() == [0, 1, 150, 255]
 
 
 @pytest.mark.parametrize(
@@ -118,43 +111,6 @@ def test_size_options(processor, size, expected):
     assert processor(picture(), size=size, return_tensors="pt")["pixel_values"].shape[-2:] == expected
 
 
-def test_bilinear_without_antialiasing_by_default():
-    # halving reads the two pixels around each new centre: (10 + 20) / 2 and (30 + 45) / 2, rounded half up
-    image = torch.tensor([[[10, 20, 30, 45]]], dtype=torch.uint8)
-    assert resize_image(image, (1, 2)).tolist() == [[[15, 38]]]
-    # a quarter reads only the two pixels in the middle; antialiasing weighs all of them
-    image = torch.tensor([[[0, 100, 100, 0]]], dtype=torch.uint8)
-    assert resize_image(image, (1, 1)).item() == 100
-    assert resize_image(image, (1, 1), antialias=True).item() < 80
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [((480, 640), (512, 683)), ((300, 400), (41, 300)), ((1, 50), (2, 20)), ((9, 1), (30, 3))]
-)
-@pytest.mark.parametrize("layout", ["channels first", "channels last"])
-def test_whole_number_arithmetic_is_within_a_grey_level_in_any_strips(monkeypatch, old, new, layout):
-    image = torch.from_numpy(picture(*old))
-    image = image.permute(2, 0, 1) if layout == "channels last" else image.permute(2, 0, 1).contiguous()
-    expected = F.interpolate(image[None].float(), size=new, mode="bilinear", align_corners=False)[0]
-    resized = resize_image(image, new)
-    assert resized.dtype == torch.uint8 and (resized - expected).abs().max() < 1
-    monkeypatch.setattr(resizing_denseclip, "_PICTURE_STRIP_ELEMENTS", 1)
-    assert torch.equal(resize_image(image, new), resized)
-
-
-def test_resizing_a_large_picture_takes_the_memory_of_its_result():
-    code = (
-        "import resource, torch\n"
-        "from denseclip_hf.resizing_denseclip import resize_image\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "resize_image(torch.zeros(20, 20, 3, dtype=torch.uint8).permute(2, 0, 1), (9, 9))\n"
-        "image = torch.ones(8000, 8000, 3, dtype=torch.uint8).permute(2, 0, 1)\n"
-        "before = peak(); resize_image(image, (512, 512)); print(peak() - before)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(result.stdout) < 64  # MiB; as floats it would have been 732
-
-
 def test_antialiasing_and_resampling_are_options(processor):
     image = picture(300, 400)
     pil = Image.fromarray(image).resize((128, 96), PILImageResampling.BILINEAR)
@@ -163,16 +119,6 @@ def test_antialiasing_and_resampling_are_options(processor):
     plain = processor(image, return_tensors="pt", **RAW)["pixel_values"][0]
     bicubic = processor(image, resample=PILImageResampling.BICUBIC, return_tensors="pt", **RAW)["pixel_values"][0]
     assert not torch.equal(plain, antialiased) and not torch.equal(plain, bicubic)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "expected"),
-    [(5, 3, [0, 1, 3]), (2, 5, [0, 0, 0, 1, 1]), (4, 4, [0, 1, 2, 3]), (7, 1, [0])],
-)
-def test_labels_take_the_pixel_above_and_left(old, new, expected):
-    labels = torch.arange(old)
-    assert resize_labels(labels[None], (1, new))[0].tolist() == expected
-    assert resize_labels(labels[:, None], (new, 1))[:, 0].tolist() == expected
 
 
 # --- kinds of pictures
@@ -333,55 +279,6 @@ def test_bad_input_is_refused(processor, images, maps, options, message):
 # --- post-processing
 
 
-@pytest.mark.parametrize("strip_elements", [2**23, 60])
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ((7, 9), (31, 40)),
-        ((40, 30), (17, 11)),
-        ((5, 5), (5, 20)),
-        ((1, 1), (4, 3)),
-        ((16, 16), (16, 16)),
-        ((9, 4), (500, 3)),
-    ],
-)
-def test_strips_equal_the_whole(monkeypatch, old, new, strip_elements):
-    monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", strip_elements)
-    logits = torch.randn(2, 6, *old, generator=torch.Generator().manual_seed(0))
-    expected = F.interpolate(logits, new, mode="bilinear", align_corners=False)
-    classes = resize_argmax(logits, new)
-    assert classes.dtype == torch.int64
-    assert torch.equal(classes, expected.argmax(dim=1))
-    rows = resizing_denseclip.resized_rows(logits[1], 0, new[0], *new)
-    torch.testing.assert_close(rows, expected[1], rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits(dtype):
-    logits = torch.randn(1, 5, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = F.interpolate(logits.float(), (30, 20), mode="bilinear", align_corners=False).argmax(dim=1)
-    assert torch.equal(resize_argmax(logits, (30, 20)), expected)
-
-
-@pytest.mark.parametrize(
-    ("logits", "size", "message"),
-    [(torch.zeros(3, 4, 4), (8, 8), "batch, classes"), (torch.zeros(1, 3, 4, 4), (0, 8), "positive")],
-)
-def test_resize_argmax_refuses(logits, size, message):
-    with pytest.raises(ValueError, match=message):
-        resize_argmax(logits, size)
-
-
-def test_no_floats_of_all_classes_at_full_size(monkeypatch):
-    largest = []
-    original = resizing_denseclip.resized_rows
-    monkeypatch.setattr(
-        resizing_denseclip, "resized_rows", lambda *args: largest.append(original(*args)) or largest[-1]
-    )
-    resize_argmax(torch.zeros(1, 150, 16, 16), (400, 600))
-    assert max(rows.numel() for rows in largest) <= 2**23 < 150 * 400 * 600
-
-
 @pytest.mark.parametrize("sizes", [None, [(20, 31), (9, 8)], torch.tensor([[20, 31], [9, 8]])])
 def test_post_processing(processor, sizes):
     outputs = SimpleNamespace(logits=torch.randn(2, 4, 6, 7, generator=torch.Generator().manual_seed(0)))
@@ -392,16 +289,6 @@ def test_post_processing(processor, sizes):
         assert torch.equal(maps[i], expected.argmax(dim=0)) and maps[i].dtype == torch.int64
         assert torch.equal(with_scores[i].segmentation, maps[i])
         assert torch.equal(with_scores[i].segmentation_scores, expected)
-
-
-def test_highest_scores_in_strips_equal_those_of_the_whole(monkeypatch, processor):
-    monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", 60)
-    logits = torch.randn(2, 6, 7, 9, generator=torch.Generator().manual_seed(0))
-    for size in ((31, 40), (7, 9)):
-        scores, classes = F.interpolate(logits, size, mode="bilinear", align_corners=False).max(dim=1)
-        found = resizing_denseclip.resize_max(logits, size)
-        assert torch.equal(found[0], classes)
-        torch.testing.assert_close(found[1], scores, rtol=0, atol=2e-5)
 
 
 def test_scores_of_all_classes_are_refused_above_2_gib(processor):

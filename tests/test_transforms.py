@@ -6,18 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from safetensors.numpy import load_file
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
 
-from denseclip_hf.image_inputs_denseclip import reduce_labels
 from denseclip_hf.resizing_denseclip import fit_within
 from denseclip_hf.transforms import (
-    AugmentedDataset,
-    AugmentedStream,
-    EpochCallback,
     TrainTransform,
     crop_is_varied,
     photometric_distortion,
@@ -40,18 +33,6 @@ def make_sample(height=60, width=80, seed=0):
     blocks = rng.integers(0, 5, (3, 4), dtype=np.uint8)
     mask = np.kron(blocks, np.ones((height // 3, width // 4), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC), mask
-
-
-class Samples(torch.utils.data.Dataset):
-    def __init__(self, count=8):
-        self.samples = [make_sample(seed=index) for index in range(count)]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        image, mask = self.samples[index]
-        return {"image": image, "mask": mask}
 
 
 SMALL = TrainTransform(crop_size=24, scale=(128, 32))
@@ -157,16 +138,6 @@ def test_padding_and_reduced_labels_use_the_ignore_index(ignore_index):
     inside = result["labels"][:60, :80].numpy()
     assert np.array_equal(inside, np.where(mask == 0, ignore_index, mask.astype(int) - 1))
     assert np.array_equal(mask, before)
-
-
-@pytest.mark.parametrize("kind", [np.array, torch.tensor])
-def test_reduce_labels_agrees_with_the_original_and_leaves_its_input(kind):
-    raw = kind(TENSORS["in/reduce_zero/label"])
-    reduced = reduce_labels(raw)
-    assert type(reduced) is type(raw) and reduced is not raw
-    assert np.array_equal(reduced, TENSORS["out/reduce_zero/label"])
-    assert np.array_equal(raw, TENSORS["in/reduce_zero/label"])
-    assert reduce_labels(kind([0, 1, 150, 255]), ignore_index=-100).tolist() == [-100, 0, 149, 254]
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -302,136 +273,3 @@ def test_contrast_may_come_before_or_after_hue_and_saturation():
 def test_no_coin_no_change():
     image, _ = make_sample()
     assert np.array_equal(photometric_distortion(image, Scripted([NO] * 5)), image)
-
-
-# Draws and epochs
-
-
-def test_draws_depend_on_seed_epoch_and_index_alone():
-    draws = {key: sample_rng(*key).random() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
-    assert len(set(draws.values())) == 4
-    assert all(sample_rng(*key).random() == value for key, value in draws.items())
-
-
-def two_epochs(num_workers, persistent, epochs=(0, 1)):
-    dataset = AugmentedDataset(Samples(), SMALL, seed=3)
-    loader = DataLoader(dataset, batch_size=3, num_workers=num_workers, persistent_workers=persistent)
-    results = []
-    for epoch in epochs:
-        dataset.set_epoch(epoch)
-        results.append(torch.cat([batch["pixel_values"] for batch in loader]))
-    return results
-
-
-@pytest.mark.parametrize(("num_workers", "persistent"), [(2, False), (2, True)])
-def test_any_number_of_workers_gives_the_same_pixels_in_every_epoch(num_workers, persistent):
-    expected = two_epochs(0, False)
-    assert not torch.equal(*expected)
-    for one, other in zip(expected, two_epochs(num_workers, persistent), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_another_seed_gives_other_pixels():
-    one, other = (AugmentedDataset(Samples(1), SMALL, seed=seed)[0]["pixel_values"] for seed in (0, 1))
-    assert not torch.equal(one, other)
-
-
-def test_the_callback_tells_the_epoch_on_several_processes():
-    """accelerate leaves the data set out where batches are divided among processes."""
-    dataset = AugmentedDataset(Samples(), SMALL)
-    loader = DataLoader(dataset, batch_size=2, shuffle=True)
-    prepared = prepare_data_loader(
-        loader, num_processes=2, process_index=0, put_on_device=False, use_seedable_sampler=True
-    )
-    EpochCallback(dataset).on_epoch_begin(None, TrainerState(epoch=4.25), None)
-    prepared.set_epoch(4)
-    next(iter(prepared))
-    assert int(dataset._epoch) == 4
-
-
-class Recorder(torch.nn.Module):
-    """A model of one weight that keeps a checksum of each batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def forward(self, pixel_values, labels):
-        self.seen.append((pixel_values.double().sum().item(), labels.sum().item()))
-        return {"loss": (self.weight - pixel_values.mean()) ** 2}
-
-
-def train(folder, num_workers=0, persistent=False, resume=None):
-    dataset = AugmentedDataset(Samples(8), SMALL, seed=5)
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        num_train_epochs=3,
-        save_steps=6,
-        seed=1,
-        dataloader_num_workers=num_workers,
-        dataloader_persistent_workers=persistent,
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
-    model = Recorder()
-    trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[EpochCallback(dataset)])
-    trainer.train(resume_from_checkpoint=resume)
-    return model.seen
-
-
-@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (2, True)])
-def test_trainer_sees_the_same_batches_when_it_resumes_within_an_epoch(tmp_path, num_workers, persistent):
-    whole = train(tmp_path)
-    assert len(set(whole)) == 12  # 3 epochs of 4 steps, no batch like another
-    # Step 6 is the middle of the second epoch; its last two batches and the third epoch follow.
-    assert train(tmp_path, num_workers, persistent, resume=str(tmp_path / "checkpoint-6")) == whole[6:]
-
-
-def test_a_stream_is_augmented_the_same_way_by_any_worker():
-    samples = Samples(4)
-    stream = AugmentedStream([samples[index] for index in range(4)], SMALL, seed=2)
-    first = [sample["pixel_values"] for sample in stream]
-    last = [sample["pixel_values"] for sample in AugmentedStream([samples[3]], SMALL, seed=2)]
-    assert torch.equal(first[3], last[0])
-    stream.set_epoch(1)
-    assert not torch.equal(next(iter(stream))["pixel_values"], first[0])
-
-
-def names_in(stream, count):
-    return [sample["name"] for sample, _ in zip(stream, range(count), strict=False)]
-
-
-def named_samples(count):
-    samples = [Samples(count)[index] for index in range(count)]
-    for index, sample in enumerate(samples):
-        sample["image"].filename = str(index)
-    return samples
-
-
-def test_a_shared_stream_gives_every_picture_once_per_pass_and_no_end():
-    shares = []
-    for rank in (0, 1):
-        stream = AugmentedStream(named_samples(5), SMALL)
-        stream.share(2, rank)
-        shares.append(names_in(stream, 5))
-    assert shares == [["0", "2", "4", "1", "3"], ["1", "3", "0", "2", "4"]]
-
-
-def test_each_pass_over_a_stream_draws_as_its_own_epoch():
-    stream = AugmentedStream(named_samples(2), SMALL)
-    expected = [sample["pixel_values"] for epoch in (0, 1) for sample in (stream.set_epoch(epoch), *stream)[1:]]
-    stream.set_epoch(0)
-    stream.share(1, 0)
-    for (_, pixels), sample in zip(enumerate(expected), stream, strict=False):
-        assert torch.equal(sample["pixel_values"], pixels)
-    assert not torch.equal(expected[0], expected[2])
-
-
-@pytest.mark.parametrize("endless", [False, True])
-def test_an_empty_stream_ends(endless):
-    stream = AugmentedStream([], SMALL)
-    stream.endless = endless
-    assert list(stream) == []
