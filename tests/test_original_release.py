@@ -4,12 +4,9 @@ import errno
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections import OrderedDict
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -18,10 +15,9 @@ import torch
 from conftest import FIXTURES, golden_case
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer, CLIPTokenizer
 
-from denseclip_hf.checkpoints import CheckpointError, OutputError, new_directory, read_checkpoint
+from denseclip_hf.checkpoints import OutputError
 from denseclip_hf.conversion import config_from_original, convert_original_state_dict
 from denseclip_hf.example_clip import make_example_tokenizer
-from denseclip_hf.original_config import parse_original_config, read_original_config
 from denseclip_hf.original_release import class_table, convert_release, model_kwargs_from_weights
 
 
@@ -322,114 +318,11 @@ def test_a_real_full_disk_leaves_nothing(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["released.pth", "words"]
 
 
-@contextmanager
-def locked_directory(mode):
-    """A directory that this process, no longer root's if it was, may not write to."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(mode)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield folder
-    finally:
-        os.seteuid(user)
-        folder.chmod(0o700)
-        shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read-only", "closed"])
-def test_directory_without_write_permission(mode):
-    with (
-        locked_directory(mode) as folder,
-        pytest.raises(OutputError, match="model could not be written .Permission denied.; nothing is left"),
-        new_directory(folder / "model"),
-    ):
-        pass
-
-
-def test_missing_parents_are_made_and_taken_away_again(tmp_path):
-    (tmp_path / "p1").mkdir()
-    with pytest.raises(OutputError, match="nothing is left"), new_directory(tmp_path / "p1" / "p2" / "p3" / "model"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert list((tmp_path / "p1").iterdir()) == []
-    with new_directory(tmp_path / "p1" / "p2" / "model"):
-        pass
-    assert (tmp_path / "p1" / "p2" / "model").is_dir()
-
-
-def test_a_link_is_refused_before_anything_is_made(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    with pytest.raises(OutputError, match="link already exists"), new_directory(tmp_path / "link"):
-        pytest.fail("it began to write")
-
-
-def test_an_unwritable_place_is_refused():
-    with pytest.raises(OutputError, match="could not be written"), new_directory("/proc/denseclip/model"):
-        pass
-
-
-def test_a_directory_in_use_is_not_touched(tmp_path):
-    (tmp_path / "keep").write_text("")
-    with pytest.raises(OutputError, match="already exists"), new_directory(tmp_path):
-        pass
-    assert (tmp_path / "keep").exists()
-
-
 def test_script_prints_the_check(tmp_path):
     tokenizer().save_pretrained(tmp_path / "words")
     command = [SCRIPT, save(tmp_path, release()), tmp_path / "model", "--tokenizer", tmp_path / "words"]
     result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True)
     assert "every weight equal" in result.stdout and "sha256" in result.stdout and "parameters" in result.stdout
-
-
-# Original config files
-
-
-def test_config_files_are_merged_and_never_run(tmp_path):
-    (tmp_path / "base.py").write_text("norm_cfg = dict(type='SyncBN')\nmodel = dict(a=1, neck=dict(x=1, y=[2]))\n")
-    (tmp_path / "config.py").write_text(
-        f"import os\nos.system('touch {tmp_path / 'mark'}')\n_base_ = ['base.py']\nwork = os.getcwd()\n"
-        "model = dict(neck=dict(y=(768+150, -1)), head=dict(_delete_=True, z='w'))\n"
-    )
-    config = read_original_config(tmp_path / "config.py")
-    assert config["model"] == {"a": 1, "neck": {"x": 1, "y": (918, -1)}, "head": {"z": "w"}}
-    assert "work" not in config and not (tmp_path / "mark").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model = dict(a=open('x'))", r"computes `model` with `open\('x'\)` in line 1"),
-        ("model = (", "no Python config"),
-        ("_base_ = [f'{x}']", "computes `_base_`"),
-        ("model = dict(a=1/0)", "computes `model`"),
-        ("model = dict(a='x' * 2)", "computes `model`"),
-    ],
-)
-def test_config_that_is_not_plain_data(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_original_config(text)
-
-
-def test_missing_and_circular_bases(tmp_path):
-    (tmp_path / "a.py").write_text("_base_ = 'a.py'\n")
-    with pytest.raises(ValueError, match="based on itself"):
-        read_original_config(tmp_path / "a.py")
-    (tmp_path / "a.py").write_text("_base_ = './b.py'\n")
-    with pytest.raises(ValueError, match="there is no config file .*b.py, which"):
-        read_original_config(tmp_path / "a.py")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"_base_ = 5", "must name config files, got 5"), (b"_base_ = [1]", "must name"), (b"\xff", "it is not text")],
-)
-def test_config_files_that_are_refused(tmp_path, content, message):
-    (tmp_path / "a.py").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_original_config(tmp_path / "a.py")
 
 
 def test_weights_that_are_not_finite_are_noticed(tmp_path):
@@ -443,8 +336,3 @@ def test_weights_that_are_not_finite_are_noticed(tmp_path):
 def test_checkpoint_without_model_in_its_config(tmp_path):
     with pytest.raises(ValueError, match="assigns no `model"):
         convert_release(save(tmp_path, release(config="x = 1")), tmp_path / "model", tokenizer())
-
-
-def test_directory_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no file"):
-        read_checkpoint(tmp_path)
