@@ -149,16 +149,6 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
     assert model.config.id2label[2] == "tree"
 
 
-def test_a_trained_model_keeps_its_own_config(folder, tmp_path):
-    model_args, data_args = tiny_arguments(folder)
-    model, tokenizer = load_model(model_args, load_data(data_args), 64)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    again = ModelArguments(model=str(tmp_path / "model"), config=json.dumps({"gamma_init": 2.0}))
-    with pytest.raises(ValueError, match="keeps its own"):
-        load_model(again, load_data(data_args), 64)
-
-
 @pytest.fixture
 def trained(folder, tmp_path):
     """A model of three classes."""
@@ -166,6 +156,12 @@ def trained(folder, tmp_path):
     for part in load_model(model_args, load_data(data_args), 64):
         part.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
+
+
+def test_a_trained_model_keeps_its_own_config(trained, folder):
+    again = ModelArguments(model=trained, config=json.dumps({"gamma_init": 2.0}))
+    with pytest.raises(ValueError, match="keeps its own"):
+        load_model(again, load_data(DataArguments(dataset=str(folder))), 64)
 
 
 def test_fewer_classes_in_the_data_than_in_the_model(trained, tmp_path):
