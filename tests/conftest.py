@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -166,3 +168,21 @@ def labels() -> torch.Tensor:
     labels = torch.randint(0, 3, (2, 64, 64), generator=torch.Generator().manual_seed(2))
     labels[:, :8] = 255
     return labels
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory):
+    """Makes a file system of its own, of a size such as "64k", where the system lets us mount one."""
+    mounted = []
+
+    def make(size):
+        folder = tmp_path_factory.mktemp("disk")
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)

@@ -197,7 +197,10 @@ def _wide(width):
 
 
 BAD = {
-    "no CLIP": ({"fc.weight": torch.zeros(1)}, "not a CLIP of OpenAI's architecture: it has no visual.conv1.weight"),
+    "no CLIP": (
+        {"fc.weight": torch.zeros(1)},
+        "not a CLIP of OpenAI's architecture: it has no visual.conv1.weight of 4 axes; name one",
+    ),
     "a timm tower": ({"visual.trunk.x": torch.zeros(1)}, "not a CLIP"),
     "unused key": ({"logit_bias": torch.zeros(())}, "does not know: logit_bias"),
     "misshapen key": ({"ln_final.bias": torch.zeros(3)}, "ln_final|final_layer_norm.bias has shape"),
@@ -220,7 +223,7 @@ def test_bad_checkpoints_are_refused(tmp_path, case):
     [
         (None, "there is no file"),
         (b"", "is not a checkpoint"),
-        (b"<html>404 Not Found</html>", "is not a checkpoint: it begins with"),
+        (b"<html>404 Not Found</html>", "is not a checkpoint: it begins with .*; download it again"),
     ],
     ids=["missing", "empty", "a web page"],
 )
@@ -242,6 +245,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="out could not be written .No space left on device.; nothing is left"):
         convert_clip(path, tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_real_full_disk_leaves_nothing(tmp_path, small_disk):
+    _, path = write("vit", "state dict", tmp_path)
+    disk = small_disk("64k")
+    words = (
+        r"out could not be written \(.*No space left on device.*\); nothing is left of it: make room, or name another"
+    )
+    with pytest.raises(OutputError, match=words):
+        convert_clip(path, disk / "parent" / "out", tokenizer(), hidden_act="quick_gelu")
+    assert not list(disk.iterdir())
 
 
 def test_missing_key_is_named(tmp_path):
@@ -308,14 +322,25 @@ def test_a_tensor_that_is_larger_than_its_storage_is_refused(size):
 def test_a_zip_archive_of_other_things_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "photos.pt", "w") as archive:
         archive.writestr("a/photo.jpg", b"")
-    with pytest.raises(CheckpointError, match="photos.pt is a zip archive, but not a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="photos.pt is a zip archive, but not a checkpoint: name the file inside"
+    ):
         convert_clip(tmp_path / "photos.pt", tmp_path / "out", tokenizer())
 
 
 def test_a_truncated_archive_is_refused(tmp_path):
     _, path = write("vit", "torchscript", tmp_path)
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(CheckpointError, match="cut off"):
+    with pytest.raises(CheckpointError, match="cut off or damaged .* download it again"):
+        convert_clip(path, tmp_path / "out", tokenizer())
+
+
+def test_a_truncated_safetensors_file_is_refused(tmp_path):
+    _, path = write("vit", "safetensors", tmp_path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(
+        CheckpointError, match="clip.safetensors is cut off or no safetensors file .*: download it again"
+    ):
         convert_clip(path, tmp_path / "out", tokenizer())
 
 

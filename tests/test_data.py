@@ -21,7 +21,7 @@ from sample_data import (
 )
 
 from denseclip_hf import data_layouts
-from denseclip_hf.data import load_segmentation_dataset
+from denseclip_hf.data import load_segmentation_dataset, read_sample
 from denseclip_hf.data_check import check_dataset
 from denseclip_hf.transforms import AugmentedStream, TrainTransform
 
@@ -196,9 +196,18 @@ def test_refusals_about_datasets(rows, options, words):
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (lambda f: (f / "train/masks/002.png").unlink(), r"picture .*002.jpg has no mask"),
-        (lambda f: (f / "train/images/002.jpg").unlink(), r"mask .*002.png has no picture"),
-        (lambda f: [p.unlink() for p in (f / "train/images").iterdir()], r"train.images holds no pictures"),
+        (
+            lambda f: (f / "train/masks/002.png").unlink(),
+            r"picture .*002.jpg has no mask of that name; add it or remove it",
+        ),
+        (
+            lambda f: (f / "train/images/002.jpg").unlink(),
+            r"mask .*002.png has no picture of that name; add it or remove it",
+        ),
+        (
+            lambda f: [p.unlink() for p in (f / "train/images").iterdir()],
+            r"train.images holds no pictures \(.*\); put them there",
+        ),
         (lambda f: (f / "train/masks").rename(f / "train/annotation"), r"train.masks does not exist"),
         (lambda f: (f / "train/images/000.png").write_bytes(b""), "differ only in their suffix"),
         (lambda f: (f / "classes.json").unlink(), "class names of .* are unknown; give `classes`"),
@@ -212,7 +221,10 @@ def test_refusals_about_datasets(rows, options, words):
         (lambda f: write_classes(f, palette=PALETTE[:2]), "3 classes but 2 palette colours"),
         (lambda f: write_classes(f, palette=[[0, 0, 256]] * 3), "three whole numbers 0…255"),
         (lambda f: write_classes(f, ignore_index="255"), "whole number as ignore_index"),
-        (lambda f: write_classes(f, id2label=["a", "b"], palette=None), r"holds the ids 2, .* with 2 classes"),
+        (
+            lambda f: write_classes(f, id2label=["a", "b"], palette=None),
+            r"holds the ids 2, .* with 2 classes; complete the class list",
+        ),
     ],
 )
 def test_folders_that_are_refused(folder, break_it, words):
@@ -228,7 +240,9 @@ def test_refusals_are_one_sentence_per_file(folder):
         load_segmentation_dataset(folder)
 
 
-@pytest.mark.parametrize(("name", "words"), [("empty", "no data set that is recognised"), ("absent", "is no folder")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("empty", "no data set that is recognised; put pictures into"), ("absent", "is no folder")]
+)
 def test_no_data_set_there(tmp_path, name, words):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=words):
@@ -275,7 +289,7 @@ def test_paths_in_classes_json_are_not_followed(folder, tmp_path):
 def test_a_sample_from_elsewhere_is_read_like_those_of_the_data_set(folder, tmp_path):
     data = load_segmentation_dataset(folder)
     write_pairs(tmp_path, 1)
-    sample = data.reader.read(tmp_path / "images/000.jpg", tmp_path / "masks/000.png")
+    sample = read_sample(data, tmp_path / "images/000.jpg", tmp_path / "masks/000.png")
     assert np.array_equal(sample["mask"], make_mask(0))
 
 

@@ -131,13 +131,25 @@ def save_mask(array, path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: save_mask(np.full((6, 8), 7, np.uint8), p), r"mask.png holds the ids 7, .* 0…2 and 255"),
-        (lambda p: save_mask(np.full((6, 8, 3), 9, np.uint8), p), r"mask.png holds the colour \(9, 9, 9\)"),
-        (lambda p: save_mask(np.zeros((8, 6), np.uint8), p), r"image.png is 8x6 pixels but .*mask.png is 6x8"),
-        (lambda p: Image.new("LA", SIZE).save(p), "mask.png has mode LA"),
+        (
+            lambda p: save_mask(np.full((6, 8), 7, np.uint8), p),
+            r"mask.png holds the ids 7, .* 0…2 and 255 .* 3 classes; complete the class list, .* or correct",
+        ),
+        (
+            lambda p: save_mask(np.full((6, 8, 3), 9, np.uint8), p),
+            r"mask.png holds the colour \(9, 9, 9\), .*; add it to the palette",
+        ),
+        (
+            lambda p: save_mask(np.zeros((8, 6), np.uint8), p),
+            r"image.png is 8x6 pixels but its mask .*mask.png is 6x8; save both at the same size",
+        ),
+        (
+            lambda p: Image.new("LA", SIZE).save(p),
+            "mask.png has mode LA; save it as a PNG with one integer id per pixel",
+        ),
         (lambda p: truncated(p, "PNG"), "mask.png cannot be read as a picture"),
         (lambda p: p.write_bytes(b"no picture"), "mask.png cannot be read as a picture"),
-        (lambda p: Image.new("L", SIZE).save(p, "JPEG"), "mask.png is a JPEG"),
+        (lambda p: Image.new("L", SIZE).save(p, "JPEG"), "mask.png is a JPEG, .*; save masks as PNG"),
         (lambda p: None, "mask.png is missing"),
     ],
     ids=["ids", "colour", "size", "mode", "truncated", "no picture", "jpeg", "missing"],
@@ -153,14 +165,18 @@ def test_masks_that_are_refused(tmp_path, make, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (truncated, "image.tif cannot be read .* truncated"),
-        (lambda p: save_mask(np.array([[0, np.nan]], np.float32), p), "image.tif holds values that are not numbers"),
+        (truncated, "image.tif cannot be read .* truncated.*; save it anew or remove the sample"),
+        (
+            lambda p: save_mask(np.array([[0, np.nan]], np.float32), p),
+            "image.tif holds values that are not numbers .NaN or infinite.; save it as an 8-bit",
+        ),
         (lambda p: save_mask(np.array([[0, 300]], np.float32), p), "image.tif has values from 0.0 to 300.0"),
         (lambda p: save_mask(np.array([[-1, 300]], np.int32), p), "image.tif has values from -1 to 300"),
         (lambda p: p.write_bytes(b""), "image.tif cannot be read"),
+        (lambda p: save_mask(np.array([[0, np.inf]], np.float32), p), "image.tif holds values that are not numbers"),
         (lambda p: None, "image.tif is missing; restore"),
     ],
-    ids=["truncated", "nan", "float range", "negative", "empty", "missing"],
+    ids=["truncated", "nan", "float range", "negative", "empty", "infinite", "missing"],
 )
 def test_pictures_that_are_refused(tmp_path, make, words):
     make(tmp_path / "image.tif")
@@ -171,8 +187,14 @@ def test_pictures_that_are_refused(tmp_path, make, words):
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (30, 30)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="bomb.png has more pixels than are decoded"):
+    with pytest.raises(ValueError, match="bomb.png has more pixels than are decoded .*; shrink it"):
         read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I", "F"])
+def test_a_picture_without_pixels_is_refused(mode):
+    with pytest.raises(ValueError, match="cannot be read as a picture .it has no pixels.; save it anew or remove"):
+        read_image(Image.new(mode, (0, 5)))
 
 
 def test_a_colour_mask_needs_a_palette_of_different_colours():

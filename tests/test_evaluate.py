@@ -16,7 +16,8 @@ from conftest import tiny_model
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from denseclip_hf import MeanBoundaryIoU, MeanIoU
+from denseclip_hf import MeanBoundaryIoU, MeanIoU, measurement
+from denseclip_hf.checkpoints import OutputError
 from denseclip_hf.evaluation import evaluate_segmentation
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.inference import multi_scale_probabilities, multi_scale_segmentation
@@ -310,6 +311,37 @@ def test_ambiguous_names_are_refused():
 def test_an_empty_split_is_refused(model_dir):
     with pytest.raises(ValueError, match="the split is empty"):
         evaluate_segmentation(tiny_model(), [], None)
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_the_work(arguments, tmp_path, small_disk, monkeypatch):
+    def too_late(*_, **__):
+        pytest.fail("it began to evaluate")
+
+    monkeypatch.setattr("denseclip_hf.measurement.evaluate_segmentation", too_late)
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match="out cannot be written .File exists.: name another"):
+        measure(arguments())
+    args = arguments(dataset=str(tmp_path / "data"))
+    args.output_dir = str(small_disk("32k") / "out")
+    with pytest.raises(OutputError, match="out cannot be written .No space left on device.: make room there, or name"):
+        measure(args)
+
+
+@pytest.mark.parametrize("options", [{}, {"save_predictions": True}])
+def test_a_disk_that_fills_up_is_one_sentence(arguments, small_disk, monkeypatch, options):
+    args = arguments(**options)
+    args.output_dir = str(small_disk("80k") / "out")
+    evaluate = measurement.evaluate_segmentation
+
+    def fill_first(*args_, **kwargs):
+        with pytest.raises(OSError), open(f"{args.output_dir}/filler", "wb") as file:
+            file.write(bytes(100_000))
+        return evaluate(*args_, **kwargs)
+
+    monkeypatch.setattr(measurement, "evaluate_segmentation", fill_first)
+    words = "results could not be written into .*out.* .No space left on device.: make room there, or name another"
+    with pytest.raises(OutputError, match=words):
+        measure(args)
 
 
 # Parts

@@ -145,6 +145,18 @@ def test_a_real_full_disk_leaves_nothing(directory, tmp_path, format):
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("kind", ["resnet"])
+@pytest.mark.parametrize(
+    "format", ["frozen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "torch_export"))]
+)
+def test_a_disk_that_is_too_small_is_left_empty(directory, small_disk, capsys, format):
+    disk = small_disk("64k")
+    assert script()([str(directory), str(disk / "model"), "--format", format]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "model could not be written (" in said and "nothing is left of it: make room" in said
+    assert not list(disk.iterdir())
+
+
 def test_a_full_disk_leaves_nothing(directory, tmp_path, capsys, monkeypatch):
     def fail_half_way(self, folder, **_):
         (Path(folder) / "config.json").write_text("{")

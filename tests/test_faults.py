@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -34,10 +33,15 @@ def test_killed_while_a_checkpoint_is_written(recipe, whole, tmp_path):
     assert run.ends_as(whole) and not (run.folder / ".writing").exists()
 
 
-def test_killed_in_the_evaluation(recipe, whole, tmp_path):
-    run = Run(tmp_path / "run", [recipe])
+@pytest.mark.parametrize(
+    ("flags", "checkpoint"),
+    [([], 12), (["--eval_strategy", "steps", "--eval_steps", "4"], 2)],
+    ids=["after training", "within training"],
+)
+def test_killed_in_the_evaluation(recipe, whole, tmp_path, flags, checkpoint):
+    run = Run(tmp_path / "run", [recipe, *flags])
     run.end(code=-signal.SIGKILL, fault="in_evaluation")
-    assert run.checkpoints()[-1] == 12 and not (run.folder / "model.safetensors").exists()
+    assert run.checkpoints()[-1] == checkpoint and not (run.folder / "model.safetensors").exists()
     run.end()
     assert run.ends_as(whole)
     results = [(each.folder / "eval_results.json").read_text() for each in (run, whole)]
@@ -95,20 +99,10 @@ def test_a_full_disk_loses_nothing(recipe, whole, tmp_path, fault, checkpoint):
     assert run.ends_as(whole)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 20 MB, where the system lets us mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", folder], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_a_disk_that_fills_up(recipe, whole, small_disk):
-    run = Run(small_disk / "run", [recipe])
-    process, filler = run.begin(), small_disk / "filler"
+    disk = small_disk("20m")
+    run = Run(disk / "run", [recipe])
+    process, filler = run.begin(), disk / "filler"
     with pytest.raises(OSError, match="No space left"):
         filler.write_bytes(bytes(20_000_000))
     said = one_sentence(process.communicate(timeout=100)[0])

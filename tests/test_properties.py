@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, SOS, tiny_model
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
 from test_prompts import straightforward
@@ -46,12 +46,24 @@ def named(prompts, count):
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
+def grids(kind, side):
+    """How many positions the logits and the score maps have along a side of so many pixels."""
+    if kind == "vit":
+        return 4 * (side // 16), side // 16  # patches of 16
+    quarter = (side + 1) // 2 // 2  # a convolution of stride 2 with a border, then averages of two
+    return quarter, quarter // 2 // 2 // 2
+
+
 # The model
 
 
 @given(KINDS, st.integers(1, 300), PROMPTS, SIDES, SIDES, st.integers(1, 2))
+@example("vit", 300, [[SOS, *range(10), EOS], [SOS, EOS]], 32, 100, 2)
+@example("resnet", 1, [[SOS, 7, EOS]], 32, 32, 1)
+@example("vit", 1, [[SOS, 7, EOS]], 1, 1, 1)
 def test_any_size_any_classes_any_prompts(kind, count, prompts, height, width, batch):
-    model = tiny_model(kind, num_labels=count, class_token_ids=named(prompts, count))
+    options = {"class_token_ids": named(prompts, count), "semantic_loss_ignore_index": -100}  # 255 may be a class
+    model = tiny_model(kind, num_labels=count, **options)
     pixel_values = noise(batch, 3, height, width)
     if min(height, width) < 32:
         with pytest.raises(ValueError, match=f"images of {height} x {width} pixels are too small"):
@@ -59,10 +71,9 @@ def test_any_size_any_classes_any_prompts(kind, count, prompts, height, width, b
         return
     with torch.no_grad():
         outputs = model(pixel_values, labels=torch.zeros(batch, height, width, dtype=torch.long))
-    for name, stride in (("logits", 4), ("score_maps", model.config.embedding_stride)):
-        value = outputs[name]
-        assert value.shape[:2] == (batch, count) and value.isfinite().all()
-        assert abs(value.shape[2] * stride - height) < 32 and abs(value.shape[3] * stride - width) < 32
+    sides = zip(*(grids(kind, side) for side in (height, width)), strict=True)
+    for name, size in zip(("logits", "score_maps"), sides, strict=True):
+        assert outputs[name].shape == (batch, count, *size) and outputs[name].isfinite().all()
     assert outputs.text_embeds.shape == (batch, count, 12)
     assert outputs.score_maps.abs().max() <= 1 + 1e-5
     assert outputs.loss.isfinite() and outputs.loss >= 0
@@ -123,14 +134,19 @@ def test_a_list_of_any_sizes_gives_what_its_pictures_give_alone(kind, sizes):
             torch.testing.assert_close(together.logits[index], model(picture[None]).logits[0], atol=1e-5, rtol=1e-4)
 
 
-@given(KINDS, st.sampled_from([torch.bfloat16, torch.float16]), LARGE_SIDES, LARGE_SIDES)
-def test_half_precision_is_close_to_float(kind, dtype, height, width):
-    pixel_values = noise(1, 3, height, width)
+HALVES = st.sampled_from([torch.bfloat16, torch.float16])
+MODES = st.sampled_from(["whole", "slide"])
+
+
+@given(KINDS, HALVES, LARGE_SIDES, LARGE_SIDES, MODES, st.booleans())
+def test_half_precision_is_close_to_float(kind, dtype, height, width, mode, guided):
+    model, pixel_values = shared_model(kind, inference_mode=mode, use_text_guidance=guided), noise(1, 3, height, width)
     with torch.no_grad():
-        expected = shared_model(kind)(pixel_values)
-        outputs = copy.deepcopy(shared_model(kind)).to(dtype)(pixel_values.to(dtype))
-    assert outputs.logits.dtype == dtype
-    for name in ("logits", "score_maps"):
+        expected = model(pixel_values)
+        outputs = copy.deepcopy(model).to(dtype)(pixel_values.to(dtype))
+    assert outputs.logits.dtype == (dtype if mode == "whole" else torch.float32)  # windows are averaged in float
+    assert outputs.keys() == expected.keys()
+    for name in {"logits", "score_maps"} & expected.keys():
         scale = expected[name].abs().max()
         assert (outputs[name].float() - expected[name]).abs().max() < 0.1 * scale + 0.02
 

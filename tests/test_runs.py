@@ -13,6 +13,7 @@ import torch
 from running import Run, one_sentence, training_recipe
 from test_recipes import KINDS
 
+from denseclip_hf.checkpoints import OutputError
 from denseclip_hf.recipes import parse_arguments
 from denseclip_hf.runs import (
     check_checkpoint,
@@ -123,21 +124,32 @@ def test_a_checkpoint_of_another_recipe_or_of_none_is_refused(tmp_path):
 def test_a_finished_run_is_refused(tmp_path):
     prepare_run(tmp_path, RECIPE)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="finished run"):
+    with pytest.raises(ValueError, match="holds a finished run of this recipe: name a new output directory"):
         prepare_run(tmp_path, RECIPE)
 
 
 def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="not empty and holds no run"):
+    with pytest.raises(
+        ValueError, match="not empty and holds no run of this program: name a new one, so that nothing"
+    ):
         prepare_run(tmp_path, RECIPE)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_an_unwritable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(
+        OutputError, match="output directory .*file.run cannot be written .Not a directory.: name another"
+    ):
         prepare_run(tmp_path / "file" / "run", RECIPE)
+
+
+def test_a_full_disk_is_refused_before_anything_starts(small_disk):
+    disk = small_disk("32k")
+    with pytest.raises(OutputError, match="run cannot be written .No space left on device.: make room there, or name"):
+        prepare_run(disk / "run", RECIPE)
+    assert not list((disk / "run").iterdir())
 
 
 def test_undefined_scores_are_null_in_json():
@@ -162,7 +174,7 @@ def test_a_directory_without_permission_is_refused_as_anybody_but_root(tmp_path)
     tmp_path.chmod(0o755), folder.chmod(0o555)
     code = "import os, sys; from denseclip_hf.runs import prepare_run; os.setuid(65534); prepare_run(sys.argv[1], {})"
     said = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
-    assert re.search(r"ValueError: the output directory \S+ cannot be written \(.*\): name another\.$", said.strip())
+    assert re.search(r"OutputError: the output directory \S+ cannot be written \(.*\): name another\.$", said.strip())
     assert not list(folder.iterdir())
 
 

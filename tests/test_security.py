@@ -190,6 +190,29 @@ def test_absurd_dimensions_are_refused_before_a_pixel_is_made(tmp_path, size):
         read_picture(Source(str(tmp_path / "x.png"), "x"))
 
 
+def test_text_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    """A comment of 100 MB of zeros, which takes 100 kB in the file."""
+    picture = png(1, 1, bytes(4))
+    content = b"zTXtComment\0\0" + zlib.compress(bytes(10**8))
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    (tmp_path / "x.png").write_bytes(picture[:33] + chunk + picture[33:])
+    with pytest.raises(ValueError, match="x.png cannot be read as a picture .Decompressed data too large"):
+        read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("archived", [True, False])
+def test_files_larger_than_any_picture_are_not_read_whole(tmp_path, monkeypatch, archived):
+    (tmp_path / "x.png").write_bytes(bytes(10**7))
+    path = str(tmp_path / "x.png")
+    if archived:
+        with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(tmp_path / "x.png", "x.png")
+        path = f"zip://x.png::{tmp_path / 'x.zip'}"
+    monkeypatch.setattr("denseclip_hf.data_files.MAX_FILE_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match="x.png.* cannot be read as a picture .it has more than 1 MiB."):
+        read_image({"path": path, "bytes": None})
+
+
 def test_pictures_are_not_enlarged_without_bound():
     processor = DenseCLIPImageProcessorPil(size={"shortest_edge": 512, "longest_edge": 10**9})
     with pytest.raises(ValueError, match="would have 512×2560000 pixels"):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -132,6 +133,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_files(tmp_path):
     with pytest.raises(NonFiniteLossError, match="loss is nan at step 0 on .*broken.png.*before it reaches"):
         trainer_for(tmp_path / "out", model, samples).train()
     assert all(torch.equal(before[k].nan_to_num(), p.nan_to_num()) for k, p in model.named_parameters())
+
+
+def test_pictures_without_a_labelled_pixel_leave_a_finite_loss_and_weights(tmp_path, kind):
+    samples = [{"image": sample["image"], "mask": np.full_like(sample["mask"], 255)} for sample in pictures(4)]
+    trainer = trainer_for(tmp_path, tiny_model(kind), samples, max_steps=2, evaluate=False)
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [0.0, 0.0]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 class SpoilStep(TrainerCallback):

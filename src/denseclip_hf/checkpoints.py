@@ -1,5 +1,6 @@
 """Other people's checkpoint files, read without running anything in them; directories written whole or not at all."""
 
+import errno
 import hashlib
 import math
 import os
@@ -78,22 +79,26 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}.")
+        raise CheckpointError(f"there is no file {path}: correct its name.")
     with path.open("rb") as file:
         start = file.read(16)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if not start.startswith((b"PK\x03\x04", b"\x80")):
-        raise CheckpointError(f"{path} is not a checkpoint: it begins with {start[:8]!r}, as no PyTorch file does.")
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it begins with {start[:8]!r}, as no PyTorch file does; download it again."
+        )
     if start.startswith(b"PK"):
         names = _names_in(path)
         if any(name.endswith("/constants.pkl") for name in names):
             return dict(read_torchscript(path))
         if not any(name.endswith("/data.pkl") for name in names):
-            raise CheckpointError(f"{path} is a zip archive, but not a checkpoint.")
+            raise CheckpointError(f"{path} is a zip archive, but not a checkpoint: name the file inside that is one.")
     content = _torch_load(path, mmap=start.startswith(b"PK"))
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the mapping a checkpoint is.")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not the mapping a checkpoint is: name one with a `state_dict`."
+        )
     return content
 
 
@@ -118,9 +123,12 @@ def _torch_load(path: Path, mmap: bool) -> Any:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None:
-            raise CheckpointError(f"{path} is damaged or not a checkpoint: its pickle can't be read.") from error
+            raise CheckpointError(
+                f"{path} is damaged or not a checkpoint, its pickle can't be read: download it again."
+            ) from error
         raise CheckpointError(
-            f"{path} is refused: its pickle asks for {wanted[1]}, and only tensors and plain data are read."
+            f"{path} is refused: its pickle asks for {wanted[1]}, and only tensors and plain data are read; ask its "
+            "authors for a file without."
         ) from error
     except Exception as error:  # a damaged pickle fails in any of many ways
         raise CheckpointError(f"{path} is cut off or damaged: download it again.") from error
@@ -130,7 +138,7 @@ def _read_safetensors(path: Path) -> StateDict:
     try:
         return load_file(path)
     except Exception as error:  # SafetensorError, and what unknown types and shapes end in
-        raise CheckpointError(f"{path} is cut off or no safetensors file ({error}).") from error
+        raise CheckpointError(f"{path} is cut off or no safetensors file ({error}): download it again.") from error
 
 
 def state_dict_of(checkpoint: dict[str, Any], path: str | os.PathLike = "the checkpoint") -> StateDict:
@@ -305,13 +313,45 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"{target} could not be written ({reason}); nothing is left of it.") from error
+        raise OutputError(
+            f"{target} could not be written ({reason}); nothing is left of it: make room, or name another place."
+        ) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         for parent in new_parents if not complete else []:  # the innermost first
             with suppress(OSError):  # never made, or somebody else put something into it
                 parent.rmdir()
+
+
+def make_directory(folder: str | os.PathLike) -> None:
+    """
+    Make `folder` unless it is there, and see that something can be written into it.
+
+    Raises:
+        OutputError: if not (permissions, a full disk, a file of that name).
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:  # on a full disk an empty one can still be made
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        remedy = "make room there, or name another" if error.errno == errno.ENOSPC else "name another"
+        raise OutputError(f"the output directory {folder} cannot be written ({error.strerror}): {remedy}.") from error
+
+
+@contextmanager
+def writing_into(folder: str | os.PathLike) -> Iterator[None]:
+    """Turn what the system refuses while files are written into `folder` (but existing ones) into [`OutputError`]."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (None, errno.EEXIST):  # without a number it is a sentence of ours
+            raise
+        raise OutputError(
+            f"the results could not be written into {folder} ({error.strerror}): make room there, or name another "
+            "directory."
+        ) from error
 
 
 def _umask() -> int:
@@ -334,10 +374,12 @@ __all__ = [
     "grid_side",
     "load_tokenizer",
     "looking_into",
+    "make_directory",
     "new_directory",
     "read_checkpoint",
     "read_torchscript",
     "sha256_of",
     "state_dict_of",
     "without_module_prefix",
+    "writing_into",
 ]

@@ -126,7 +126,9 @@ def clip_config_from_weights(
     axes = {"visual.conv1.weight": 4, "token_embedding.weight": 2, "positional_embedding": 2, "text_projection": 2}
     for key, count in axes.items():
         if key not in weights or weights[key].dim() != count:
-            raise CheckpointError(f"this is not a CLIP of OpenAI's architecture: it has no {key} of {count} axes.")
+            raise CheckpointError(
+                f"this is not a CLIP of OpenAI's architecture: it has no {key} of {count} axes; name one that is."
+            )
     positions, width = weights["positional_embedding"].shape
     vocabulary, projection = len(weights["token_embedding.weight"]), weights["text_projection"].shape[1]
     text_config = {
@@ -146,7 +148,7 @@ def clip_config_from_weights(
         vision_config = _resnet(weights, num_attention_heads)
         return CLIPResNetConfig(text_config=text_config, vision_config=vision_config, projection_dim=projection)
     if "visual.class_embedding" not in weights:
-        raise CheckpointError("its image tower is neither CLIP's ResNet nor its ViT.")
+        raise CheckpointError("its image tower is neither CLIP's ResNet nor its ViT: name a CLIP with one of them.")
     vision_config = {**_vit(weights, num_attention_heads), "hidden_act": hidden_act, "projection_dim": projection}
     return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=projection)
 

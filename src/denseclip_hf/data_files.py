@@ -31,6 +31,8 @@ TURNS = {
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # Where a stream's files may be: a data set chooses its addresses, and fsspec knows some that log in or run templates.
 PROTOCOLS = {"hf", "http", "https", "file", "s3", "gs", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"}
+# Of one file, which inside an archive may be a thousand times what the archive takes: more than the largest picture.
+MAX_FILE_BYTES = 1 << 30
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -89,8 +91,13 @@ def _content(path: str) -> bytes:
         if unknown := {part.split("://")[0] for part in path.split("::") if "://" in part} - PROTOCOLS:
             raise ValueError(f"{min(unknown)}:// is none of the kinds of address that are read")
         with fsspec.open(path, "rb") as file:
-            return file.read()
-    return Path(path).read_bytes()
+            content = file.read(MAX_FILE_BYTES + 1)
+    else:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MiB")
+    return content
 
 
 def _broken(name: str, error: object) -> ValueError:
@@ -130,6 +137,8 @@ def read_image(source: Any, decode: bool = True) -> Image.Image:
     """
     image = _open(source)
     name = name_of(image)
+    if 0 in image.size:
+        raise _broken(name, "it has no pixels")
     if not decode and image.format in ("JPEG", "MPO") and image.mode == "RGB" and _turn(image) is None:
         return image
     _decode(image, name)

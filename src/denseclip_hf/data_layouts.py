@@ -100,7 +100,7 @@ def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
         try:
             value = json.loads(Path(value).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source}, which should hold the class names, does not exist.") from error
+            raise FileNotFoundError(f"{source}, which should hold the class names, does not exist; add it.") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} is not a JSON file ({error}); correct it.") from error
     if isinstance(value, Mapping) and "id2label" in value:
@@ -217,7 +217,9 @@ def _pictures(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"The folder {folder} does not exist; pictures go into images/, masks into masks/.")
     found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not found:
-        raise FileNotFoundError(f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise FileNotFoundError(
+            f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}); put them there."
+        )
     return found
 
 

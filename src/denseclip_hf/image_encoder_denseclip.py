@@ -92,11 +92,14 @@ def encode_image(
     Feature maps and image context of `pixel_values` `(B, 3, H, W)` from either kind of image tower.
 
     Raises:
-        ValueError: if the image is smaller than one position of the coarsest map, or there is no batch of images.
+        ValueError: if the image is smaller than one position of the coarsest map, or there is no batch of images
+            or none in it.
     """
     if pixel_values.dim() != 4:
         shape = tuple(pixel_values.shape)
         raise ValueError(f"`pixel_values` must have the shape (batch_size, channels, height, width), got {shape}.")
+    if len(pixel_values) == 0:
+        raise ValueError("`pixel_values` holds no image: give at least one.")
     height, width = pixel_values.shape[-2:]
     coarsest = 32 if config.has_resnet else 2 * config.embedding_stride
     if min(height, width) < coarsest:

@@ -62,12 +62,15 @@ def label_map_to_tensor(segmentation_map: Any) -> torch.Tensor:
     """
     if isinstance(segmentation_map, Image.Image):
         if len(segmentation_map.getbands()) != 1:
-            raise ValueError(f"A segmentation map has one channel, but this one has the mode {segmentation_map.mode}.")
+            raise ValueError(
+                f"A segmentation map has one channel, but this one has the mode {segmentation_map.mode}: turn its "
+                "colours into class ids first."
+            )
         segmentation_map = np.asarray(segmentation_map)
     if not holds_integers(segmentation_map) or segmentation_map.ndim != 2:
         raise ValueError(
             f"A segmentation map holds integer class ids in the shape (height, width), but this one has the dtype "
-            f"{segmentation_map.dtype} and the shape {tuple(segmentation_map.shape)}."
+            f"{segmentation_map.dtype} and the shape {tuple(segmentation_map.shape)}: convert it."
         )
     if isinstance(segmentation_map, torch.Tensor):
         return segmentation_map.to(torch.int64, copy=True)
@@ -108,12 +111,12 @@ def flatten_images(images: Any, ndim: int) -> list[Any]:
 def check_maps_fit(pictures: list[torch.Tensor], maps: list[torch.Tensor]) -> None:
     """Raise a `ValueError` unless there is one map of (H, W) for each picture of (C, H, W)."""
     if len(pictures) != len(maps):
-        raise ValueError(f"There are {len(pictures)} images but {len(maps)} segmentation maps.")
+        raise ValueError(f"There are {len(pictures)} images but {len(maps)} segmentation maps: pass one map for each.")
     for picture, label_map in zip(pictures, maps, strict=True):
         if picture.shape[-2:] != label_map.shape:
             raise ValueError(
                 f"An image is {height_by_width(picture)} (height×width) but its segmentation map "
-                f"{height_by_width(label_map)}."
+                f"{height_by_width(label_map)}: pass the map that was made for it, at its size."
             )
 
 
@@ -129,7 +132,7 @@ def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         # some Pillow versions open 16-bit files with 32-bit integers
-        is_16_bit = image.mode == "I" and values.min() >= 0 and 255 < values.max() <= 65535
+        is_16_bit = image.mode == "I" and values.min(initial=0) >= 0 and 255 < values.max(initial=0) <= 65535
         return values.astype(np.uint16) if is_16_bit else values
     return np.asarray(image.convert("RGB") if do_convert_rgb and image.mode != "RGB" else image)
 
@@ -141,7 +144,7 @@ def _channels_first(image: torch.Tensor, input_data_format: str | ChannelDimensi
     if image.ndim != 3 or not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
         raise ValueError(f"A picture needs an axis of 1, 3 or 4 channels, but this one has the shape {shape}.")
     if image.numel() == 0:
-        raise ValueError(f"A picture needs at least one pixel, but this one has the shape {shape}.")
+        raise ValueError(f"A picture needs at least one pixel, but this one has the shape {shape}: leave it out.")
     if input_data_format is None:
         input_data_format = infer_channel_dimension_format(image, (1, 3, 4))  # type: ignore[arg-type]
     return image if input_data_format == ChannelDimension.FIRST else image.permute(2, 0, 1)
@@ -151,7 +154,7 @@ def _grey_levels(image: torch.Tensor) -> torch.Tensor:
     """Pixels of any dtype as uint8, or as float32 where they were floats."""
     if image.is_floating_point():
         if not image.isfinite().all():
-            raise ValueError("The picture has pixels that are NaN or infinite.")
+            raise ValueError("The picture has pixels that are NaN or infinite: replace them, or leave it out.")
         return image.float()
     if image.dtype == torch.bool:
         return image.to(torch.uint8) * 255

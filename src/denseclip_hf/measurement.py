@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from .checkpoints import make_directory, writing_into
 from .data import SegmentationData, load_segmentation_dataset
 from .data_files import NAMELESS, file_stem, name_of
 from .data_layouts import default_palette
@@ -94,6 +95,7 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     names: Any = model.config.id2label
     ids = match_classes(data.id2label, names)
     ignore_index = model.config.semantic_loss_ignore_index
+    make_directory(args.output_dir)
     samples = MatchedSamples(data.validation, ids, data.do_reduce_labels, data.ignore_index, ignore_index)
     collector = _Collector(args, model.config, samples, ids)
     scores = evaluate_segmentation(
@@ -120,8 +122,9 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
         worst=[{"index": index, "mean_iou": -score} for score, index, _ in worst],
     )
     if accelerator.is_main_process:
-        save_report(report, Path(args.output_dir))
-        collector.draw(Path(args.output_dir), scores["confusion_matrix"], worst)
+        with writing_into(args.output_dir):
+            save_report(report, Path(args.output_dir))
+            collector.draw(Path(args.output_dir), scores["confusion_matrix"], worst)
         _add_to_card(args, report)
     accelerator.wait_for_everyone()
     return report
@@ -244,7 +247,8 @@ class _Collector:
             name = name_of(self.samples.samples[index]["image"])
             stem = "" if name == NAMELESS else f"_{file_stem(name.split('::')[0])}"
             picture = indexed_picture(prediction.cpu().numpy(), self.palette)
-            picture.save(self.folder / f"{index:06d}{stem}.png")
+            with writing_into(self.folder):
+                picture.save(self.folder / f"{index:06d}{stem}.png")
 
     def boundary_scores(self, accelerator: Accelerator) -> dict[str, Any]:
         if not self.args.boundary_iou:

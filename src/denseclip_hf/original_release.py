@@ -148,7 +148,10 @@ def class_table(weights: StateDict, meta: dict[str, Any], classes: str | os.Path
     else:
         raise ValueError(f"the checkpoint does not name its {count} classes: give a file of names (`--classes`).")
     if len(table.id2label) != count:
-        raise ValueError(f"{source} names {len(table.id2label)} classes, but the checkpoint was trained on {count}.")
+        raise ValueError(
+            f"{source} names {len(table.id2label)} classes, but the checkpoint was trained on {count}: give a file of "
+            "those names (`--classes`)."
+        )
     if table.id2label == ade20k.id2label:
         table.do_reduce_labels, table.palette = True, table.palette or ade20k.palette
     return table
@@ -205,14 +208,18 @@ def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
 
 def _refuse_others(weights: StateDict) -> None:
     if any(key.startswith(("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")) for key in weights):
-        raise CheckpointError("this is a detection checkpoint; only semantic segmentation models are converted.")
+        raise CheckpointError(
+            "this is a detection checkpoint, but only semantic segmentation models are converted: name one of them."
+        )
     axes = {"decode_head.conv_seg.weight": 4, "neck.lateral_convs.0.conv.weight": 4, "backbone.conv1.weight": 4}
     if "gamma" in weights:
         axes |= {"contexts": 3, "text_encoder.positional_embedding": 2, "text_encoder.text_projection": 2}
         axes |= {"text_encoder.token_embedding.weight": 2, "context_decoder.memory_proj.1.weight": 2}
     for key, count in axes.items():
         if key not in weights or weights[key].dim() != count:
-            raise CheckpointError(f"this is not a DenseCLIP segmentation checkpoint: it has no {key} of {count} axes.")
+            raise CheckpointError(
+                f"this is not a DenseCLIP segmentation checkpoint: it has no {key} of {count} axes; name one that is."
+            )
 
 
 def _vit_kwargs(weights: StateDict) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .checkpoints import make_directory, writing_into
 from .data_layouts import default_palette
 from .open_vocabulary_denseclip import check_words, predict_from_scores, score_maps_of
 from .pictures import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 Named = tuple[str, Image.Image]
 # Pictures of sizes that fill no batch wait, but never more than this many batches' worth.
 WAITING_BATCHES = 4
+# Of a file's name without its suffix, so that any file system takes it.
+MAX_STEM_BYTES = 240
 
 
 @dataclass
@@ -128,11 +131,12 @@ def predict_sources(
 
     Raises:
         ValueError: for a `batch_size` or `every` below 1.
+        OutputError: if `output_dir` can't be written, or the disk is full.
     """
     if batch_size < 1 or every < 1:
         raise ValueError(f"`batch_size` and `every` must be at least 1, got {batch_size} and {every}.")
     folder, summary = Path(output_dir), Summary()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)
     named = _pictures(bar, summary, timeout, every, max_frames)
     for batch in _same_size_batches(segmenter, named, batch_size, summary):
@@ -200,15 +204,27 @@ def _results(segmenter: Segmenter, image: Image.Image, segmentation, scores, opa
 def _save(folder: Path, name: str, results: Iterable[Named], overwrite: bool) -> str | None:
     """Write pictures; instead of overwriting any, return a sentence."""
     for kind, picture in results:
-        file = folder / f"{name}_{kind}.png"
-        if overwrite:
-            file.unlink(missing_ok=True)  # a link there would be followed
+        stem = f"{name}_{kind}".encode()[:MAX_STEM_BYTES].decode(errors="ignore")
+        file = folder / f"{stem}.png"
         try:
-            with file.open("xb") as stream:
-                picture.save(stream, format="PNG")
+            with writing_into(folder):
+                if overwrite:
+                    file.unlink(missing_ok=True)  # a link there would be followed
+                _write_new(file, picture)
         except FileExistsError:
             return f"{file} is there already: choose another folder, or allow to overwrite it."
     return None
+
+
+def _write_new(file: Path, picture: Image.Image) -> None:
+    """Write `picture` to a file that is not there yet, whole or not at all."""
+    stream = file.open("xb")
+    try:
+        with stream:
+            picture.save(stream, format="PNG")
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 __all__ = ["Segmenter", "Summary", "predict_sources"]

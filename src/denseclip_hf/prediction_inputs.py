@@ -74,7 +74,7 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
         else:
             found = [path for path in sorted(glob.glob(item, recursive=True)) if Path(path).is_file()]
             if not found:
-                problems.append(f"{item} is no file or folder, and no pattern that files match.")
+                problems.append(f"{item} is no file or folder, and no pattern that files match: correct it.")
         addresses += found
     sources: list[Source] = []
     taken: set[str] = set()
@@ -115,7 +115,9 @@ def _fetched(source: Source, timeout: float) -> bytes:
         if isinstance(reason, TimeoutError):
             reason = f"it takes longer than {timeout:g} seconds"
         reason = str(reason) or type(reason).__name__
-        raise OSError(f"{source.shown} can not be fetched ({reason}).") from error
+        raise OSError(
+            f"{source.shown} can not be fetched ({reason}): check the address, or try again later."
+        ) from error
 
 
 def _download(address: str, timeout: float, answer: Future[bytes]) -> None:
@@ -154,7 +156,9 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
                 turn = 90 * round(frame.rotation / 90)  # degrees to the left
                 yield f"{source.name}_{number:06d}", frame.to_image().convert("RGB").rotate(turn, expand=True)
     except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"{source.address} can not be read as a video ({error}).") from error
+        raise ValueError(
+            f"{source.address} can not be read as a video ({error}): save it anew, or leave it out."
+        ) from error
 
 
 def _is_url(address: str) -> bool:

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from torch import distributed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoints import make_directory
 from .stopping import TrainingStopped
 from .training import DenseCLIPTrainingArguments
 
@@ -63,18 +63,12 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
         Path of the last complete checkpoint, or `None` for a new run.
 
     Raises:
-        ValueError: if the directory can't be written, holds other things than this run's, or a run of another recipe.
+        OutputError: if the directory can't be written.
+        ValueError: if it holds other things than this run's, or a run of another recipe.
     """
     folder = Path(output_dir)
-    try:
-        if main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        raise ValueError(
-            f"the output directory {folder} cannot be written ({error.strerror}): name another."
-        ) from error
+    if main_process:
+        make_directory(folder)
     kept = folder / RECIPE_FILE
     if main_process:
         shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # a checkpoint that was broken off

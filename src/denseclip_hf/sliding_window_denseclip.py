@@ -74,7 +74,7 @@ def sliding_window_logits(
                 some = slice(start, start + max(1, _CHUNK_ELEMENTS // (h * w)))
                 total[(image, some, *place)] += resize_bilinear(window[None, some].float(), (h, w))[0] * weights[place]
     if total is None:
-        raise ValueError("`pixel_values` holds no image.")
+        raise ValueError("`pixel_values` holds no image: give at least one.")
     return total
 
 
