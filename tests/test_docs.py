@@ -1,5 +1,6 @@
 """The documentation is true: its commands and snippets run, its links and the names it mentions exist."""
 
+import html
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.example import make_example_dataset
 from denseclip_hf.example_clip import make_example_clip
 from denseclip_hf.loading_denseclip import load_clip
+from denseclip_hf.metrics import confusion_matrix
 
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +107,16 @@ def test_extending(clone, example):
     run([sys.executable, "-c", code], clone)
     (command,) = blocks("docs/extending.md", "bash")
     assert "No problems." in run(["bash", "-euc", command], clone)
+
+
+@pytest.mark.slow
+def test_reference(tmp_path):
+    shown = run(["make", "--dry-run", "--no-print-directory", "docs", f"VENV={sys.prefix}"], ROOT)
+    command = shown[shown.index("PYTHONWARNINGS") :].replace("outputs/api", str(tmp_path))
+    run(["bash", "-euc", command], ROOT)
+    for module, function in (("metrics", confusion_matrix), ("loading_denseclip", load_clip)):
+        page = html.unescape((tmp_path / "denseclip_hf" / f"{module}.html").read_text())
+        assert f'id="{function.__name__}"' in page and function.__doc__.strip().split("\n")[0] in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
