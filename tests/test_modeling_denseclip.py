@@ -101,8 +101,9 @@ def test_every_trainable_parameter_gets_a_gradient(kind, images, labels):
 
 def test_baseline_has_no_language(kind, images, labels):
     model = tiny_model(kind, use_text_guidance=False).train()
-    output = model(images, labels=labels)
+    output = model(images, labels=labels, output_hidden_states=True)
     output.loss.backward()
+    assert [c.shape[-1] for c in output.hidden_states] == [16, 8, 4, 2]
     assert output.score_maps is output.text_embeds is output.auxiliary_loss is None
     assert output.loss == output.decode_loss
     names = dict(model.named_parameters())
@@ -188,6 +189,11 @@ def replace_parameter(model):
     model.prompts.context_vectors = torch.nn.Parameter(torch.randn(4, 16))
 
 
+def change_what_is_not_sampled(model):
+    model.clip.text_projection.weight.data[0, 1] += 1.0
+    model.train().eval()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -202,7 +208,7 @@ def replace_parameter(model):
         replace_parameter,
         lambda model: model.double(),
         lambda model: model.set_classes(["one", "two", "three"], Tokenizer()),
-        lambda model: model.train().eval(),
+        change_what_is_not_sampled,
     ],
 )
 def test_class_embeddings_are_never_stale(change, images):
@@ -371,6 +377,8 @@ def test_saved_model_loads_bit_equal(kind, images, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is DenseCLIPForSemanticSegmentation
+    assert loaded.get_input_embeddings() is loaded.clip.vision_model.get_input_embeddings() is not None
+    assert all(parameter.requires_grad for name, parameter in loaded.named_parameters() if name != "clip.logit_scale")
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(forward(loaded, images).logits, expected.logits)
 

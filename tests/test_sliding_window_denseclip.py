@@ -69,6 +69,13 @@ def test_accelerators_take_four_windows_at_a_time():
     assert calls == [4, 1] and logits.shape == (1, 3, 4, 20) and logits.is_meta
 
 
+def test_steps_down_and_right_are_their_own():
+    calls, images = [], torch.randn(1, 3, 8, 8)
+    logits = sliding_window_logits(lambda crops: calls.append(len(crops)) or crops, images, (4, 4), (1, 4))
+    assert sum(calls) == 5 * 2
+    torch.testing.assert_close(logits, images)
+
+
 def test_batches_of_images_share_windows_calls():
     calls = []
 
