@@ -21,7 +21,7 @@ from sample_data import (
 )
 
 from denseclip_hf import data_layouts
-from denseclip_hf.data import load_segmentation_dataset, read_sample
+from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.data_check import check_dataset
 from denseclip_hf.transforms import AugmentedStream, TrainTransform
 
@@ -289,7 +289,7 @@ def test_paths_in_classes_json_are_not_followed(folder, tmp_path):
 def test_a_sample_from_elsewhere_is_read_like_those_of_the_data_set(folder, tmp_path):
     data = load_segmentation_dataset(folder)
     write_pairs(tmp_path, 1)
-    sample = read_sample(data, tmp_path / "images/000.jpg", tmp_path / "masks/000.png")
+    sample = data.reader.read(tmp_path / "images/000.jpg", tmp_path / "masks/000.png")
     assert np.array_equal(sample["mask"], make_mask(0))
 
 
