@@ -143,8 +143,9 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         refuse_random_classes(model.config, info)
-        if model.config.frozen_classes:
-            model.requires_grad_(False)  # loading made the parameters anew
+        frozen = model if model.config.frozen_classes else model.clip.logit_scale
+        if frozen is not None:
+            frozen.requires_grad_(False)  # loading made the parameters anew
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
