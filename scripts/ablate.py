@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from denseclip_hf.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
 from denseclip_hf.recipes import DataArguments, ModelArguments, parse_arguments
-from denseclip_hf.runs import RECIPE_FILE, changes_of_recipe, one_sentence_errors, recipe_of, write_atomically
+from denseclip_hf.runs import RECIPE_FILE, changes_of_recipe, one_sentence_errors, recipe_of
 from denseclip_hf.training import DenseCLIPTrainingArguments
+from denseclip_hf.writing import write_atomically
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent

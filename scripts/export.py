@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from denseclip_hf.checkpoints import new_directory
 from denseclip_hf.exporting import FILES, check_export, export, export_frozen
 from denseclip_hf.measurement import load_model
 from denseclip_hf.original_release import check_picture
+from denseclip_hf.writing import new_directory
 
 
 def main(argv: list[str] | None = None) -> int:

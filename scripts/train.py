@@ -16,9 +16,9 @@ from denseclip_hf.runs import (
     prepare_run,
     recipe_of,
     results_json,
-    write_atomically,
 )
 from denseclip_hf.training_card import write_training_card
+from denseclip_hf.writing import write_atomically
 
 
 @one_sentence_errors

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
-from denseclip_hf.checkpoints import CheckpointError, OutputError, _ScriptObject, _tensors, _view, read_torchscript
+from denseclip_hf.checkpoints import CheckpointError, _ScriptObject, _tensors, _view, read_torchscript
 from denseclip_hf.conversion_clip import OPENAI_SETTINGS, clip_config_from_weights, convert_clip
 from denseclip_hf.example_clip import make_example_tokenizer
+from denseclip_hf.writing import OutputError
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -12,31 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, varied
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from denseclip_hf import MeanBoundaryIoU, MeanIoU, measurement
-from denseclip_hf.checkpoints import OutputError
 from denseclip_hf.evaluation import evaluate_segmentation
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.inference import multi_scale_probabilities, multi_scale_segmentation
 from denseclip_hf.measurement import EvaluationArguments, measure
 from denseclip_hf.model_card import write_model_card
 from denseclip_hf.reports import MatchedSamples, match_classes, report_table, scores_of_classes
+from denseclip_hf.writing import OutputError
 
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
 NAMES = ["class 0", "class 1", "class 2"]
 SIZES = [(80, 64), (64, 70), (80, 64), (64, 64), (90, 65)]
-
-
-def varied(model):
-    """Predictions of every class, which random weights seldom give."""
-    with torch.no_grad():
-        logits = model.window_logits(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-        model.decode_head.classifier.bias -= logits.mean((0, 2, 3))
-    return model
 
 
 def save_data(folder, names=NAMES, ids=(0, 1, 2), **extra):

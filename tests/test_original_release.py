@@ -15,10 +15,11 @@ import torch
 from conftest import FIXTURES, golden_case
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer, CLIPTokenizer
 
-from denseclip_hf.checkpoints import OutputError
+from denseclip_hf.checkpoints import CheckpointError, read_checkpoint
 from denseclip_hf.conversion import config_from_original, convert_original_state_dict
 from denseclip_hf.example_clip import make_example_tokenizer
 from denseclip_hf.original_release import class_table, convert_release, model_kwargs_from_weights
+from denseclip_hf.writing import OutputError
 
 
 RELEASED = json.loads((FIXTURES / "keys.json").read_text())["models"]
@@ -336,3 +337,8 @@ def test_weights_that_are_not_finite_are_noticed(tmp_path):
 def test_checkpoint_without_model_in_its_config(tmp_path):
     with pytest.raises(ValueError, match="assigns no `model"):
         convert_release(save(tmp_path, release(config="x = 1")), tmp_path / "model", tokenizer())
+
+
+def test_directory_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no file"):
+        read_checkpoint(tmp_path)

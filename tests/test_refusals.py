@@ -15,11 +15,11 @@ from test_predict import segmenter
 from transformers import pipeline
 
 from denseclip_hf.app_answers import read_upload
-from denseclip_hf.checkpoints import OutputError
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.original_release import convert_release
 from denseclip_hf.prediction import predict_sources
 from denseclip_hf.prediction_inputs import find_sources
+from denseclip_hf.writing import OutputError
 
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

@@ -1,7 +1,6 @@
 """Runs that are broken off, and directories that are not theirs."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -13,7 +12,6 @@ import torch
 from running import Run, one_sentence, training_recipe
 from test_recipes import KINDS
 
-from denseclip_hf.checkpoints import OutputError
 from denseclip_hf.recipes import parse_arguments
 from denseclip_hf.runs import (
     check_checkpoint,
@@ -21,8 +19,8 @@ from denseclip_hf.runs import (
     prepare_run,
     recipe_of,
     results_json,
-    write_atomically,
 )
+from denseclip_hf.writing import OutputError
 
 
 RECIPE = {"learning_rate": 1.0, "seed": 1}
@@ -35,22 +33,6 @@ def test_processes_after_the_main_one_write_nothing(tmp_path):
     assert prepare_run(tmp_path / "run", RECIPE, main_process=False) is None
     (tmp_path / "run" / ".writing").rmdir()
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-
-
-def test_a_file_is_written_whole_by_many_at_a_time(tmp_path):
-    file, text = tmp_path / "recipe.json", "x" * 100_000
-
-    def write():
-        for _ in range(50):
-            write_atomically(file, text)
-
-    processes = [multiprocessing.get_context("fork").Process(target=write) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert file.read_text() == text and [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 
 def test_a_new_run_keeps_its_recipe(tmp_path):

@@ -1,23 +1,19 @@
-"""Other people's checkpoint files, read without running anything in them; directories written whole or not at all."""
+"""Other people's checkpoint files, read without running anything in them."""
 
-import errno
 import hashlib
 import math
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -42,10 +38,6 @@ _STORAGE_TYPES = {
 
 class CheckpointError(ValueError):
     """A file that is no checkpoint, is damaged, or wants to run code. The message is one sentence."""
-
-
-class OutputError(OSError):
-    """A directory that could not be written; nothing of it is left. The message is one sentence."""
 
 
 @contextmanager
@@ -175,6 +167,23 @@ def _is_weight(name: Any, value: Any) -> bool:
     return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
+def check_axes(weights: StateDict, axes: dict[str, int], kind: str) -> None:
+    """
+    See that each of some weights is there, with so many axes.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): the weights.
+        axes (`dict[str, int]`): number of axes by name.
+        kind (`str`): what has these weights, such as "a CLIP of OpenAI's architecture".
+
+    Raises:
+        CheckpointError: naming the first that is not so.
+    """
+    for key, count in axes.items():
+        if key not in weights or weights[key].dim() != count:
+            raise CheckpointError(f"this is not {kind}: it has no {key} of {count} axes; name one that is.")
+
+
 def count_layers(weights: StateDict, pattern: str) -> int:
     """How many different numbers the first group of `pattern` takes at the start of the keys."""
     return len({match[1] for key in weights if (match := re.match(pattern, key))})
@@ -281,85 +290,6 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, to
             yield from _tensors(value, f"{prefix}{name}.", seen)
 
 
-@contextmanager
-def new_directory(target: str | os.PathLike) -> Iterator[Path]:
-    """
-    A directory to fill, which becomes `target` when all went well and disappears when not.
-
-    Args:
-        target (`str` or `os.PathLike`): must not exist, or be an empty directory, not a link to one.
-
-    Yields:
-        `Path`: a new directory beside `target`.
-
-    Raises:
-        OutputError: if `target` is taken, or can't be written (permissions, a full disk).
-    """
-    target = Path(target).absolute()
-    partial: Path | None = None
-    new_parents: list[Path] = []
-    complete = False
-    try:
-        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise OutputError(f"{target} already exists: remove it or choose another name.")
-        new_parents = [parent for parent in target.parents if not parent.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        os.replace(partial, target)
-        complete = True
-    except OutputError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"{target} could not be written ({reason}); nothing is left of it: make room, or name another place."
-        ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        for parent in new_parents if not complete else []:  # the innermost first
-            with suppress(OSError):  # never made, or somebody else put something into it
-                parent.rmdir()
-
-
-def make_directory(folder: str | os.PathLike) -> None:
-    """
-    Make `folder` unless it is there, and see that something can be written into it.
-
-    Raises:
-        OutputError: if not (permissions, a full disk, a file of that name).
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:  # on a full disk an empty one can still be made
-            file.write(bytes(1 << 16))
-    except OSError as error:
-        remedy = "make room there, or name another" if error.errno == errno.ENOSPC else "name another"
-        raise OutputError(f"the output directory {folder} cannot be written ({error.strerror}): {remedy}.") from error
-
-
-@contextmanager
-def writing_into(folder: str | os.PathLike) -> Iterator[None]:
-    """Turn what the system refuses while files are written into `folder` (but existing ones) into [`OutputError`]."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (None, errno.EEXIST):  # without a number it is a sentence of ours
-            raise
-        raise OutputError(
-            f"the results could not be written into {folder} ({error.strerror}): make room there, or name another "
-            "directory."
-        ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -369,17 +299,14 @@ def sha256_of(path: str | os.PathLike) -> str:
 __all__ = [
     "DEFAULT_TOKENIZER",
     "CheckpointError",
-    "OutputError",
+    "check_axes",
     "count_layers",
     "grid_side",
     "load_tokenizer",
     "looking_into",
-    "make_directory",
-    "new_directory",
     "read_checkpoint",
     "read_torchscript",
     "sha256_of",
     "state_dict_of",
     "without_module_prefix",
-    "writing_into",
 ]

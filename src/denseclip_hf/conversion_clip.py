@@ -15,17 +15,18 @@ from .checkpoints import (
     DEFAULT_TOKENIZER,
     CheckpointError,
     StateDict,
+    check_axes,
     count_layers,
     grid_side,
     load_tokenizer,
     looking_into,
-    new_directory,
     read_checkpoint,
     state_dict_of,
 )
 from .configuration_clip_resnet import CLIPResNetConfig
 from .conversion import check_keys, clip_key_table, rename
 from .modeling_clip_resnet import CLIPResNetModel
+from .writing import new_directory
 
 
 logger = logging.getLogger(__name__)
@@ -124,11 +125,7 @@ def clip_config_from_weights(
         ValueError: if the number of heads can't be known, or is not one that divides the width.
     """
     axes = {"visual.conv1.weight": 4, "token_embedding.weight": 2, "positional_embedding": 2, "text_projection": 2}
-    for key, count in axes.items():
-        if key not in weights or weights[key].dim() != count:
-            raise CheckpointError(
-                f"this is not a CLIP of OpenAI's architecture: it has no {key} of {count} axes; name one that is."
-            )
+    check_axes(weights, axes, "a CLIP of OpenAI's architecture")
     positions, width = weights["positional_embedding"].shape
     vocabulary, projection = len(weights["token_embedding.weight"]), weights["text_projection"].shape[1]
     text_config = {

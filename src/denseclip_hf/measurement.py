@@ -14,7 +14,6 @@ from accelerate.utils import gather_object
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from .checkpoints import make_directory, writing_into
 from .data import SegmentationData, load_segmentation_dataset
 from .data_files import NAMELESS, file_stem, name_of
 from .data_layouts import default_palette
@@ -26,6 +25,7 @@ from .model_card_results import protocol_of
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .pictures import confusion_picture, indexed_picture
 from .reports import MatchedSamples, build_report, match_classes, nan_mean, save_report, scores_of_classes
+from .writing import make_directory, writing_into
 
 
 logger = logging.getLogger(__name__)

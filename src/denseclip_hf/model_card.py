@@ -34,7 +34,7 @@ from .model_card_sections import (
     training_table,
     usage,
 )
-from .runs import write_atomically
+from .writing import write_atomically
 
 
 logger = logging.getLogger(__name__)

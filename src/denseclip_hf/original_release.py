@@ -15,11 +15,11 @@ from .checkpoints import (
     DEFAULT_TOKENIZER,
     CheckpointError,
     StateDict,
+    check_axes,
     count_layers,
     grid_side,
     load_tokenizer,
     looking_into,
-    new_directory,
     read_checkpoint,
     sha256_of,
     state_dict_of,
@@ -32,6 +32,7 @@ from .model_card import write_model_card
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .original_config import merge_options, parse_original_config, read_original_config
 from .prompts_denseclip import tokenize_classes
+from .writing import new_directory
 
 
 LONGEST_EDGE = 2048
@@ -215,11 +216,7 @@ def _refuse_others(weights: StateDict) -> None:
     if "gamma" in weights:
         axes |= {"contexts": 3, "text_encoder.positional_embedding": 2, "text_encoder.text_projection": 2}
         axes |= {"text_encoder.token_embedding.weight": 2, "context_decoder.memory_proj.1.weight": 2}
-    for key, count in axes.items():
-        if key not in weights or weights[key].dim() != count:
-            raise CheckpointError(
-                f"this is not a DenseCLIP segmentation checkpoint: it has no {key} of {count} axes; name one that is."
-            )
+    check_axes(weights, axes, "a DenseCLIP segmentation checkpoint")
 
 
 def _vit_kwargs(weights: StateDict) -> dict[str, Any]:

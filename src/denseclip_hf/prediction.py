@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .checkpoints import make_directory, writing_into
 from .data_layouts import default_palette
 from .open_vocabulary_denseclip import check_words, predict_from_scores, score_maps_of
 from .pictures import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
 from .prediction_inputs import Source, read_frames, read_picture
 from .resizing_denseclip import resize_argmax
+from .writing import make_directory, writing_into
 
 
 logger = logging.getLogger(__name__)

@@ -124,9 +124,9 @@ def build_report(scores: Mapping[str, Any], names: Sequence[str], **description:
 def save_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write `evaluation.json` and, one class a line, `evaluation.csv`; undefined scores are null and empty."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    rows = list(_without_nan(report["per_category"]).items())
+    rows = list(without_nan(report["per_category"]).items())
     with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         columns = list(rows[0][1])
@@ -134,11 +134,12 @@ def save_report(report: Mapping[str, Any], folder: Path) -> None:
         writer.writerows([name, *(values[column] for column in columns)] for name, values in rows)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """`value`, with `None` in place of every float in it (in mappings and lists, too) that is NaN or infinite."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -163,4 +164,12 @@ def _percent(value: float) -> str:
     return f"{'–':>10}" if math.isnan(value) else f"{100 * value:>10.2f}"
 
 
-__all__ = ["MatchedSamples", "build_report", "match_classes", "report_table", "save_report", "scores_of_classes"]
+__all__ = [
+    "MatchedSamples",
+    "build_report",
+    "match_classes",
+    "report_table",
+    "save_report",
+    "scores_of_classes",
+    "without_nan",
+]

@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -17,9 +16,10 @@ from typing import Any
 from torch import distributed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .checkpoints import make_directory
+from .reports import without_nan
 from .stopping import TrainingStopped
 from .training import DenseCLIPTrainingArguments
+from .writing import make_directory, write_atomically
 
 
 logger = logging.getLogger(__name__)
@@ -154,25 +154,9 @@ def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> N
 
 
 def results_json(metrics: dict[str, Any]) -> str:
-    """Numbers and lists of numbers of `metrics` as JSON, NaN (an undefined score) as null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    kept = {key: plain(value) for key, value in metrics.items() if isinstance(value, (int, float, list, str))}
-    return json.dumps(kept, indent=2, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Numbers, texts and lists of numbers of `metrics` as JSON, NaN (an undefined score) as null."""
+    kept = {key: value for key, value in metrics.items() if isinstance(value, (int, float, list, str))}
+    return json.dumps(without_nan(kept), indent=2, allow_nan=False) + "\n"
 
 
 def one_sentence_errors(main: Callable) -> Callable:
@@ -221,5 +205,4 @@ __all__ = [
     "recipe_of",
     "results_json",
     "sentence_of",
-    "write_atomically",
 ]

@@ -1,6 +1,7 @@
-"""Checkpoint files that are none, and directories that are written whole or not at all."""
+"""What is written, whole or not at all."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -9,12 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from denseclip_hf.checkpoints import CheckpointError, OutputError, new_directory, read_checkpoint
-
-
-def test_directory_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no file"):
-        read_checkpoint(tmp_path)
+from denseclip_hf.writing import OutputError, new_directory, write_atomically
 
 
 @contextmanager
@@ -70,3 +66,19 @@ def test_a_directory_in_use_is_not_touched(tmp_path):
     with pytest.raises(OutputError, match="already exists"), new_directory(tmp_path):
         pass
     assert (tmp_path / "keep").exists()
+
+
+def test_a_file_is_written_whole_by_many_at_a_time(tmp_path):
+    file, text = tmp_path / "recipe.json", "x" * 100_000
+
+    def write():
+        for _ in range(50):
+            write_atomically(file, text)
+
+    processes = [multiprocessing.get_context("fork").Process(target=write) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert file.read_text() == text and [path.name for path in tmp_path.iterdir()] == ["recipe.json"]

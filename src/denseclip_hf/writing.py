@@ -1,0 +1,107 @@
+"""Writing that leaves files and directories whole or not at all, and says in one sentence why it could not."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class OutputError(OSError):
+    """A directory that could not be written; nothing of it is left. The message is one sentence."""
+
+
+@contextmanager
+def new_directory(target: str | os.PathLike) -> Iterator[Path]:
+    """
+    A directory to fill, which becomes `target` when all went well and disappears when not.
+
+    Args:
+        target (`str` or `os.PathLike`): must not exist, or be an empty directory, not a link to one.
+
+    Yields:
+        `Path`: a new directory beside `target`.
+
+    Raises:
+        OutputError: if `target` is taken, or can't be written (permissions, a full disk).
+    """
+    target = Path(target).absolute()
+    partial: Path | None = None
+    new_parents: list[Path] = []
+    complete = False
+    try:
+        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+            raise OutputError(f"{target} already exists: remove it or choose another name.")
+        new_parents = [parent for parent in target.parents if not parent.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        os.replace(partial, target)
+        complete = True
+    except OutputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"{target} could not be written ({reason}); nothing is left of it: make room, or name another place."
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents if not complete else []:  # the innermost first
+            with suppress(OSError):  # never made, or somebody else put something into it
+                parent.rmdir()
+
+
+def make_directory(folder: str | os.PathLike) -> None:
+    """
+    Make `folder` unless it is there, and see that something can be written into it.
+
+    Raises:
+        OutputError: if not (permissions, a full disk, a file of that name).
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:  # on a full disk an empty one can still be made
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        remedy = "make room there, or name another" if error.errno == errno.ENOSPC else "name another"
+        raise OutputError(f"the output directory {folder} cannot be written ({error.strerror}): {remedy}.") from error
+
+
+@contextmanager
+def writing_into(folder: str | os.PathLike) -> Iterator[None]:
+    """Turn what the system refuses while files are written into `folder` (but existing ones) into [`OutputError`]."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (None, errno.EEXIST):  # without a number it is a sentence of ours
+            raise
+        raise OutputError(
+            f"the results could not be written into {folder} ({error.strerror}): make room there, or name another "
+            "directory."
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+__all__ = ["OutputError", "make_directory", "new_directory", "write_atomically", "writing_into"]
