@@ -230,14 +230,19 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     assert left == ({"checkpoint-5", f"checkpoint-{best}"} if best < 5 else {"checkpoint-4", "checkpoint-5"})
 
 
+def model_of_still_batch_norms():
+    """One for which it makes no difference how the pictures of a step are spread over batches."""
+    model = tiny_model(**NO_DROPOUT)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda mode=True, module=module: module
+    return model
+
+
 def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
-    """Batch norms see the smaller batch, so they are held still here; everything else must be the same."""
     weights = []
     for batch, accumulation in ((4, 1), (2, 2)):
-        model = tiny_model(**NO_DROPOUT)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.train = lambda mode=True, module=module: module
+        model = model_of_still_batch_norms()
         options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         trainer = trainer_for(tmp_path, model, max_steps=2, **options)
         encoded = []
@@ -245,8 +250,7 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
         trainer.train()
         assert len(encoded) == 2  # the text tower runs once per optimizer step, not once per batch
         weights.append(model.state_dict())
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(*weights, atol=2e-5, rtol=1e-4)
 
 
 def test_an_epoch_at_any_accumulation_has_the_same_steps(tmp_path):
@@ -261,18 +265,14 @@ def test_an_epoch_at_any_accumulation_has_the_same_steps(tmp_path):
 
 
 def test_an_incomplete_last_step_weighs_its_pictures_alike(tmp_path):
-    """Batch norms held still, six pictures at once are four and then two accumulated."""
+    """Six pictures at once are four and then two accumulated."""
     weights = []
     for batch, accumulation in ((6, 1), (4, 2)):
-        model = tiny_model(**NO_DROPOUT)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.train = lambda mode=True, module=module: module
+        model = model_of_still_batch_norms()
         options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
         trainer_for(tmp_path, model, pictures(6), dataloader_drop_last=False, evaluate=False, **options).train()
         weights.append(model.state_dict())
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(*weights, atol=2e-5, rtol=1e-4)
 
 
 def test_data_for_not_a_single_step_is_refused(tmp_path):
