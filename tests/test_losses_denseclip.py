@@ -79,8 +79,9 @@ def test_half_precision_logits_get_a_float32_loss_and_their_own_gradient(monkeyp
     labels = torch.randint(4, (1, 16, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = pixel_cross_entropy(logits, labels, 255)
+    kept = loss.grad_fn.next_functions[0][0].saved_tensors[0]
     loss.backward()
-    assert loss.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32 and logits.grad.dtype == kept.dtype == torch.bfloat16
     torch.testing.assert_close(loss, straightforward(logits.detach().float(), labels), rtol=1e-5, atol=1e-6)
     full = logits.detach().float().requires_grad_()
     straightforward(full, labels).backward()
@@ -100,3 +101,12 @@ def test_labels_beside_the_classes_are_ignored(ignore_index):
     labels = torch.tensor([[[0, 2, ignore_index]]], dtype=torch.int8)
     checked = checked_labels(labels, 1, tiny_config(semantic_loss_ignore_index=ignore_index))
     assert checked.dtype == torch.long and torch.equal(checked, labels.long())
+
+
+@pytest.mark.parametrize(("values", "sentence"), [([-1, 2], "from -1 to 2"), ([0, 3], "from 0 to 3")])
+def test_labels_beyond_the_classes_are_refused_where_reading_them_is_free(monkeypatch, values, sentence):
+    labels = torch.tensor([[values]])
+    with pytest.raises(ValueError, match=sentence):
+        checked_labels(labels, 1, tiny_config())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(checked_labels(labels, 1, tiny_config()), labels)

@@ -273,6 +273,44 @@ def test_forward_passes_of_one_step_share_the_text_tower(images, labels):
         torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-6, rtol=1e-4)
 
 
+def test_a_shared_pass_may_have_no_backward(images, labels):
+    model = tiny_model(context_decoder_dropout=0.0, decode_head_dropout=0.0, drop_path_rate=0.0).train()
+    model(images, labels=labels).loss.backward()
+    expected = model.prompts.context_vectors.grad.clone()
+    model.zero_grad()
+    model.share_class_embeddings(until_next=True)
+    model(images, labels=labels)
+    model.share_class_embeddings(until_next=False)
+    model(images, labels=labels).loss.backward()
+    torch.testing.assert_close(model.prompts.context_vectors.grad, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_nothing_is_shared_beyond_an_evaluation(images, labels):
+    model = tiny_model().train()
+    counter = CallCounter(model)
+    model.share_class_embeddings(until_next=True)
+    model(images, labels=labels)
+    model.eval().train()
+    for _ in range(2):
+        model(images, labels=labels)
+    assert counter.calls == 3
+
+
+def test_a_compiler_sees_kept_embeddings_or_the_whole_way(monkeypatch):
+    model = tiny_model()
+    counter, compiling = CallCounter(model), True
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert model.encode_classes().requires_grad and model.encode_classes().requires_grad and counter.calls == 2
+    with torch.no_grad():
+        model.encode_classes(), model.encode_classes()
+        assert counter.calls == 4  # nothing is kept by a graph
+        compiling = False
+        kept = model.encode_classes()
+        compiling = True
+        model.encode_classes().zero_()
+        assert torch.equal(model.encode_classes(), kept) and counter.calls == 5
+
+
 def test_weights_that_change_between_passes_that_share_are_refused(images, labels):
     model = tiny_model().train()
     model.share_class_embeddings(until_next=True)

@@ -56,6 +56,13 @@ def test_packed_gradients_equal_straightforward():
         torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)
 
 
+def test_contexts_take_the_text_towers_type():
+    model = tiny_model()
+    model.clip.bfloat16()
+    assert model.prompts.context_vectors.dtype == torch.float32
+    assert model.prompts(model.clip).dtype == torch.bfloat16
+
+
 def test_layout_by_hand():
     packed = pack_prompts([[SOS, 7, 1, EOS], [SOS, 7, EOS]], num_context_tokens=2)
     assert packed.token_ids.tolist() == [[SOS, SOS, SOS, 7, 1, EOS, EOS]]
