@@ -7,7 +7,12 @@ from conftest import EOS, SOS, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSemanticSegmentation, CLIPModel
 
-from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation, modeling_denseclip
+from denseclip_hf import (
+    CLIPResNetModel,
+    DenseCLIPForSemanticSegmentation,
+    class_embeddings_denseclip,
+    modeling_denseclip,
+)
 from denseclip_hf.modeling_clip_resnet import resize_position_grid
 
 
@@ -189,6 +194,10 @@ def replace_parameter(model):
     model.prompts.context_vectors = torch.nn.Parameter(torch.randn(4, 16))
 
 
+def change_one_value_of_a_context(model):
+    model.prompts.context_vectors.data[1, 1] += 1.0
+
+
 def change_what_is_not_sampled(model):
     model.clip.text_projection.weight.data[0, 1] += 1.0
     model.train().eval()
@@ -199,6 +208,7 @@ def change_what_is_not_sampled(model):
     [
         change_in_place,
         change_data,
+        change_one_value_of_a_context,
         put_average_in_place,
         scale_projection,
         change_token,
@@ -219,6 +229,42 @@ def test_class_embeddings_are_never_stale(change, images):
         expected = model.prompts(model.clip)
         torch.testing.assert_close(model.encode_classes(), expected, atol=0, rtol=0)
     assert model.encode_classes().dtype == expected.dtype
+
+
+def test_where_values_are_not_read_versions_tell(images, monkeypatch):
+    monkeypatch.setattr(class_embeddings_denseclip, "_sample", lambda *args: None)  # as on an accelerator
+    model = tiny_model()
+    counter = CallCounter(model)
+    for _ in range(2):
+        forward(model, images)
+    assert counter.calls == 1
+    change_in_place(model)
+    forward(model, images)
+    assert counter.calls == 2
+
+
+def test_values_of_a_spread_tensor_are_not_read():
+    model = tiny_model()
+    weight = model.clip.text_projection.weight
+    assert len(class_embeddings_denseclip._sample(model.prompts, [weight])) == 1
+    weight.placements = ("sharded",)
+    assert class_embeddings_denseclip._sample(model.prompts, [weight]) is None
+
+
+def test_weights_made_in_inference_mode_have_no_version():
+    with torch.inference_mode():
+        model = tiny_model()
+        assert torch.equal(model.encode_classes(), model.encode_classes())
+
+
+def test_around_a_frozen_clip_the_text_tower_runs_once(kind, images, labels):
+    model = DenseCLIPForSemanticSegmentation(tiny_config(kind))
+    model.clip.requires_grad_(False)
+    model.prompts.requires_grad_(False)
+    counter = CallCounter(model)
+    for _ in range(2):
+        model(images, labels=labels).loss.backward()
+    assert model.training and counter.calls == 1
 
 
 @pytest.mark.parametrize("freeze", [False, True])

@@ -66,6 +66,9 @@ class ViTPyramid(nn.Module):
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Four `(B, C, h, w)` -> c2 … c5 of heights 4h, 2h, h, h // 2."""
+        if torch.is_grad_enabled() and self.same.weight.requires_grad and not maps[0].requires_grad:
+            # Behind a frozen tower: on a CPU, torch's gradient of a group norm of channels-last maps crashes.
+            maps = [x.contiguous() for x in maps]
         return [step(x) for step, x in zip((self.up4, self.up2, self.same, self.down2), maps, strict=True)]
 
 
