@@ -13,6 +13,7 @@ from denseclip_hf import (
     class_embeddings_denseclip,
     modeling_denseclip,
 )
+from denseclip_hf.context_decoder_denseclip import cosine_score_maps
 from denseclip_hf.modeling_clip_resnet import resize_position_grid
 
 
@@ -94,6 +95,16 @@ def test_labels_that_do_not_fit_are_refused(bad, sentence, images):
 def test_too_small_images_are_refused(kind):
     with pytest.raises(ValueError, match="at least 32 pixels"):
         tiny_model(kind)(torch.zeros(1, 3, 31, 64))
+
+
+@pytest.mark.parametrize(("patch", "least"), [(8, 16), (32, 64)])
+def test_the_smallest_image_of_a_vit_has_two_patches_a_side(patch, least):
+    config = tiny_config()
+    config.clip_config.vision_config.patch_size = patch
+    model = DenseCLIPForSemanticSegmentation(config).eval()
+    assert forward(model, torch.zeros(1, 3, least, least)).score_maps.shape == (1, 3, 2, 2)
+    with pytest.raises(ValueError, match=f"at least {least} pixels"):
+        model(torch.zeros(1, 3, least, least - 1))
 
 
 def test_every_trainable_parameter_gets_a_gradient(kind, images, labels):
@@ -388,6 +399,12 @@ def test_autocast_leaves_score_maps_and_losses_in_float32(kind, images, labels):
         output = forward(model, images, labels)
     assert output.logits.dtype == torch.bfloat16
     assert output.score_maps.dtype == output.decode_loss.dtype == output.auxiliary_loss.dtype == torch.float32
+
+
+def test_cosines_of_half_precision_are_taken_in_float32():
+    context, texts = torch.randn(1, 5, 4).bfloat16(), torch.randn(1, 3, 4).bfloat16()
+    expected = torch.nn.functional.cosine_similarity(context[:, None, 1:].float(), texts[:, :, None].float(), dim=-1)
+    torch.testing.assert_close(cosine_score_maps(context, texts, (2, 2)), expected.unflatten(2, (2, 2)))
 
 
 class NeverWaiting(TorchDispatchMode):
