@@ -12,7 +12,7 @@ from PIL import Image
 
 from denseclip_hf.exporting import FILES, check_export, export, export_frozen
 from denseclip_hf.measurement import load_model
-from denseclip_hf.original_release import check_picture
+from denseclip_hf.original_release import pattern_picture
 from denseclip_hf.writing import new_directory
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image", help="picture that the result is checked on (default: a drawn one)")
     args = parser.parse_args(argv)
     try:
-        image = Image.open(args.image).convert("RGB") if args.image else check_picture((256, 320))
+        image = Image.open(args.image).convert("RGB") if args.image else pattern_picture((256, 320))
         model, processor = load_model(args.model, "fp32")
         with new_directory(args.output_dir) as directory:
             if args.format == "frozen":

@@ -259,7 +259,7 @@ def _score_map_level(weights: StateDict) -> int:
     raise CheckpointError(f"no level of the neck takes the score maps of the {classes} classes the classifier has.")
 
 
-def check_picture(size: Sequence[int]) -> Image.Image:
+def pattern_picture(size: Sequence[int]) -> Image.Image:
     """A picture of (height, width) pixels with gradients and a checkerboard; the same every time."""
     height, width = size
     rows, columns = np.mgrid[:height, :width]
@@ -283,7 +283,7 @@ def check_directory(directory: Path, model: Any) -> ConversionReport:
         if not torch.equal(value, expected[key]):
             raise ValueError(f"{key} came back from disk with other values.")
     processor = DenseCLIPImageProcessorPil.from_pretrained(directory)
-    picture = check_picture(model.config.crop_size)
+    picture = pattern_picture(model.config.crop_size)
     with torch.no_grad():
         logits = loaded.window_logits(processor(picture, return_tensors="pt")["pixel_values"])
     if not torch.isfinite(logits).all():

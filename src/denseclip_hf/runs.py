@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .reports import without_nan
 from .stopping import TrainingStopped
 from .training import DenseCLIPTrainingArguments
-from .writing import make_directory, write_atomically
+from .writing import complete_or_gone, make_directory, write_atomically
 
 
 logger = logging.getLogger(__name__)
@@ -136,17 +136,11 @@ def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> N
     """
     folder = Path(trainer.args.output_dir)
     writing = folder / WRITING_DIR
-    try:
+    with complete_or_gone(writing, "the final model", "the checkpoints"):
         trainer.save_model(str(writing))
         trainer.accelerator.wait_for_everyone()
         if complete is not None and trainer.is_world_process_zero():
             complete(writing)
-    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
-        shutil.rmtree(writing, ignore_errors=True)
-        raise OSError(
-            f"the final model could not be written ({error}): the checkpoints are complete; make room and start again "
-            "with the same command."
-        ) from error
     if trainer.is_world_process_zero():
         for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
             os.replace(file, folder / file.name)

@@ -27,6 +27,7 @@ from .stopping import StopCallback, TrainingStopped
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .training_log import TrainingLog, peak_memory  # noqa: F401  # the benchmark takes it from here
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
+from .writing import complete_or_gone
 
 
 logger = logging.getLogger(__name__)
@@ -342,20 +343,15 @@ class DenseCLIPTrainer(Trainer):
         writing = run_dir / WRITING_DIR
         self._writing_dir = str(writing)
         try:
-            super()._save_checkpoint(model, trial)
-            if self.state.best_global_step:  # on every process: each loads the best model at the end
-                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                if best.exists() or best.name == name:
-                    self.state.best_model_checkpoint = str(best)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._publish(writing, run_dir, name)
-        except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
-            shutil.rmtree(writing, ignore_errors=True)
-            raise OSError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({error}): those before it are "
-                "complete; make room and start again with the same command."
-            ) from error
+            with complete_or_gone(writing, f"the checkpoint of step {self.state.global_step}", "those before it"):
+                super()._save_checkpoint(model, trial)
+                if self.state.best_global_step:  # on every process: each loads the best model at the end
+                    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                    if best.exists() or best.name == name:
+                        self.state.best_model_checkpoint = str(best)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish(writing, run_dir, name)
         finally:
             self._writing_dir = None
         self.accelerator.wait_for_everyone()

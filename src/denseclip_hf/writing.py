@@ -75,6 +75,29 @@ def make_directory(folder: str | os.PathLike) -> None:
 
 
 @contextmanager
+def complete_or_gone(folder: Path, what: str, kept: str) -> Iterator[None]:
+    """
+    Remove `folder` if what is done to fill it fails, whatever the reason.
+
+    Args:
+        folder (`Path`): where is written.
+        what (`str`): what is written there, for the message.
+        kept (`str`): what there is complete all the same, for the message.
+
+    Raises:
+        OSError: with one sentence, if it fails.
+    """
+    try:
+        yield
+    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(
+            f"{what} could not be written ({error}): {kept} are complete; make room and start again with the same "
+            "command."
+        ) from error
+
+
+@contextmanager
 def writing_into(folder: str | os.PathLike) -> Iterator[None]:
     """Turn what the system refuses while files are written into `folder` (but existing ones) into [`OutputError`]."""
     try:
@@ -104,4 +127,11 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["OutputError", "make_directory", "new_directory", "write_atomically", "writing_into"]
+__all__ = [
+    "OutputError",
+    "complete_or_gone",
+    "make_directory",
+    "new_directory",
+    "write_atomically",
+    "writing_into",
+]
