@@ -256,10 +256,10 @@ def test_where_values_are_not_read_versions_tell(images, monkeypatch):
 
 def test_values_of_a_spread_tensor_are_not_read():
     model = tiny_model()
-    weight = model.clip.text_projection.weight
-    assert len(class_embeddings_denseclip._sample(model.prompts, [weight])) == 1
-    weight.placements = ("sharded",)
-    assert class_embeddings_denseclip._sample(model.prompts, [weight]) is None
+    sources = [model.prompts.context_vectors, model.clip.text_projection.weight]
+    assert len(class_embeddings_denseclip._sample(model.prompts, sources)) == 2
+    sources[1].placements = ("sharded",)
+    assert class_embeddings_denseclip._sample(model.prompts, sources) is None
 
 
 def test_weights_made_in_inference_mode_have_no_version():
