@@ -156,7 +156,7 @@ def test_a_directory_without_permission_is_refused_as_anybody_but_root(tmp_path)
     tmp_path.chmod(0o755), folder.chmod(0o555)
     code = "import os, sys; from denseclip_hf.runs import prepare_run; os.setuid(65534); prepare_run(sys.argv[1], {})"
     said = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
-    assert re.search(r"OutputError: the output directory \S+ cannot be written \(.*\): name another\.$", said.strip())
+    assert re.search(r"OutputError: the output directory \S+ cannot be written \(.*\): name another\.$", said, re.M)
     assert not list(folder.iterdir())
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 def resize_bilinear(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """Resize `x` `(B, C, h, w)` to `size` (rows, columns), align_corners False; returned as it is if it fits."""
-    if x.shape[-2:] == torch.Size(size):
+    if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 

@@ -54,7 +54,8 @@ def overlay_with_legend(
     ids, known = np.asarray(segmentation), max(id2label, default=-1) + 1
     counts = np.zeros(known + 2, dtype=np.int64)
     for top, bottom in _strips(image):
-        counts += np.bincount(np.clip(ids[top:bottom], -1, known).ravel() + 1, minlength=known + 2)
+        places = np.clip(ids[top:bottom].astype(np.int64), -1, known) + 1  # NumPy 2.0 takes no -1 beside unsigned ids
+        counts += np.bincount(places.ravel(), minlength=known + 2)
     shown = [int(i) for i in np.argsort(-counts[1:-1], kind="stable") if counts[i + 1] and int(i) in id2label]
     size = min(max(image.width // 40, 12), 40)
     font, line = ImageFont.load_default(size=size), round(1.5 * size)
