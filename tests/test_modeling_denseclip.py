@@ -252,6 +252,9 @@ def test_where_values_are_not_read_versions_tell(images, monkeypatch):
     change_in_place(model)
     forward(model, images)
     assert counter.calls == 2
+    monkeypatch.undo()
+    forward(model, images)
+    assert counter.calls == 3
 
 
 def test_values_of_a_spread_tensor_are_not_read():
