@@ -475,6 +475,26 @@ def test_what_a_checkpoint_lacks_starts_anew(kind):
 # Behaviour inside transformers
 
 
+def test_what_transformers_asks_of_the_class():
+    models = [tiny_model("vit"), tiny_model("resnet")]
+    assert all(model.base_model is model.clip for model in models)
+    assert DenseCLIPForSemanticSegmentation.input_modalities == ("image",)
+    parts = {type(module).__name__ for model in models for module in model.modules()}
+    assert set(DenseCLIPForSemanticSegmentation._no_split_modules) <= parts
+
+
+@pytest.mark.parametrize("part", ["clip", "decode_head"])
+def test_weights_left_on_the_disk_give_the_same(kind, part, images, tmp_path):
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    places = {name: "disk" if name == part else "cpu" for name, _ in model.named_children()} | {"gamma": "cpu"}
+    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert next(getattr(loaded, part).parameters()).is_meta
+    assert torch.equal(forward(loaded, images).logits, forward(model, images).logits)
+
+
 def test_saved_model_loads_bit_equal(kind, images, tmp_path):
     model = tiny_model(kind)
     expected = forward(model, images)
