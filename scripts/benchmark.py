@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from denseclip_hf.benchmark_tasks import IMAGE_SIZES, TASKS, Settings
-from denseclip_hf.runs import one_sentence_errors, write_atomically
+from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.writing import write_atomically
 
 
 def hardware(device: str) -> str:

@@ -57,6 +57,7 @@ def test_optimizing_folds_every_batch_norm_and_leaves_the_model_alone(kind):
         for module in optimized.modules()
         if isinstance(module, nn.Conv2d)
     )
+    assert not [m for m in optimized.clip.vision_model.modules() if isinstance(m, nn.Linear)] or kind == "resnet"
     joined = [isinstance(lateral, nn.Identity) for lateral in optimized.neck.lateral_convs]
     assert joined == [kind == "vit"] * 2 + [False] * 2
     assert before.keys() == model.state_dict().keys()

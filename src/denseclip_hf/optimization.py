@@ -20,11 +20,12 @@ def optimize_for_inference(model: DenseCLIPForSemanticSegmentation) -> DenseCLIP
     - of a ViT's pyramid, transposed convolutions and the neck's laterals behind them become one (no norm and no
       activation stands between them), so the first two of `hidden_states` have the neck's channels
     - weights of convolutions are channels-last, which their kernels want
+    - of a ViT on a CPU, linear layers are computed as 1x1 convolutions, whose kernels are the faster ones there
 
     Logits, score maps and segmentations differ by float rounding. Wrap the result in `torch.compile` for more.
 
     Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): of any data type and device.
+        model ([`DenseCLIPForSemanticSegmentation`]): of any data type, on the device where it is to run.
 
     Returns:
         [`DenseCLIPForSemanticSegmentation`] in eval mode, without gradients. It can be neither trained nor saved: keep
@@ -41,6 +42,8 @@ def optimize_for_inference(model: DenseCLIPForSemanticSegmentation) -> DenseCLIP
             _fold_batch_norms(module)
     if optimized.pyramid is not None:
         _join_pyramid_and_laterals(optimized)
+        if optimized.device.type == "cpu":
+            _convolve_instead_of_multiplying(optimized.clip.vision_model.encoder)
     optimized.save_pretrained = _refuse("be saved")
     optimized.train = _refuse_training(optimized)
     return optimized.to(memory_format=torch.channels_last)
@@ -68,6 +71,30 @@ def _join_pyramid_and_laterals(model: Any) -> None:
         joined.weight.copy_(torch.einsum("ibhw,ob->iohw", up.weight.double(), mixing))
         joined.bias.copy_(mixing @ up.bias.double() + lateral.bias.double())
         step[-1], model.neck.lateral_convs[level] = joined.requires_grad_(False), nn.Identity()
+
+
+class _LinearAsConvolution(nn.Conv2d):
+    """A linear layer as a 1x1 convolution: that takes oneDNN's kernels, where float32 products take MKL's slower ones."""
+
+    @torch.no_grad()
+    def __init__(self, linear: nn.Linear):
+        kind: Any = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        super().__init__(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, **kind)
+        self.weight.copy_(linear.weight[:, :, None, None])
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(B, N, C)` -> `(B, N, out_features)`."""
+        x = x.transpose(1, 2)[:, :, None]  # B, C, 1, N: channels-last as it lies, nothing is copied
+        return super().forward(x)[:, :, 0].transpose(1, 2)
+
+
+def _convolve_instead_of_multiplying(encoder: nn.Module) -> None:
+    for module in list(encoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, _LinearAsConvolution(child).requires_grad_(False))
 
 
 def _refuse(action: str):

@@ -25,7 +25,7 @@ from .model_card import CARD, write_model_card
 from .runs import WRITING_DIR
 from .stopping import StopCallback, TrainingStopped
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
-from .training_log import TrainingLog, peak_memory  # noqa: F401  # the benchmark takes it from here
+from .training_log import TrainingLog
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
 from .writing import complete_or_gone
 
