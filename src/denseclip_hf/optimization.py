@@ -74,7 +74,7 @@ def _join_pyramid_and_laterals(model: Any) -> None:
 
 
 class _LinearAsConvolution(nn.Conv2d):
-    """A linear layer as a 1x1 convolution: that takes oneDNN's kernels, where float32 products take MKL's slower ones."""
+    """A linear layer as a 1x1 convolution, for oneDNN's kernels: float32 products take MKL's slower ones."""
 
     @torch.no_grad()
     def __init__(self, linear: nn.Linear):
