@@ -142,6 +142,18 @@ def photo_file(tmp_path) -> Path:
     return tmp_path / "holiday.png"
 
 
+class Tokenizer:
+    """Words as single ids, for tests that need no real vocabulary."""
+
+    def __call__(self, text):
+        return {"input_ids": [SOS, *(sum(map(ord, word)) % 90 for word in text.split()), EOS]}
+
+
+def forward(model, images, labels=None):
+    with torch.no_grad():
+        return model(images, labels)
+
+
 @pytest.fixture(params=["vit", "resnet"])
 def kind(request) -> str:
     """Each of the two image towers."""
