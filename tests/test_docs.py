@@ -87,7 +87,7 @@ def test_readme(clone, example):
     )
     run(["bash", "-euc", code], clone)
     shutil.rmtree(clone / "outputs" / "mine")
-    code = "\n".join(blocks("README.md", "python"))  # one process, for speed
+    code = "\n".join(blocks("README.md", "python") + blocks("docs/performance.md", "python"))  # one process, for speed
     code = shorter(code, {"max_steps=2000": "max_steps=1", "512": "96", ", bf16=True": ""})
     run([sys.executable, "-c", code], clone)
 
