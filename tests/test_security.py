@@ -196,7 +196,7 @@ def test_text_that_unpacks_to_gigabytes_is_refused(tmp_path):
     content = b"zTXtComment\0\0" + zlib.compress(bytes(10**8))
     chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
     (tmp_path / "x.png").write_bytes(picture[:33] + chunk + picture[33:])
-    with pytest.raises(ValueError, match="x.png cannot be read as a picture .Decompressed data too large"):
+    with pytest.raises(ValueError, match="x.png cannot be read as a picture .(?i:Decompressed data too large)"):
         read_image(tmp_path / "x.png")
 
 
