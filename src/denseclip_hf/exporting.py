@@ -83,7 +83,7 @@ def export(model: Any, processor: Any, directory: str | os.PathLike, kind: str) 
     else:  # through memory: on a full disk PyTorch's own writer ends the process
         archive = io.BytesIO()
         torch.export.save(program, archive)
-        path.write_bytes(archive.getbuffer())
+        path.write_bytes(archive.getvalue())
     processor.save_pretrained(directory)
     labels = {"id2label": model.config.id2label, "palette": model.config.palette}
     (Path(directory) / "labels.json").write_text(json.dumps(labels, indent=2) + "\n", encoding="utf-8")
