@@ -74,6 +74,7 @@ def test_throughput_is_a_share_of_the_matrix_speed():
     assert all(row["pictures/s"] > 0 and row["of the matrix speed"].endswith("%") for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_costs_by_part_classes_and_size():
     parts = rows_of("parts")
@@ -100,6 +101,7 @@ def test_a_training_step_under_autocast_keeps_its_weights_in_float32(kind):
     assert after.dtype == torch.float32 and not torch.equal(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_the_script_writes_its_tables_after_every_task(tmp_path, capsys):
     arguments = ["--tasks", "flops", "sizes", "--rounds", "1", "--output_dir", str(tmp_path), "--device", "cpu"]
