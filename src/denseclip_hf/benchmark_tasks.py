@@ -86,22 +86,26 @@ def slide(settings: Settings) -> Rows:
     return rows
 
 
-def _inference_rows(name: str, model: Any, pixels: torch.Tensor, settings: Settings) -> Rows:
-    optimized: Any = optimize_for_inference(model)
+def _ways_of_inference(model: Any) -> dict[str, Any]:
+    """Models that give what `model` gives, by how they work."""
     original: Any = work_like_the_original(copy.deepcopy(model))
-    models = {
+    optimized: Any = optimize_for_inference(model)
+    return {
         BASELINE: original,
         f"{BASELINE}, bf16": copy.deepcopy(original).to(torch.bfloat16),
         "ours, eager": model,
         "ours, optimized": optimized,
         "ours, optimized, bf16": copy.deepcopy(optimized).to(torch.bfloat16),
     }
+
+
+def _inference_rows(name: str, model: Any, pixels: torch.Tensor, settings: Settings) -> Rows:
+    models = _ways_of_inference(model)
     if settings.compile:
         for key in ("ours, optimized", "ours, optimized, bf16"):
             models[f"{key}, compiled"] = _compiled(models[key])
 
-    half = pixels.to(torch.bfloat16)
-    cases = {key: forward(each, half if "bf16" in key else pixels) for key, each in models.items()}
+    cases = {key: forward(each, pixels.to(each.dtype)) for key, each in models.items()}
     expected = cases[BASELINE]()
     differences = {key: (run().float() - expected).abs().max().item() for key, run in cases.items()}
     timings = take_turns(cases, settings.rounds)
@@ -218,14 +222,7 @@ def parts(settings: Settings) -> Rows:
         size = IMAGE_SIZES[preset]
         pixels = torch.randn(1, 3, size, size, device=settings.device)
         model = build_model(preset).to(settings.device)
-        optimized: Any = optimize_for_inference(model)
-        cases = {
-            BASELINE: work_like_the_original(copy.deepcopy(model)),
-            "ours, eager": model,
-            "ours, optimized": optimized,
-            "ours, optimized, bf16": copy.deepcopy(optimized).to(torch.bfloat16),
-        }
-        for case, each in cases.items():
+        for case, each in _ways_of_inference(model).items():
             times = time_of_parts(each, pixels.to(each.dtype), settings.rounds)
             rows.append({"what": preset, "case": case, **{part: round(s, 3) for part, s in times.items()}})
     return rows

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Named = tuple[str, Image.Image]
 # Pictures of sizes that fill no batch wait, but never more than this many batches' worth.
 WAITING_BATCHES = 4
-# Of a file's name without its suffix, so that any file system takes it.
+# Of a file's name without its suffix, so that any file system takes it; what tells files apart stands before.
 MAX_STEM_BYTES = 240
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from .image_inputs_denseclip import reduce_labels
 from .metrics import scores_from_confusion_matrix
+from .writing import write_atomically
 
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def save_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write `evaluation.json` and, one class a line, `evaluation.csv`; undefined scores are null and empty."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / "evaluation.json", text + "\n")
     rows = list(without_nan(report["per_category"]).items())
     with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
