@@ -87,6 +87,7 @@ def test_uploads_are_limited(app_url):
     assert upload(21 * 2**20) == 413
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "sentence"), [([], "at least one model"), (["--model", "no/where"], "no/where is")])
 def test_app_without_a_model_ends_with_one_sentence(flags, sentence, tmp_path):
     pytest.importorskip("gradio")
@@ -98,6 +99,7 @@ def test_app_without_a_model_ends_with_one_sentence(flags, sentence, tmp_path):
     assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_space_needs_nothing_installed_but_the_requirements(tmp_path):
     pytest.importorskip("gradio")
     shutil.copy(APP, tmp_path)

@@ -58,6 +58,7 @@ def test_all_ways_of_training_begin_with_the_same_loss():
         assert others == pytest.approx([expected] * 3, rel=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_compiled_models_are_measured_too(monkeypatch):
     monkeypatch.setattr(benchmark_tasks.torch, "compile", lambda model, **options: model)

@@ -351,6 +351,7 @@ def test_unknown_options_are_refused(tmp_path, option, value):
         convert_clip(tmp_path / "x", tmp_path / "out", tokenizer(), **{option: value})
 
 
+@pytest.mark.slow
 def test_script(tmp_path):
     _, path = write("resnet", "safetensors", tmp_path)
     tokenizer().save_pretrained(tmp_path / "words")

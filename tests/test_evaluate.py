@@ -246,6 +246,7 @@ def run_script(arguments, processes=1, **environment):
             process.kill()
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_picture_once(arguments, tmp_path, model_dir):
     alone = measure(arguments(boundary_iou=True, worst=3))
     flags = ["--model", model_dir, "--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "two")]
@@ -259,6 +260,7 @@ def test_two_processes_count_every_picture_once(arguments, tmp_path, model_dir):
     assert "class 1" in first and "5 images" in first and "class 1" not in second
 
 
+@pytest.mark.slow
 def test_script_says_in_one_sentence_what_is_wrong(tmp_path, model_dir):
     data = save_data(tmp_path / "data", ["cat", "dog", "class 1"])
     codes, _, (error,) = run_script(["--model", model_dir, "--dataset", data, "--output_dir", str(tmp_path / "out")])
@@ -368,6 +370,7 @@ def test_multi_scale_stays_within_its_limit(monkeypatch):
     assert (small == probabilities.argmax(0)).float().mean() > 0.8
 
 
+@pytest.mark.slow
 def test_scripts_beside_it_find_the_library_of_its_name(tmp_path):
     """Python puts a script's folder first on the path, where `evaluate` is this script."""
     code = "import evaluate, sys; from evaluate import Metric; assert 'site-packages' in evaluate.__file__"

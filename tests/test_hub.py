@@ -76,6 +76,7 @@ def run(code, *arguments, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_auto_classes_in_a_fresh_process(directory, tmp_path):
     result = run(f"import denseclip_hf\n{USE}", directory, tmp_path / "inputs.pt", "package", tmp_path=tmp_path)
     assert result.stdout == "equal\n", result.stderr

@@ -330,6 +330,7 @@ def test_auto_class_takes_the_best_backend_there_is(tmp_path):
     assert loaded.do_reduce_labels and dict(loaded.size) == OPTIONS["size"]
 
 
+@pytest.mark.slow
 def test_code_on_the_hub_needs_no_package(tmp_path, monkeypatch):
     monkeypatch.setattr(DenseCLIPImageProcessorPil, "_auto_class", "AutoImageProcessor")
     DenseCLIPImageProcessorPil(**SMALL).save_pretrained(tmp_path / "saved")

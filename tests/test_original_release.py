@@ -306,6 +306,7 @@ def test_nothing_is_left_when_writing_fails_half_way(tmp_path, monkeypatch, erro
     assert [f.name for f in tmp_path.iterdir()] == ["released.pth"]
 
 
+@pytest.mark.slow
 def test_a_real_full_disk_leaves_nothing(tmp_path):
     """The largest file the process may write is 100 kB, as if the disk ended there."""
     path = save(tmp_path, release())
@@ -319,6 +320,7 @@ def test_a_real_full_disk_leaves_nothing(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["released.pth", "words"]
 
 
+@pytest.mark.slow
 def test_script_prints_the_check(tmp_path):
     tokenizer().save_pretrained(tmp_path / "words")
     command = [SCRIPT, save(tmp_path, release()), tmp_path / "model", "--tokenizer", tmp_path / "words"]

@@ -75,6 +75,7 @@ def test_strips_of_a_picture_equal_the_whole(monkeypatch, strip):
         assert np.array_equal(part, expected)
 
 
+@pytest.mark.slow
 def test_drawing_over_a_large_picture_takes_the_memory_of_the_result():
     code = (
         "import resource, numpy as np, torch\n"

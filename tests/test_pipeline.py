@@ -83,6 +83,7 @@ def processor():
     return DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mode", "options", "dtype"),
     [
@@ -104,6 +105,7 @@ def test_every_way_to_call_gives_what_the_model_gives(tmp_path, processor, kind,
         assert max(wrong) < (1e-3 if dtype == torch.float32 else 0.05), (call, wrong)
 
 
+@pytest.mark.slow
 def test_code_that_travels_with_the_weights_serves_the_pipeline(tmp_path, processor, monkeypatch):
     monkeypatch.setattr(DenseCLIPImageProcessorPil, "_auto_class", "AutoImageProcessor")
     monkeypatch.setattr(DenseCLIPConfig, "_auto_class", "AutoConfig")

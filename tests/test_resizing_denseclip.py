@@ -52,6 +52,7 @@ def test_whole_number_arithmetic_is_within_a_grey_level_in_any_strips(monkeypatc
     assert torch.equal(resize_image(image, new), resized)
 
 
+@pytest.mark.slow
 def test_resizing_a_large_picture_takes_the_memory_of_its_result():
     code = (
         "import resource, torch\n"

@@ -148,6 +148,7 @@ def test_scripts_end_in_one_sentence():
         main()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="only root can become somebody else")
 def test_a_directory_without_permission_is_refused_as_anybody_but_root(tmp_path):
     """In a process of its own, which gives up root's rights."""
