@@ -60,6 +60,17 @@ def test_flags_override_the_recipe(tmp_path):
     assert json.loads(model.config) == {"gamma_init": 1.0}
 
 
+def test_a_flags_mapping_is_put_over_the_recipes(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("config: {gamma_init: 1.0, neck_hidden_size: 8}\nclip_config: {model_type: clip_resnet}\n")
+    ablation = CONFIGS[0].parent / "ablations" / "template_prompt.yaml"
+    flags = ["--config", '{"gamma_init": 2.0}', "--clip_config", '{"projection_dim": 12}']
+    model, *_ = parse_arguments(KINDS, [str(recipe), str(ablation), *flags])
+    assert json.loads(model.config) == {"gamma_init": 2.0, "neck_hidden_size": 8, "num_context_tokens": 0}
+    assert json.loads(model.clip_config) == {"model_type": "clip_resnet", "projection_dim": 12}
+    assert parse_arguments(KINDS, [str(recipe), "--config", "{"])[0].config == "{"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

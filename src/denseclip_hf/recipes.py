@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -116,8 +117,7 @@ def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> 
     recipe: dict[str, Any] = {}
     while argv and argv[0].endswith((".yaml", ".yml", ".json")):
         for name, value in read_recipe(argv.pop(0), known).items():
-            both = isinstance(value, dict) and isinstance(recipe.get(name), dict)
-            recipe[name] = {**recipe[name], **value} if both else value
+            recipe[name] = _merged(recipe.get(name), value)
     actions = {action.dest: action for action in reversed(parser._actions)}
     hints = {name: str(hint) for kind in types for name, hint in get_type_hints(kind).items()}
     for name, value in recipe.items():
@@ -125,10 +125,25 @@ def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> 
             raise ValueError(f"the recipe gives `{name}` a list, but it takes one value.")
         if value is None and "None" not in hints[name]:
             raise ValueError(f"the recipe gives `{name}` no value, but it needs one: leave it out for its default.")
+        if isinstance(value, dict):
+            actions[name].type = partial(_merged_flag, value)
         if value is not None and not (isinstance(value, bool) and "bool" in hints[name]):
             value = _as_flag(actions[name], value)
         parser.set_defaults(**{name: value})
     return list(parser.parse_args_into_dataclasses(args=argv))
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """`above`, put over `below` where both are mappings."""
+    return {**below, **above} if isinstance(below, dict) and isinstance(above, dict) else above
+
+
+def _merged_flag(below: dict[str, Any], text: str) -> str:
+    """A flag put over the mapping of a recipe; what is no mapping stays as it is, to be refused where it is read."""
+    try:
+        return json.dumps(_merged(below, json.loads(text)))
+    except (ValueError, RecursionError):
+        return text
 
 
 def _as_flag(action: argparse.Action, value: Any) -> Any:
