@@ -8,6 +8,7 @@ import sys
 
 from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.data_check import check_dataset
+from denseclip_hf.runs import one_sentence_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,14 +32,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@one_sentence_errors
 def main() -> int:
     options = vars(parse_arguments())
     full, max_samples = options.pop("full"), options.pop("max_samples")
-    try:
-        data = load_segmentation_dataset(options.pop("dataset"), **options, read_first=False)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    data = load_segmentation_dataset(options.pop("dataset"), **options, read_first=False)
     report = check_dataset(data, full=full, max_samples=max_samples)
     print(report)
     return 0 if report.ok else 1

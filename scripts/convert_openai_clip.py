@@ -6,13 +6,14 @@
 
 import argparse
 import logging
-import sys
 
 from denseclip_hf.checkpoints import DEFAULT_TOKENIZER, sha256_of
 from denseclip_hf.conversion_clip import ACTIVATIONS, DTYPES, convert_clip
+from denseclip_hf.runs import one_sentence_errors
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="TorchScript archive, state dict or .safetensors; nothing in it is run")
@@ -29,16 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the saved weights (%(default)s)")
     args = parser.parse_args(argv)
-    try:
-        model = convert_clip(**vars(args))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    model = convert_clip(**vars(args))
     vision = model.config.vision_config
     print(f"{type(model).__name__}: {model.num_parameters() / 1e6:.3f} M parameters, {vision.image_size} pixels")
     print(f"sha256 {sha256_of(f'{args.output_dir}/model.safetensors')}  model.safetensors")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,13 +4,14 @@
 """
 
 import argparse
-import sys
 
 from denseclip_hf.checkpoints import DEFAULT_TOKENIZER
 from denseclip_hf.original_release import convert_release
+from denseclip_hf.runs import one_sentence_errors
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="the released .pth; nothing in it is executed")
     parser.add_argument("output_dir", help="a new directory, written whole or not at all")
@@ -18,14 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, help="CLIP's, directory or Hub name (%(default)s)")
     parser.add_argument("--classes", help="JSON file of class names, if the checkpoint has none or others are wanted")
     args = parser.parse_args(argv)
-    try:
-        report = convert_release(**vars(args))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    report = convert_release(**vars(args))
     print(f"{report}\nThe model is in {args.output_dir}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

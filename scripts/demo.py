@@ -14,6 +14,7 @@ from pathlib import Path
 
 from denseclip_hf.example import make_example_dataset
 from denseclip_hf.example_clip import make_example_clip
+from denseclip_hf.runs import one_sentence_errors
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,6 +48,7 @@ comparison_picture(rows, titles, model.config.id2label, palette).save(picture)
 """
 
 
+@one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
@@ -82,7 +84,8 @@ def say(text: str) -> None:
 
 
 def run(command: list) -> None:
-    subprocess.run([sys.executable, *map(str, command)], check=True)
+    if code := subprocess.run([sys.executable, *map(str, command)]).returncode:
+        sys.exit(code)  # it has said why
 
 
 if __name__ == "__main__":

@@ -11,29 +11,26 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
+    from denseclip_hf.runs import one_sentence_errors
+
+    one_sentence_errors(run)(argv)
+
+
+def run(argv: list[str] | None) -> None:
     from accelerate import PartialState
 
     from denseclip_hf.measurement import EvaluationArguments, measure
     from denseclip_hf.recipes import parse_arguments
     from denseclip_hf.reports import report_table
-    from denseclip_hf.runs import sentence_of
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        (args,) = parse_arguments([EvaluationArguments], argv)
-        report = measure(args)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(sentence_of(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    (args,) = parse_arguments([EvaluationArguments], argv)
+    report = measure(args)
     if PartialState().is_main_process:
         print(report_table(report))
         print(f"Results are in {args.output_dir}")
-    return 0
 
 
 def become_the_library() -> None:
@@ -47,6 +44,6 @@ def become_the_library() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
 elif __name__ == "evaluate":
     become_the_library()

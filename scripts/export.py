@@ -5,7 +5,6 @@ text tower, for the Auto classes).
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -13,34 +12,31 @@ from PIL import Image
 from denseclip_hf.exporting import FILES, check_export, export, export_frozen
 from denseclip_hf.measurement import load_model
 from denseclip_hf.original_release import pattern_picture
+from denseclip_hf.runs import one_sentence_errors
 from denseclip_hf.writing import new_directory
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_sentence_errors
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a saved model, directory or Hub name")
     parser.add_argument("output_dir", help="a new directory, written whole or not at all")
     parser.add_argument("--format", choices=[*FILES, "frozen"], default="onnx", help="default: %(default)s")
     parser.add_argument("--image", help="picture that the result is checked on (default: a drawn one)")
     args = parser.parse_args(argv)
-    try:
-        image = Image.open(args.image).convert("RGB") if args.image else pattern_picture((256, 320))
-        model, processor = load_model(args.model, "fp32")
-        with new_directory(args.output_dir) as directory:
-            if args.format == "frozen":
-                export_frozen(model, processor, args.model, directory, Path(args.output_dir).name)
-                print(f"{model.num_parameters() / 1e6:.1f} M parameters")
-            else:
-                path = export(model, processor, directory, args.format)
-                difference = check_export(model, processor, path, image)
-                size = path.stat().st_size / 1e6
-                print(f"{path.name}: {size:.1f} MB, largest difference of a logit {difference:.2e}")
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    image = Image.open(args.image).convert("RGB") if args.image else pattern_picture((256, 320))
+    model, processor = load_model(args.model, "fp32")
+    with new_directory(args.output_dir) as directory:
+        if args.format == "frozen":
+            export_frozen(model, processor, args.model, directory, Path(args.output_dir).name)
+            print(f"{model.num_parameters() / 1e6:.1f} M parameters")
+        else:
+            path = export(model, processor, directory, args.format)
+            difference = check_export(model, processor, path, image)
+            size = path.stat().st_size / 1e6
+            print(f"{path.name}: {size:.1f} MB, largest difference of a logit {difference:.2e}")
     print(f"Written to {args.output_dir}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

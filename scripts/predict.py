@@ -17,6 +17,7 @@ from denseclip_hf.measurement import DTYPES, load_model
 from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
 from denseclip_hf.prediction import Segmenter, predict_sources
 from denseclip_hf.prediction_inputs import find_sources
+from denseclip_hf.runs import one_sentence_errors
 
 
 def names(text: str) -> list[str]:
@@ -74,6 +75,7 @@ def load_segmenter(args: argparse.Namespace) -> Segmenter:
     return Segmenter(model, image_processor, tokenizer, args.words, args.score_maps, templates)
 
 
+@one_sentence_errors
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -84,11 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         options = {
             k: getattr(args, k) for k in ("batch_size", "opacity", "overwrite", "timeout", "every", "max_frames")
         }
-        try:
-            summary = predict_sources(load_segmenter(args), sources, args.output_dir, **options)
-        except (OSError, ValueError) as error:
-            print(error, file=sys.stderr)
-            return 1
+        summary = predict_sources(load_segmenter(args), sources, args.output_dir, **options)
         done, problems = summary.done, [*problems, *summary.problems]
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -4,12 +4,13 @@ Without --push it only shows what would be uploaded. Repositories are private un
 """
 
 import argparse
-import sys
 
 from denseclip_hf.hub import files_to_push, push
+from denseclip_hf.runs import one_sentence_errors
 
 
-def main(argv: list[str] | None = None, api=None) -> int:
+@one_sentence_errors
+def main(argv: list[str] | None = None, api=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model_dir", help="a saved model with its card")
     parser.add_argument("repo_id", help="repository on the Hub, USER/NAME")
@@ -20,25 +21,17 @@ def main(argv: list[str] | None = None, api=None) -> int:
     parser.add_argument("--include", nargs="*", default=[], help="further files of MODEL_DIR")
     parser.add_argument("--message", default="Upload model", help="of the commit (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        with files_to_push(args.model_dir, not args.no_code, args.include, args.repo_id, args.license) as (
-            files,
-            left,
-        ):
-            total = sum(path.stat().st_size for path in files.values())
-            for name, path in sorted(files.items()):
-                print(f"{path.stat().st_size:>14,}  {name}")
-            print(f"{total:>14,}  bytes in {len(files)} files; not among them: {', '.join(left) or 'nothing'}")
-            visibility = "public" if args.public else "private"
-            if not args.push:
-                print(f"Nothing was uploaded. With --push these files go to {args.repo_id} ({visibility}).")
-                return 0
-            print(f"Uploaded: {push(files, args.repo_id, not args.public, args.message, api)}")
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    with files_to_push(args.model_dir, not args.no_code, args.include, args.repo_id, args.license) as (files, left):
+        total = sum(path.stat().st_size for path in files.values())
+        for name, path in sorted(files.items()):
+            print(f"{path.stat().st_size:>14,}  {name}")
+        print(f"{total:>14,}  bytes in {len(files)} files; not among them: {', '.join(left) or 'nothing'}")
+        visibility = "public" if args.public else "private"
+        if not args.push:
+            print(f"Nothing was uploaded. With --push these files go to {args.repo_id} ({visibility}).")
+            return
+        print(f"Uploaded: {push(files, args.repo_id, not args.public, args.message, api)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -92,7 +92,7 @@ def directory(kind, tmp_path):
 
 
 def test_a_frozen_directory(directory, tmp_path, images):
-    assert script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"]) == 0
+    script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     names = {file.name for file in (tmp_path / "frozen").iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "README.md"} <= names
     frozen = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "frozen")
@@ -107,7 +107,7 @@ def test_a_frozen_model_keeps_its_card(directory, tmp_path):
     results = {"dataset": "example", "split": "val", "metrics": {"mean_iou": 0.4351}}
     known = {"license": "mit", "base_model": "openai/x", "dataset": "someone/streets", "training": {"Steps": 3}}
     before = write_model_card(directory, results=results, picture="example.png", **known).read_text()
-    assert script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"]) == 0
+    script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     after = (tmp_path / "frozen" / "README.md").read_text()
     assert ModelCard(after).data.to_dict() == ModelCard(before).data.to_dict()
     assert "with its classes frozen" in after and "| 43.51 |" in after and "| Steps | 3 |" in after
@@ -115,7 +115,8 @@ def test_a_frozen_model_keeps_its_card(directory, tmp_path):
 
 
 def test_failures_leave_nothing(directory, tmp_path, capsys, monkeypatch):
-    assert script()([str(directory), str(tmp_path / "out"), "--image", str(tmp_path / "no.jpg")]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        script()([str(directory), str(tmp_path / "out"), "--image", str(tmp_path / "no.jpg")])
     assert "no.jpg" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
@@ -125,7 +126,8 @@ def test_a_missing_package_is_one_sentence(directory, tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr("denseclip_hf.exporting.export_program", lambda model: None)
     monkeypatch.setattr("denseclip_hf.exporting._save_onnx", lambda program, path: None)
-    assert script()([str(directory), str(tmp_path / "out")]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        script()([str(directory), str(tmp_path / "out")])
     expected = f"ONNX needs the package {package}: pip install 'denseclip_hf[export]'.\n"
     assert capsys.readouterr().err.endswith(expected)
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
@@ -151,7 +153,8 @@ def test_a_real_full_disk_leaves_nothing(directory, tmp_path, format):
 )
 def test_a_disk_that_is_too_small_is_left_empty(directory, small_disk, capsys, format):
     disk = small_disk("64k")
-    assert script()([str(directory), str(disk / "model"), "--format", format]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        script()([str(directory), str(disk / "model"), "--format", format])
     said = capsys.readouterr().err.splitlines()[-1]
     assert "model could not be written (" in said and "nothing is left of it: make room" in said
     assert not list(disk.iterdir())
@@ -163,7 +166,8 @@ def test_a_full_disk_leaves_nothing(directory, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(DenseCLIPForSemanticSegmentation, "save_pretrained", fail_half_way)
-    assert script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     assert "frozen could not be written (No space left on device); nothing is left of it" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 

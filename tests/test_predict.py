@@ -117,17 +117,20 @@ def test_script_goes_on_after_what_it_can_not_read(script, word_model_dir, photo
         (["--words", "cat,,dog"], "none of them empty"),
         (["--score_maps", "sky,sky"], "'sky' is given twice"),
         (["--words", "word " * 90], "tokens with SOS and EOS"),
+        (["--device", "nonsense"], "device type at start of device string: nonsense"),
     ],
 )
 def test_script_refuses_bad_flags(script, word_model_dir, photos, tmp_path, capsys, flags, sentence):
     common = [str(photos), "--model", str(word_model_dir), "--output_dir", str(tmp_path / "out")]
-    assert script.main([*common, *flags]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        script.main([*common, *flags])
     assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["nowhere/to/be/found", "/no/folder"])
 def test_a_model_that_is_not_there_is_one_sentence(script, photos, tmp_path, capsys, model):
-    assert script.main([str(photos), "--model", model, "--output_dir", str(tmp_path / "out")]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        script.main([str(photos), "--model", model, "--output_dir", str(tmp_path / "out")])
     assert f"{model} is neither a folder here nor a model on the Hub" in capsys.readouterr().err
 
 

@@ -174,7 +174,7 @@ BAD_CHECKPOINTS = {
     ),
     "another model": (
         lambda p: save(p.parent, {"state_dict": {"fc.weight": torch.zeros(2, 2)}}, p.name),
-        r"^this is not a .*: it has no \S+ of 4 axes; name one that is\.$",
+        r"^error: this is not a .*: it has no \S+ of 4 axes; name one that is\.$",
     ),
 }
 
@@ -184,7 +184,8 @@ BAD_CHECKPOINTS = {
 def test_converters_end_in_one_line(tmp_path, capsys, script, case):
     build, words = BAD_CHECKPOINTS[case]
     path = build(tmp_path / "x.pth")
-    assert main_of(script)([str(path), str(tmp_path / "parent" / "out")]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        main_of(script)([str(path), str(tmp_path / "parent" / "out")])
     assert re.search(words, one_line(capsys.readouterr().err))
     assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
 
@@ -193,10 +194,19 @@ def test_a_detection_checkpoint_is_one_line(tmp_path, capsys):
     content = release()
     content["state_dict"]["roi_head.bbox_head.fc_cls.weight"] = torch.zeros(1)
     path = save(tmp_path, content)
-    assert main_of("convert_original_denseclip")([str(path), str(tmp_path / "out")]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        main_of("convert_original_denseclip")([str(path), str(tmp_path / "out")])
     said = one_line(capsys.readouterr().err)
-    assert said.startswith("this is a detection checkpoint, but only semantic segmentation models are converted: name")
+    words = "error: this is a detection checkpoint, but only semantic segmentation models are converted: name"
+    assert said.startswith(words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", [*sorted(SCRIPTS.glob("*.py")), SCRIPTS.parent / "app.py"], ids=lambda p: p.stem)
+def test_every_script_ends_in_one_sentence(script):
+    """Through the one decorator, so that they all do it alike."""
+    source = script.read_text()
+    assert "@one_sentence_errors\ndef main(" in source or "one_sentence_errors(run)(argv)" in source
 
 
 def main_of(script):

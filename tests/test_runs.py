@@ -139,12 +139,22 @@ def test_undefined_scores_are_null_in_json():
     assert json.loads(text) == {"iou": [0.5, None], "mean": None}
 
 
-def test_scripts_end_in_one_sentence():
+def test_scripts_end_in_one_sentence(capsys):
     @one_sentence_errors
     def main():
         raise ValueError("the mask is missing: add it.")
 
-    with pytest.raises(SystemExit, match="^error: the mask is missing: add it.$"):
+    with pytest.raises(SystemExit, match="^1$"):
+        main()
+    assert capsys.readouterr().err == "error: the mask is missing: add it.\n"
+
+
+def test_scripts_end_at_ctrl_c_as_shells_expect():
+    @one_sentence_errors
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^130$"):
         main()
 
 

@@ -167,7 +167,8 @@ def one_sentence_errors(main: Callable) -> Callable:
             sys.exit(128 + signal.SIGINT)
         except (ValueError, OSError, RuntimeError) as error:
             logger.debug("traceback", exc_info=True)
-            sys.exit(f"error: {sentence_of(error)}")
+            sys.stderr.write(f"error: {sentence_of(error)}\n")
+            sys.exit(1)
 
     return wrapped
 
