@@ -292,11 +292,8 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, to
 
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 __all__ = [
