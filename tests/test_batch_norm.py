@@ -1,10 +1,12 @@
+import pytest
 import torch
 from torch import distributed, nn
 
 from denseclip_hf.batch_norm import AllReduceBatchNorm2d, synchronise_batch_norms
 
 
-def test_one_process_equals_torchs_batch_norm(tmp_path):
+@pytest.mark.parametrize("mean", [1, 300])
+def test_one_process_equals_torchs_batch_norm(tmp_path, mean):
     """Outputs, gradients and running statistics, through the collective path with a world of one."""
     distributed.init_process_group(
         "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
@@ -15,7 +17,7 @@ def test_one_process_equals_torchs_batch_norm(tmp_path):
         with torch.no_grad():
             theirs.weight.uniform_(0.5, 2), theirs.bias.normal_()
         ours.load_state_dict(theirs.state_dict())
-        x = torch.randn(3, 4, 5, 6) * 2 + 1
+        x = torch.randn(3, 4, 5, 6) * 2 + mean
         gradients = []
         for norm in (theirs, ours):
             inputs = x.clone().requires_grad_()

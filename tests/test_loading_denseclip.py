@@ -1,5 +1,6 @@
 """Models around a CLIP, and new names on a trained one."""
 
+import copy
 import logging
 
 import pytest
@@ -134,6 +135,20 @@ def test_class_names_that_are_refused(names, sentence, guided):
         tiny_model(use_text_guidance=guided).set_classes(names, Tokenizer())
     with pytest.raises(ValueError, match=sentence):
         DenseCLIPForSemanticSegmentation.from_clip(tiny_model().clip, names, Tokenizer(), use_text_guidance=guided)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    class Other:
+        def __call__(self, text):
+            return {"input_ids": [1, 5, 2]}
+
+    model = tiny_model()
+    before = copy.deepcopy(model.config)
+    with pytest.raises(ValueError, match="tokenizer is not the model's: its texts go from token 1 to 2, the model's"):
+        model.set_classes(["cat", "dog"], Other())
+    assert model.config.to_dict() == before.to_dict()
+    with pytest.raises(ValueError, match="tokenizer is not the model's"):
+        model.encode_texts(["cat"], Other())
 
 
 def test_set_classes_takes_a_mapping():

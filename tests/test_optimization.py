@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -72,6 +74,14 @@ def test_optimized_models_refuse_to_be_saved_or_trained(kind, tmp_path):
     with pytest.raises(ValueError, match="can not be trained"):
         optimized.train()
     assert not optimized.eval().training and not (tmp_path / "model").exists()
+
+
+def test_a_copy_of_an_optimized_model_is_a_model_of_its_own(kind):
+    optimized = optimize_for_inference(tiny_model(kind))
+    half = copy.deepcopy(optimized).to(torch.bfloat16).eval()
+    assert half is not optimized and half.dtype == torch.bfloat16 and optimized.dtype == torch.float32
+    with pytest.raises(ValueError, match="can not be trained"):
+        half.train()
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])

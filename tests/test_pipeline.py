@@ -154,4 +154,6 @@ def test_only_concatenation_of_different_sizes_is_special(processor):
     assert isinstance(first, LonePicture) and isinstance(first.to(torch.float16), LonePicture)
     assert type(torch.cat([first, third])) is torch.Tensor and type(first + 1) is type(first[0]) is torch.Tensor
     assert [tuple(p.shape) for p in torch.cat([first, second])] == [(1, 3, 64, 82), (1, 3, 100, 64)]
+    assert [len(p) for p in torch.cat(tensors=[first, second])] == [1, 1]
+    assert torch.cat((first, third), dim=3).shape == (1, 3, 64, 164)
     assert type(processor(pictures()[:1] * 2, return_tensors="pt")["pixel_values"]) is torch.Tensor

@@ -29,10 +29,11 @@ class AllReduceBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         count = x.new_full((1,), x.numel() / x.shape[1], dtype=torch.float32)
         values = x.float()
-        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])
-        total, squares, number = _SumOverProcesses.apply(sums).split([x.shape[1], x.shape[1], 1])
+        total, number = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)), count])).split([x.shape[1], 1])
         mean = total / number
-        variance = (squares / number - mean.square()).clamp(min=0)
+        # The deviations take a second exchange: beside a large mean, means of squares lose the digits of a variance.
+        centred = values - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / number
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
         with torch.no_grad():
@@ -40,7 +41,7 @@ class AllReduceBatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * number / (number - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul((self.bias - mean * scale)[:, None, None], values, scale[:, None, None]).to(x.dtype)
+        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None]).to(x.dtype)
 
 
 def synchronise_batch_norms(model: nn.Module, device_type: str) -> None:

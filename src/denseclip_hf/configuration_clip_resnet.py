@@ -36,6 +36,13 @@ def refuse_misspelt_options(config: PreTrainedConfig) -> None:
             raise ValueError(f"`{type(config).__name__}` has no option `{name}`: did you mean `{close[0]}`?")
 
 
+def refuse_below_one(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
+    """Raise `ValueError` for the first of the sizes `names` that is zero or negative."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
+
+
 @strict
 class CLIPResNetVisionConfig(PreTrainedConfig):
     r"""
@@ -78,6 +85,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
         return self.hidden_sizes[-1]
 
     def _check_architecture(self) -> None:
+        refuse_below_one(self, ("num_channels", "embedding_size", "num_attention_heads", "projection_dim"))
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.")
         if self.embedding_size % 2:
@@ -133,6 +141,7 @@ __all__ = [
     "CLIPResNetConfig",
     "CLIPResNetVisionConfig",
     "clip_config_class",
+    "refuse_below_one",
     "refuse_misspelt_options",
     "refuse_unknown_options",
 ]

@@ -1,6 +1,8 @@
 """Configuration of DenseCLIP on top of either kind of CLIP, with the published models as presets."""
 
 import copy
+import math
+from collections import Counter
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +12,7 @@ from .configuration_clip_resnet import (
     CLIPResNetConfig,
     CLIPResNetVisionConfig,
     clip_config_class,
+    refuse_below_one,
     refuse_misspelt_options,
     refuse_unknown_options,
 )
@@ -18,30 +21,26 @@ from .configuration_clip_resnet import (
 MAX_LAYERS, MAX_SIZE = 1000, 2**24
 
 
-def _text(projection_dim: int) -> dict[str, Any]:
-    return {"projection_dim": projection_dim}
-
-
 # The published models (spec sheets of CLIP and the paper, section 4.1), at the resolution they are trained at.
 PRESETS: dict[str, dict[str, Any]] = {
     "denseclip-rn50": {
         "clip_config": {
             "model_type": "clip_resnet",
-            "text_config": _text(1024),
+            "text_config": {"projection_dim": 1024},
             "vision_config": {"image_size": 512, "projection_dim": 1024},
         },
     },
     "denseclip-rn101": {
         "clip_config": {
             "model_type": "clip_resnet",
-            "text_config": _text(512),
+            "text_config": {"projection_dim": 512},
             "vision_config": {"image_size": 512, "depths": [3, 4, 23, 3], "projection_dim": 512},
         },
     },
     "denseclip-vit-b16": {
         "clip_config": {
             "model_type": "clip",
-            "text_config": _text(512),
+            "text_config": {"projection_dim": 512},
             "vision_config": {"image_size": 640, "patch_size": 16},
         },
     },
@@ -239,6 +238,16 @@ class DenseCLIPConfig(PreTrainedConfig):
             refuse_misspelt_options(part)
         _refuse_absurd("depth", sum(vision.depths) if self.has_resnet else 0)
         _refuse_absurd("image_size", (self.image_size // max(self.embedding_stride, 1)) ** 2)
+        refuse_below_one(
+            self,
+            (
+                "context_decoder_hidden_size", "context_decoder_num_layers", "context_decoder_num_attention_heads",
+                "context_decoder_mlp_ratio", "neck_hidden_size", "decode_head_hidden_size",
+            ),
+        )  # fmt: skip
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value}.")
         if not 0 <= self.score_map_level <= 3:
             raise ValueError(
                 f"`score_map_level` must be 0 (stride 4), 1, 2 or 3 (stride 32), got {self.score_map_level}."
@@ -272,6 +281,9 @@ class DenseCLIPConfig(PreTrainedConfig):
             raise ValueError(
                 f"`palette` has {len(self.palette)} colours for {self.num_labels} classes: give one each."
             )
+        for colour in self.palette or []:
+            if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+                raise ValueError(f"a colour of `palette` must be three numbers from 0 to 255, got {colour}.")
         if self.inference_mode not in ("whole", "slide"):
             raise ValueError(f'`inference_mode` must be "whole" or "slide", got {self.inference_mode!r}.')
         if any(s > c for s, c in zip(self.stride, self.crop_size, strict=True)):
@@ -327,6 +339,9 @@ def check_ids(id2label: Any, num_labels: int | None = None) -> None:
     ids = sorted(int(index) for index in id2label)
     if ids != list(range(len(ids))):
         raise ValueError(f"the ids of `id2label` must be 0 … {len(ids) - 1} without gaps, got {ids}.")
+    for name, times in Counter(id2label.values()).items():
+        if times > 1:
+            raise ValueError(f"`id2label` names {name!r} twice: class names must be all different.")
     if num_labels not in (None, len(ids)):
         raise ValueError(
             f"`num_labels` is {num_labels}, but `id2label` names {len(ids)} classes: give one of the two."

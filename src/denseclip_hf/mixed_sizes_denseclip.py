@@ -20,14 +20,21 @@ class LonePicture(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.cat and len({tensor.shape[1:] for tensor in args[0]}) > 1:
-            return [tensor.as_subclass(torch.Tensor) for tensor in args[0]]
+        kwargs = kwargs or {}
+        if func is torch.cat:
+            tensors, dim = _of_cat(*args, **kwargs)
+            if dim == 0 and len({tensor.shape[1:] for tensor in tensors}) > 1:
+                return [tensor.as_subclass(torch.Tensor) for tensor in tensors]
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
         return result.as_subclass(cls) if func is torch.Tensor.to else result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # a saved file needs no class of ours
+
+
+def _of_cat(tensors: Sequence[torch.Tensor], dim: int = 0, **_: Any) -> tuple[Sequence[torch.Tensor], int]:
+    return tensors, dim
 
 
 def forward_by_size(forward: Callable[[torch.Tensor], Any], pictures: Sequence[torch.Tensor]) -> dict[str, list]:

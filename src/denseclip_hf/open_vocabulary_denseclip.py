@@ -95,7 +95,10 @@ def encode_texts(
     token_ids, owners = [], []
     for template in templates:
         room: Any = SimpleNamespace(
-            prompt_template=template, max_class_tokens=positions - contexts, num_context_tokens=contexts
+            prompt_template=template,
+            max_class_tokens=positions - contexts,
+            num_context_tokens=contexts,
+            special_token_ids=config.special_token_ids,
         )
         for index, phrasings in enumerate(classes):
             token_ids += tokenize_classes(phrasings, tokenizer, room)

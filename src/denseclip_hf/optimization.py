@@ -1,6 +1,7 @@
 """A model rewritten for inference: fewer operations, the same results to float rounding."""
 
 import copy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def optimize_for_inference(model: DenseCLIPForSemanticSegmentation) -> DenseCLIP
         if optimized.device.type == "cpu":
             _convolve_instead_of_multiplying(optimized.clip.vision_model.encoder)
     optimized.save_pretrained = _refuse("be saved")
-    optimized.train = _refuse_training(optimized)
+    optimized.train = MethodType(_train, optimized)  # a method, which belongs to the copy in a copy
     return optimized.to(memory_format=torch.channels_last)
 
 
@@ -104,13 +105,10 @@ def _refuse(action: str):
     return refuse
 
 
-def _refuse_training(model: Any):
-    def train(mode: bool = True):
-        if mode:
-            _refuse("be trained")()
-        return model
-
-    return train
+def _train(model: Any, mode: bool = True):
+    if mode:
+        _refuse("be trained")()
+    return model
 
 
 __all__ = ["optimize_for_inference"]

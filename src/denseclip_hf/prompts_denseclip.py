@@ -141,16 +141,22 @@ def tokenize_classes(names: list[str], tokenizer, config: DenseCLIPConfig) -> li
     Args:
         names (`list[str]`): K class names or descriptions.
         tokenizer (`PreTrainedTokenizerBase`): CLIP's.
-        config ([`DenseCLIPConfig`]): template and how many tokens fit.
+        config ([`DenseCLIPConfig`]): template, SOS and EOS, and how many tokens fit.
 
     Raises:
-        ValueError: for an empty or too long name, never a silently shortened one.
+        ValueError: for an empty or too long name, never a silently shortened one; for a tokenizer of another model.
     """
     token_ids = []
     for name in names:
         ids = tokenizer(config.prompt_template.format(name))["input_ids"]
         if not name.strip():
             raise ValueError("a class name is empty: every class needs a word the text encoder can read.")
+        if (ids[0], ids[-1]) != config.special_token_ids:
+            sos, eos = config.special_token_ids
+            raise ValueError(
+                f"this tokenizer is not the model's: its texts go from token {ids[0]} to {ids[-1]}, the model's from "
+                f"SOS ({sos}) to EOS ({eos}). Give the tokenizer of the CLIP that the model was made from."
+            )
         if len(ids) > config.max_class_tokens:
             raise ValueError(
                 f"the class name {name!r} has {len(ids)} tokens with SOS and EOS, but {config.max_class_tokens} fit "
