@@ -19,6 +19,7 @@ from denseclip_hf.runs import (
     prepare_run,
     recipe_of,
     results_json,
+    sentence_of,
 )
 from denseclip_hf.writing import OutputError
 
@@ -147,6 +148,27 @@ def test_scripts_end_in_one_sentence(capsys):
     with pytest.raises(SystemExit, match="^1$"):
         main()
     assert capsys.readouterr().err == "error: the mask is missing: add it.\n"
+
+
+@pytest.mark.parametrize(
+    ("last", "sentence"),
+    [
+        ("ValueError: a.png is cut off: copy it again", "a.png is cut off: copy it again"),
+        ("ValueError: a.png is cut off (bad: 3)\nplease try later", "a.png is cut off (bad: 3)\nplease try later"),
+        ("PIL.UnidentifiedImageError: a.png\n\nsee above", "a.png\n\nsee above"),
+        ("ValueError", "ValueError"),
+        ("ValueError: ", "ValueError:"),
+    ],
+)
+def test_what_a_worker_says_is_kept_whole(last, sentence):
+    trace = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    raise {"a: b": 1}'
+    cause = "OSError: broken pipe\n\nThe above exception was the direct cause of the following exception:\n"
+    text = f"Caught ValueError in DataLoader worker process 0.\nOriginal {trace}\n{cause}\n{trace}\n{last}"
+    assert sentence_of(ValueError(text)) == sentence
+
+
+def test_an_error_without_a_message_is_called_by_its_name():
+    assert sentence_of(ValueError()) == "ValueError" and sentence_of(OSError(" \n")) == "OSError"
 
 
 def test_scripts_end_at_ctrl_c_as_shells_expect():

@@ -177,7 +177,8 @@ def sentence_of(error: BaseException) -> str:
     """The message of `error`, in one sentence also if it comes from a data-loader worker or another process."""
     text = str(error).strip()
     if text.startswith("Caught ") and "Original Traceback" in text:  # a worker's, with its traceback
-        return text.splitlines()[-1].partition(": ")[2]
+        text = re.split(r"^[\w.]+: ", text, flags=re.MULTILINE)[-1].strip()
+        return text.splitlines()[-1] if "Traceback (" in text else text  # the last error may have no message
     if text.startswith("DataLoader worker"):
         return (
             f"a process that reads data died ({text.rstrip(' .')}), as it does when memory runs out: start the same "
@@ -188,7 +189,7 @@ def sentence_of(error: BaseException) -> str:
             f"another process of this run is gone ({text.splitlines()[0]}): see what it said, then start the same "
             "command again; training goes on from its last checkpoint."
         )
-    return text
+    return text or type(error).__name__
 
 
 __all__ = [
