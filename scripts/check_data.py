@@ -14,7 +14,7 @@ from denseclip_hf.runs import one_sentence_errors
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="folder, or name of a data set on the Hub")
-    parser.add_argument("--config_name", help="configuration of a Hub data set")
+    parser.add_argument("--dataset_config", dest="config_name", help="configuration of a Hub data set")
     parser.add_argument("--classes", help="JSON file with the class names, where the data set does not tell them")
     parser.add_argument("--train_split", help="name of the training split")
     parser.add_argument("--validation_split", help="name of the validation split")

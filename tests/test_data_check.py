@@ -1,5 +1,7 @@
 """The check of a data set."""
 
+import dataclasses
+import re
 import runpy
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from sample_data import NAMES, SIZE, hub_like, truncated, write_folder
 
 from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.data_check import check_dataset
+from denseclip_hf.measurement import EvaluationArguments
+from denseclip_hf.recipes import DataArguments
 
 
 @pytest.fixture
@@ -58,6 +62,22 @@ def test_quick_check_looks_at_the_same_few_samples(folder):
     first, second = (check_dataset(data, max_samples=2) for _ in range(2))
     assert first.splits["train"].num_checked == 2
     assert str(first) == str(second)
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_looking_at_nothing_is_refused(folder, number):
+    with pytest.raises(ValueError, match=f"`max_samples` is {number}, .*: give 1 or more"):
+        check_dataset(load_segmentation_dataset(folder), max_samples=number)
+
+
+def test_script_names_its_options_as_train_and_evaluate_do(monkeypatch, capsys):
+    script = str(Path(__file__).parents[1] / "scripts" / "check_data.py")
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    asked = set(re.findall(r"--(?:no-)?(\w+)", capsys.readouterr().out)) - {"help", "full", "max_samples"}
+    fields = {field.name for kind in (DataArguments, EvaluationArguments) for field in dataclasses.fields(kind)}
+    assert "dataset_config" in asked and asked <= fields
 
 
 def test_script_prints_a_table_and_tells_by_its_exit_code(folder, monkeypatch, capsys):

@@ -113,7 +113,12 @@ def check_dataset(data: SegmentationData, *, full: bool = False, max_samples: in
         data: what [`load_segmentation_dataset`] returns; with `read_first=False` there, its first samples may be bad.
         full: look at all samples.
         max_samples: otherwise, look at this many per split, evenly spaced (of a stream, the first ones).
+
+    Raises:
+        ValueError: if `max_samples` is less than 1.
     """
+    if max_samples < 1:
+        raise ValueError(f"`max_samples` is {max_samples}, and so none would be looked at: give 1 or more.")
     splits = {"train": data.train, "validation": data.validation}
     limit = None if full else max_samples
     return DatasetReport(
