@@ -1,8 +1,9 @@
 """One evaluation from flags to files: model, data set and protocol in, report and pictures out."""
 
 import heapq
+import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from .data import SegmentationData, load_segmentation_dataset
+from .data import SegmentationData
+from .data_arguments import DatasetArguments
 from .data_files import NAMELESS, file_stem, name_of
 from .data_layouts import default_palette
 from .evaluation import evaluate_segmentation
@@ -25,29 +27,28 @@ from .model_card_results import protocol_of
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .pictures import confusion_picture, indexed_picture
 from .reports import MatchedSamples, build_report, match_classes, nan_mean, save_report, scores_of_classes
+from .runs import RECIPE_FILE
 from .writing import make_directory, writing_into
 
 
 logger = logging.getLogger(__name__)
 
+# Options that are by default those of training on the same data, and what that calls them.
+AS_TRAINED = {"split": "validation_split"} | {k: k for k in ("train_split", "validation_fraction", "ignore_index")}
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(DatasetArguments):
     """What is evaluated on what, how, and what is written."""
 
     model: str = field(default="", metadata={"help": "A DenseCLIP model: a directory, or a name on the Hub."})
-    dataset: str = field(default="", metadata={"help": "A folder (images and masks, ADE20K, …), or a Hub name."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on, the validation split by default."}
+        default=None, metadata={"help": "Split to evaluate on; by default as in training on this data, or validation."}
     )
-    classes: str | None = field(default=None, metadata={"help": "Class names: a JSON file, or names with commas."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (datasets)."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the masks (datasets)."})
-    do_reduce_labels: bool | None = field(
-        default=None, metadata={"help": "Masks hold 0 for no class and n for class n - 1 (as ADE20K's)."}
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Held out if there is no validation split: as the model was trained on this data, or 0.1."},
     )
     max_images: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
     inference_mode: str | None = field(
@@ -86,6 +87,7 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
         ValueError, OSError: with one sentence, for a model, data set or protocol that can not be used.
     """
     _check(args)
+    args = _as_trained(args)
     accelerator = Accelerator(cpu=args.device == "cpu")
     model, image_processor = load_model(args.model, args.dtype)
     model.to(accelerator.device)
@@ -186,6 +188,19 @@ def _check(args: EvaluationArguments) -> None:
         raise ValueError("`--batch_size` and `--max_images` must be at least 1, and `--worst` at least 0.")
 
 
+def _as_trained(args: EvaluationArguments) -> EvaluationArguments:
+    """`args`; what of `AS_TRAINED` they leave open is from the recipe beside a model trained on the same data."""
+    try:
+        recipe = json.loads((Path(args.model) / RECIPE_FILE).read_text(encoding="utf-8"))
+        if Path(recipe["dataset"]).resolve() != Path(args.dataset or "").resolve():
+            return args
+    except (OSError, ValueError, TypeError, KeyError):  # no recipe, or not one of ours
+        return args
+    taken = {name: recipe.get(trained) for name, trained in AS_TRAINED.items() if getattr(args, name) is None}
+    logger.info("As the model was trained on this data: %s.", taken)
+    return replace(args, **taken)
+
+
 def _set_protocol(model, image_processor, args: EvaluationArguments) -> dict[str, Any]:
     """Give the model's config what `args` ask for, checked as at its construction, and say what that is."""
     asked = {name: getattr(args, name) for name in ("inference_mode", "crop_size", "stride")}
@@ -201,15 +216,7 @@ def _set_protocol(model, image_processor, args: EvaluationArguments) -> dict[str
 
 
 def _load_data(args: EvaluationArguments) -> SegmentationData:
-    data = load_segmentation_dataset(
-        args.dataset,
-        args.dataset_config,
-        validation_split=args.split,
-        classes=args.classes,
-        do_reduce_labels=args.do_reduce_labels,
-        image_column=args.image_column,
-        label_column=args.label_column,
-    )
+    data = args.load(validation_split=args.split)
     rows: Any = data.validation
     if rows is None:
         raise ValueError(f"{args.dataset} has no validation split: name one with `--split`.")

@@ -16,7 +16,8 @@ import yaml
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, HfArgumentParser, set_seed
 
 from .configuration_clip_resnet import clip_config_class
-from .data import SegmentationData, load_segmentation_dataset
+from .data import SegmentationData
+from .data_arguments import DatasetArguments
 from .data_check import check_dataset
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .loading_denseclip import load_pretrained
@@ -60,25 +61,10 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(DatasetArguments):
     """What it is trained on, and how pictures are resized and augmented (sizes in pixels)."""
 
-    dataset: str | None = field(
-        default=None, metadata={"help": "A folder (images and masks, ADE20K, Cityscapes), or a name on the Hub."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    train_split: str | None = field(default=None, metadata={"help": "Name of the training split."})
     validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Held out if there is no validation split."})
-    classes: str | None = field(default=None, metadata={"help": "Class names: a JSON file, or names with commas."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (datasets)."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the masks (datasets)."})
-    ignore_index: int | None = field(
-        default=None, metadata={"help": "Id of pixels without a class: what the data says, or 255."}
-    )
-    do_reduce_labels: bool | None = field(
-        default=None, metadata={"help": "Masks hold 0 for no class and n for class n - 1 (as ADE20K's)."}
-    )
     streaming: bool = field(default=False, metadata={"help": "Read a Hub data set while training."})
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "Samples, still encoded, from which a stream's next is drawn."}
@@ -191,19 +177,8 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
 
 def load_data(args: DataArguments) -> SegmentationData:
     """The data set of `args`, checked on a sample of its files unless that is switched off."""
-    if args.dataset is None:
-        raise ValueError("name a data set: `--dataset FOLDER_OR_HUB_NAME`.")
-    data = load_segmentation_dataset(
-        args.dataset,
-        args.dataset_config,
-        train_split=args.train_split,
+    data = args.load(
         validation_split=args.validation_split,
-        validation_fraction=args.validation_fraction,
-        classes=args.classes,
-        ignore_index=args.ignore_index,
-        do_reduce_labels=args.do_reduce_labels,
-        image_column=args.image_column,
-        label_column=args.label_column,
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer,
         decode=not args.fast_jpeg,

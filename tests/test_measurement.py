@@ -1,0 +1,48 @@
+"""What an evaluation takes from where, and what it refuses before or says after the work."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_model, varied
+from PIL import Image
+from test_training import write_folder
+
+from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.measurement import EvaluationArguments, measure
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Makes the arguments for a model of sky, road and car, and twelve such pictures without a validation split."""
+    model = varied(tiny_model())
+    model.config.id2label = {0: "sky", 1: "road", 2: "car"}
+    for part in (model, DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})):
+        part.save_pretrained(tmp_path / "model")
+    data = write_folder(tmp_path / "data", 12)
+
+    def make(**options):
+        names = {name: str(tmp_path / name) for name in ("model", "output_dir")}
+        return EvaluationArguments(dataset=str(data), **names, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("from_recipe", [False, True], ids=["flags", "the model's recipe"])
+def test_data_are_read_as_in_training(arguments, tmp_path, from_recipe):
+    for mask in (tmp_path / "data" / "masks").iterdir():
+        ids = np.array(Image.open(mask))
+        Image.fromarray(np.where(ids == 255, 100, ids).astype(np.uint8)).save(mask)
+    options = {"ignore_index": 100, "validation_fraction": 0.5}
+    if from_recipe:
+        recipe = {"dataset": str(tmp_path / "data"), **options, "train_split": None}
+        (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe))
+    held_out = measure(arguments(**{} if from_recipe else options))["num_images"]
+    assert 1 < held_out < 12
+    assert measure(arguments(ignore_index=100, validation_fraction=0.01))["num_images"] == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"dataset": "elsewhere", "ignore_index": 0}', '{"steps": 3}'])
+def test_other_recipes_beside_a_model_change_nothing(arguments, tmp_path, text):
+    (tmp_path / "model" / "recipe.json").write_text(text)
+    assert measure(arguments())["num_images"] == 1
