@@ -65,6 +65,14 @@ def test_another_recipe_is_refused(tmp_path):
         prepare_run(tmp_path, {**RECIPE, "seed": 2})
 
 
+@pytest.mark.parametrize("content", [b"", b'{"seed": ', b"5", b'"text"', b"\xff"])
+def test_a_damaged_recipe_is_refused_by_name(tmp_path, content):
+    (tmp_path / "recipe.json").write_bytes(content)
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="recipe.json is damaged .*: name a new output directory"):
+        prepare_run(tmp_path, RECIPE)
+
+
 def test_what_an_earlier_version_did_not_write_down_is_no_other_recipe(tmp_path):
     prepare_run(tmp_path, RECIPE)
     (tmp_path / "checkpoint-2").mkdir()

@@ -33,13 +33,27 @@ VARIANTS = list(dict.fromkeys(row.variant for row in ROWS))
 
 
 def read_measurements(folder: Path, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[float]]:
-    """mIoU in percent of every finished run `folder/VARIANT/seed-SEED`, by variant."""
+    """
+    mIoU in percent of every finished run `folder/VARIANT/seed-SEED`, by variant.
+
+    Raises:
+        ValueError: if a run's results hold none.
+    """
     measured = {}
     for variant in variants:
         files = [folder / variant / f"seed-{seed}" / "eval_results.json" for seed in seeds]
-        results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-        measured[variant] = [100 * result["eval_mean_iou"] for result in results]
+        measured[variant] = [_mean_iou(file) for file in files if file.exists()]
     return measured
+
+
+def _mean_iou(file: Path) -> float:
+    try:
+        return 100 * float(json.loads(file.read_text(encoding="utf-8"))["eval_mean_iou"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} holds no mIoU ({error!r}): remove {file.parent} and start the same command again, or leave that "
+            "variant or seed out."
+        ) from error
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -93,8 +93,15 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
 
 
 def changes_of_recipe(folder: Path, recipe: dict[str, Any]) -> str:
-    """In words, what `recipe` changes about that of the run in `folder`; empty if nothing."""
-    before = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    """In words, what `recipe` changes about that of the run in `folder`; empty if nothing. Raises `ValueError`."""
+    file = folder / RECIPE_FILE
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}), so whether that run is of this recipe can't be told: name a new output "
+            "directory."
+        ) from error
     # An option that an earlier version did not write down can't be compared.
     different = [name for name in recipe if name in before and before[name] != recipe[name]]
     return ", ".join(f"{name} {before[name]!r} -> {recipe[name]!r}" for name in different[:5])
