@@ -22,7 +22,8 @@ from denseclip_hf.writing import write_atomically
 
 
 def hardware(device: str) -> str:
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    on_gpu, cpu = torch.device(device).type == "cuda", f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if on_gpu else cpu
     threads, versions = torch.get_num_threads(), f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{name}, {threads} threads, {versions}"
 
