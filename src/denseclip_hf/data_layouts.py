@@ -86,23 +86,25 @@ def default_palette(num_labels: int) -> list[Color]:
 
 def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
     """
-    Class names from a list, a mapping id → name, a JSON file of either (its name ends in `.json`), one string with
-    commas between the names, or a mapping with the keys of `classes.json`: `id2label`, and optionally `palette`,
-    `ignore_index`, `do_reduce_labels`, `ignore_colors`. Other keys are ignored.
+    Class names from a list, a mapping id → name, a JSON file of either (its name ends in `.json`), a text file with
+    one name a line (`.txt`), one string with commas between the names, or a mapping with the keys of `classes.json`:
+    `id2label`, and optionally `palette`, `ignore_index`, `do_reduce_labels`, `ignore_colors`. Other keys are ignored.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or its content is not as described.
     """
-    if isinstance(value, str) and not value.endswith(".json"):
+    if isinstance(value, str) and not value.endswith((".json", ".txt")):
         value = [name.strip() for name in value.split(",")]
     if isinstance(value, (str, Path)):
-        source = str(value)
+        source, is_text = str(value), str(value).endswith(".txt")
         try:
-            value = json.loads(Path(value).read_text(encoding="utf-8"))
+            value = read_names(value) if is_text else json.loads(Path(value).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source}, which should hold the class names, does not exist; add it.") from error
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source} is not a JSON file ({error}); correct it.") from error
+            raise ValueError(
+                f"{source} is not a {'text' if is_text else 'JSON'} file ({error}); correct it."
+            ) from error
     if isinstance(value, Mapping) and "id2label" in value:
         names, options = value["id2label"], value
     else:
@@ -121,6 +123,11 @@ def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
         reduce,
         _colors(options.get("ignore_colors", []), source),
     )
+
+
+def read_names(file: str | Path) -> list[str]:
+    """The names in a text file, one a line, so that they may hold commas."""
+    return [line.strip() for line in Path(file).read_text("utf-8-sig").rstrip().splitlines()]
 
 
 def _numbered(names: Any, source: str) -> dict[int, str]:
