@@ -6,6 +6,9 @@
 What follows `--` goes to every training run. Runs that are finished are not run again, one that was broken off goes
 on; those of another recipe or budget are refused. The tables show the variants and seeds that were asked for.
 `--launcher "accelerate launch --num_processes 8"` trains on several devices.
+
+After Ctrl-C, or when a run fails, no other run starts. Ctrl-C ends those in progress at their next step, with a
+checkpoint; after a failure they go on to their end. The same command then does what is left.
 """
 
 import argparse
@@ -15,7 +18,8 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -85,6 +89,27 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> float:
     return time.perf_counter() - start
 
 
+def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
+    """Run `args.parallel` of `runs` at a time; after Ctrl-C or a failure, which is said at once, no other starts."""
+    waiting = iter(runs)
+    running: dict[Future[float], tuple[str, int]] = {}
+    with ThreadPoolExecutor(args.parallel) as pool, tqdm(desc="Ablations", unit="run", total=len(runs)) as progress:
+        try:
+            # Only what can start now is handed over, so that nothing is queued when something goes wrong.
+            while True:
+                free = args.parallel - len(running)
+                running |= {pool.submit(train, args, *run): run for run in islice(waiting, free)}
+                if not running:
+                    break
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    logger.info("%s, seed %d: %.0f s", *running.pop(job), job.result())
+                    progress.update()
+        except BaseException as error:
+            if any(job.running() for job in running):
+                logger.warning("%s The runs in progress are waited for.", str(error) or "Interrupted.")
+            raise
+
+
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -92,10 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
     for variant, seed in runs:
         refuse_another_recipe(args, variant, seed)
-    with ThreadPoolExecutor(args.parallel) as pool:
-        jobs = [pool.submit(train, args, variant, seed) for variant, seed in runs]
-        for (variant, seed), job in zip(tqdm(runs, desc="Ablations", unit="run"), jobs, strict=True):
-            logger.info("%s, seed %d: %.0f s", variant, seed, job.result())
+    read_measurements(args.output_dir, args.variants, args.seeds)  # damaged ones are better known before than after
+    train_all(args, runs)
     measured = read_measurements(args.output_dir, args.variants, args.seeds)
     tables = ablation_tables(measured)
     write_atomically(args.output_dir / "ablations.md", tables)

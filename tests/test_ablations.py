@@ -1,5 +1,11 @@
 import importlib.util
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,3 +96,61 @@ def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, caps
     with pytest.raises(SystemExit, match="^1$"):
         module.main([*command, "--seeds", "0", "--", "--max_steps", "5"])
     assert "seed-0 holds results without their recipe.json" in capsys.readouterr().err
+
+
+# In place of a training: seed 0 may fail, the others go on until `go` is there; of Ctrl-C they end after a while.
+STAND_IN = """
+import pathlib, sys, time
+here, seed = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[-1]).name
+try:
+    (here / f"{seed} started").touch()
+    if seed == "seed-0" and (here / "fail").exists():
+        sys.exit(1)
+    while not (here / "go").exists():
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+(here / f"{seed} ended").touch()
+"""
+
+
+def start_ablations(folder, *flags):
+    """`scripts/ablate.py` on seeds 0 to 3 of a variant, in a process group of its own as in a terminal."""
+    launcher = shlex.join([sys.executable, "-c", STAND_IN, str(folder)])
+    command = [sys.executable, CONFIGS.parent / "scripts" / "ablate.py", CONFIGS / "ablation_example.yaml", *flags]
+    command += ["--output_dir", folder / "out", "--variants", "final", "--seeds", *"0123", "--launcher", launcher]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(file, process):
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_failure_is_said_at_once_and_starts_nothing_else(tmp_path):
+    (tmp_path / "fail").touch()
+    process = start_ablations(tmp_path, "--parallel", "2")
+    try:
+        while "final with seed 0 failed: see" not in process.stderr.readline():
+            assert process.poll() is None
+        assert not (tmp_path / "seed-1 ended").exists()
+        (tmp_path / "go").touch()
+        assert process.wait(60) == 1 and "error: final with seed 0 failed" in process.stderr.read()
+    finally:
+        process.kill()
+    assert {file.name for file in tmp_path.glob("seed*")} == {"seed-0 started", "seed-1 started", "seed-1 ended"}
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_nothing_else_starts(tmp_path):
+    process = start_ablations(tmp_path)
+    try:
+        wait_for(tmp_path / "seed-0 started", process)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in said and "Interrupted." in said
+    assert {file.name for file in tmp_path.glob("seed*")} == {"seed-0 started", "seed-0 ended"}
