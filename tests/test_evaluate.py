@@ -223,6 +223,13 @@ def test_a_card_that_can_not_be_written_is_no_failure(arguments, with_card, monk
     assert "stays as it is: it can not be written (Permission denied)" in caplog.text
 
 
+def test_a_card_that_somebody_broke_is_no_failure(arguments, with_card, caplog):
+    (with_card / "README.md").write_text("---\ntags: [\n---\n\nMy own words.\n")
+    assert measure(replace(arguments(), model=str(with_card)))["num_images"] == 5
+    assert "card stays as it is: the front matter of" in caplog.text and "is no YAML" in caplog.text
+    assert "tags: [" in (with_card / "README.md").read_text()
+
+
 # Several processes
 
 
@@ -281,6 +288,8 @@ def test_script_says_in_one_sentence_what_is_wrong(tmp_path, model_dir):
         ({"batch_size": 0}, "at least 1"),
         ({"inference_mode": "tiles"}, 'must be "whole" or "slide"'),
         ({"inference_mode": "slide", "crop_size": [32], "stride": [48]}, "smaller than `stride`"),
+        ({"crop_size": [32]}, "takes whole pictures: add `--inference_mode slide`, or leave them out"),
+        ({"stride": [32]}, "takes whole pictures"),
         ({"crop_size": [1, 2, 3]}, "one positive number of pixels or a pair"),
         ({"split": "test"}, "test"),
     ],

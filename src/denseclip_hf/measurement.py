@@ -142,6 +142,8 @@ def _add_to_card(args: EvaluationArguments, report: dict[str, Any]) -> None:
         logger.info("The result is in the model's card %s.", card)
     except OSError as error:
         logger.warning("The model's card %s stays as it is: it can not be written (%s).", card, error.strerror)
+    except ValueError as error:  # a card that somebody broke
+        logger.warning("The model's card stays as it is: %s", error)
 
 
 def load_model(name: str, dtype: str = "auto"):
@@ -209,6 +211,11 @@ def _set_protocol(model, image_processor, args: EvaluationArguments) -> dict[str
     if "crop_size" in options and "stride" not in options:
         options["stride"] = None
     checked = type(model.config)(**{**model.config.to_dict(), **options})
+    if checked.inference_mode == "whole" and (args.crop_size or args.stride):
+        raise ValueError(
+            "`--crop_size` and `--stride` are a sliding window's, but this model takes whole pictures: add "
+            "`--inference_mode slide`, or leave them out."
+        )
     for name in asked:
         setattr(model.config, name, getattr(checked, name))
     dtype = str(model.dtype).removeprefix("torch.")
