@@ -130,11 +130,13 @@ def predict_sources(
         [`Summary`]
 
     Raises:
-        ValueError: for a `batch_size` or `every` below 1.
+        ValueError: for a `batch_size` or `every` below 1, or an `opacity` outside 0 … 1.
         OutputError: if `output_dir` can't be written, or the disk is full.
     """
     if batch_size < 1 or every < 1:
         raise ValueError(f"`batch_size` and `every` must be at least 1, got {batch_size} and {every}.")
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"`opacity` must be from 0 to 1, got {opacity}.")
     folder, summary = Path(output_dir), Summary()
     make_directory(folder)
     bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)
