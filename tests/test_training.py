@@ -175,6 +175,14 @@ def test_steps_that_mean_nothing_are_refused(steps):
         DenseCLIPTrainingArguments("unused", max_steps=steps)
 
 
+@pytest.mark.parametrize("name", ["image_encoder_lr_multiplier", "text_encoder_lr_multiplier"])
+def test_rates_below_zero_are_refused(name):
+    assert getattr(DenseCLIPTrainingArguments("unused", **{name: 0.0}), name) == 0
+    for make in (lambda **options: parameter_groups(tiny_model(), 1.0, 1.0, **options), DenseCLIPTrainingArguments):
+        with pytest.raises(ValueError, match=f"`{name}` .*must be at least 0, which freezes, got .*-1"):
+            make(**{name: -1.0})
+
+
 def test_the_cpu_is_used_where_there_is_nothing_else(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert DenseCLIPTrainingArguments("unused", bf16=True).use_cpu

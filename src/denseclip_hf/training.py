@@ -50,7 +50,7 @@ def parameter_groups(
         model (`DenseCLIPForSemanticSegmentation`): the model, with or without adapters of `peft`.
         lr (`float`): learning rate of what is new.
         weight_decay (`float`): decay of everything but the context decoder's layer norms, as in the original.
-        image_encoder_lr_multiplier (`float`): on `lr`, for the image tower and the ViT's pyramid.
+        image_encoder_lr_multiplier (`float`): on `lr`, for the image tower and the ViT's pyramid; 0 freezes them.
         text_encoder_lr_multiplier (`float`): on `lr`, for the text tower; 0 freezes it.
         exempt_norms_and_biases (`bool`): no decay on any norm, bias or other vector, as transformers does.
 
@@ -58,8 +58,9 @@ def parameter_groups(
         `list[dict]`: groups with `name`, `params`, `lr`, `weight_decay`; frozen parameters have `lr` 0.
 
     Raises:
-        ValueError: naming a parameter that no row of the table covers.
+        ValueError: for a multiplier below 0, or naming a parameter that no row of the table covers.
     """
+    _check_multipliers(image_encoder_lr_multiplier, text_encoder_lr_multiplier)
     multipliers = {
         "image_encoder": image_encoder_lr_multiplier,
         "text_encoder": text_encoder_lr_multiplier,
@@ -84,6 +85,14 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _check_multipliers(image_encoder: float, text_encoder: float) -> None:
+    if image_encoder < 0 or text_encoder < 0:
+        raise ValueError(
+            f"`image_encoder_lr_multiplier` and `text_encoder_lr_multiplier` must be at least 0, which freezes, got "
+            f"{image_encoder} and {text_encoder}."
+        )
 
 
 def poly_learning_rate(
@@ -144,7 +153,8 @@ class DenseCLIPTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="mean_iou", metadata={"help": "What `best` means."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
     image_encoder_lr_multiplier: float = field(
-        default=0.1, metadata={"help": "Learning rate of the image encoder, as a share of `learning_rate`."}
+        default=0.1,
+        metadata={"help": "Learning rate of the image encoder, as a share of `learning_rate`; 0 freezes it."},
     )
     text_encoder_lr_multiplier: float = field(
         default=0.0, metadata={"help": "Learning rate of the text encoder, as a share; 0 freezes it."}
@@ -171,6 +181,7 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
+        _check_multipliers(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier)
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
