@@ -16,6 +16,7 @@ The report, as `evaluation.json` holds it (shares from 0 to 1, `null` where a sc
 """
 
 import csv
+import io
 import json
 import logging
 import math
@@ -128,11 +129,11 @@ def save_report(report: Mapping[str, Any], folder: Path) -> None:
     text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "evaluation.json", text + "\n")
     rows = list(without_nan(report["per_category"]).items())
-    with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        columns = list(rows[0][1])
-        writer.writerow(["class", *columns])
-        writer.writerows([name, *(values[column] for column in columns)] for name, values in rows)
+    table, columns = io.StringIO(), list(rows[0][1])
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["class", *columns])
+    writer.writerows([name, *(values[column] for column in columns)] for name, values in rows)
+    write_atomically(folder / "evaluation.csv", table.getvalue())
 
 
 def without_nan(value: Any) -> Any:
