@@ -137,7 +137,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
             segmentation = np.asarray(Image.open(kept["mask"]))
             answer = Answer(read_upload(kept["picture"]), segmentation, kept["names"], kept["palette"])
             return gr.DownloadButton(
-                value=str(save_overlay(answer, new_folder(), Path(kept["picture"]).stem, opacity))
+                value=str(save_overlay(answer, new_folder(), Path(kept["picture"]).name, opacity))
             )
 
         @one_sentence

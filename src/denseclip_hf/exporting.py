@@ -159,7 +159,7 @@ def check_export(model: Any, processor: Any, path: str | os.PathLike, image: Any
     """
     Largest absolute difference between the logits of `model` and of the exported file for `image`.
 
-    The picture is resized to sides that are multiples of 32, at most those of the image processor's size.
+    The picture is resized to two different multiples of 32, near the image processor's shorter side but at most 544.
     """
     side = min(processor.size.shortest_edge or processor.size.height, 512)
     side = max(side // SIDE_STEP * SIDE_STEP, LEAST_SIDE)

@@ -38,7 +38,7 @@ class FPNNeck(nn.Module):
 
 
 class SemanticFPNScaleHead(nn.Sequential):
-    """One level on its way to stride 8: 3x3 convolutions with batch norm and ReLU, x2 upsampling between them."""
+    """One level on its way to stride 4: 3x3 convolutions with batch norm and ReLU, x2 upsampling between them."""
 
     def __init__(self, in_channels: int, channels: int, num_convs: int, eps: float):
         layers: list[nn.Module] = []

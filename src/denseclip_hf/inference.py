@@ -140,9 +140,10 @@ def _averaged_probabilities(
     return total.div_(count)
 
 
-def published_image_processor(config) -> DenseCLIPImageProcessorPil:
+def published_image_processor(config, **options) -> DenseCLIPImageProcessorPil:
     """Preprocessing of the published results: short side as the window's (512 or 640), long side at most 2048."""
-    return DenseCLIPImageProcessorPil(size={"shortest_edge": min(config.crop_size), "longest_edge": 2048})
+    size = {"shortest_edge": min(config.crop_size), "longest_edge": 2048}
+    return DenseCLIPImageProcessorPil(size=size, **options)
 
 
 def scaled_views(image, image_processor, scales: Sequence[float], flip: bool) -> Iterator[tuple[torch.Tensor, bool]]:

@@ -85,7 +85,7 @@ def write_model_card(
     sections = {
         "about": about(config, _parameters(model_dir), source, base_model) if origin_is_known else "",
         "picture": f"![Prediction]({picture})" if picture else "",
-        "usage": usage(config),
+        "usage": usage(),
         "results": "",
         "training": training_table(training, dataset) if training or dataset else "",
         "classes": classes(config),
@@ -140,8 +140,7 @@ def write_frozen_card(
         write_model_card(model_dir, name=name)
     else:
         write_atomically(model_dir / CARD, _text_of(Path(card)))
-    config = DenseCLIPConfig.from_pretrained(model_dir)
-    sections = {"about": "", "frozen": frozen(origin, _parameters(model_dir)), "usage": usage(config)}
+    sections = {"about": "", "frozen": frozen(origin, _parameters(model_dir)), "usage": usage()}
     return _write(model_dir, sections, None, add=("frozen",))
 
 

@@ -59,13 +59,11 @@ def frozen(origin: str, parameters: int | None) -> str:
     )
 
 
-def usage(config: Any) -> str:
+def usage() -> str:
     """Runnable snippets."""
     return f"""## How to use
 
-```
-pip install denseclip_hf
-```
+With the package `denseclip_hf` installed, as its README says:
 
 ```python
 import denseclip_hf  # registers the model; without it, trust_remote_code=True runs the code that a repository carries

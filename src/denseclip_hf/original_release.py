@@ -28,14 +28,12 @@ from .configuration_denseclip import DenseCLIPConfig
 from .conversion import config_from_original, convert_original_state_dict
 from .data_layouts import ClassTable, ade20k_classes, parse_classes
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .inference import published_image_processor
 from .model_card import write_model_card
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .original_config import merge_options, parse_original_config, read_original_config
 from .prompts_denseclip import tokenize_classes
 from .writing import new_directory
-
-
-LONGEST_EDGE = 2048
 
 
 @dataclass
@@ -99,10 +97,7 @@ def convert_release(
     with no_init_weights():
         model = DenseCLIPForSemanticSegmentation(config)
     model.load_state_dict(converted, strict=True)
-    processor = DenseCLIPImageProcessorPil(
-        size={"shortest_edge": config.crop_size[0], "longest_edge": LONGEST_EDGE},
-        do_reduce_labels=bool(table.do_reduce_labels),
-    )
+    processor = published_image_processor(config, do_reduce_labels=bool(table.do_reduce_labels))
     with new_directory(output_dir) as directory:
         for part in (model.eval(), processor, tokenizer):
             part.save_pretrained(directory)

@@ -27,7 +27,8 @@ class DenseCLIPSemanticSegmenterOutput(ModelOutput):
         text_embeds (`torch.Tensor` of shape `(batch_size, num_labels, projection_dim)`): t', the class embeddings
             in the image's context. Absent like `score_maps`.
         hidden_states (`tuple(torch.Tensor)`, returned with `output_hidden_states=True`): the image encoder's c2 … c5,
-            each `(batch_size, channels, height / s, width / s)`, before the score map joins one of them.
+            each `(batch_size, channels, height / s, width / s)`, before the score map joins one of them. Absent from a
+            sliding window and for a list of pictures.
     """
 
     loss: torch.Tensor | None = None
