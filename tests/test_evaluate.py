@@ -158,8 +158,9 @@ def test_undefined_scores_are_null(arguments, tmp_path):
     assert saved["per_category"]["class 0"]["accuracy"] is None and "–" in report_table(report)
 
 
-def test_half_precision_and_few_images(arguments):
-    report = measure(arguments(dtype="bf16", max_images=2))
+@pytest.mark.parametrize("name", ["bf16", "bfloat16"])
+def test_half_precision_and_few_images(arguments, name):
+    report = measure(arguments(dtype=name, max_images=2))
     assert report["num_images"] == 2 and report["protocol"]["dtype"] == "bfloat16"
 
 
@@ -283,7 +284,7 @@ def test_script_says_in_one_sentence_what_is_wrong(tmp_path, model_dir):
     [
         ({"scales": []}, "positive factors"),
         ({"scales": [1.0, 0.0]}, "positive factors"),
-        ({"dtype": "int8"}, "must be one of auto, fp32"),
+        ({"dtype": "int8"}, "must be one of auto, float32"),
         ({"device": "tpu"}, "auto or cpu"),
         ({"batch_size": 0}, "at least 1"),
         ({"inference_mode": "tiles"}, 'must be "whole" or "slide"'),

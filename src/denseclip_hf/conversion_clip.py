@@ -25,6 +25,7 @@ from .checkpoints import (
 )
 from .configuration_clip_resnet import CLIPResNetConfig
 from .conversion import check_keys, clip_key_table, rename
+from .dtypes import DTYPES
 from .modeling_clip_resnet import CLIPResNetModel
 from .writing import new_directory
 
@@ -39,7 +40,6 @@ NOT_WEIGHTS = rf"{'|'.join(OPENAI_SETTINGS)}|(.*\.)?attn_mask"
 HEAD_SIZE, MOST_WIDTH = 64, 1024
 HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
 ACTIVATIONS = ("quick_gelu", "gelu")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def convert_clip(
@@ -60,7 +60,7 @@ def convert_clip(
         tokenizer (`str` or `PreTrainedTokenizerBase`): CLIP's.
         hidden_act (`str`, *optional*): activation, which no weight tells: "quick_gelu", the default for OpenAI's
             archives, or "gelu", that of open_clip's models whose name lacks "-quickgelu". Other files need it.
-        dtype (`str`): of the saved weights, "float32", "float16" or "bfloat16".
+        dtype (`str`): of the saved weights, a key of `DTYPES`.
         num_attention_heads (`int`, *optional*): of the image tower, see [`clip_config_from_weights`].
 
     Returns:

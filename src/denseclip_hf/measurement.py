@@ -19,6 +19,7 @@ from .data import SegmentationData
 from .data_arguments import DatasetArguments
 from .data_files import NAMELESS, file_stem, name_of
 from .data_layouts import default_palette
+from .dtypes import DTYPES as NAMED_DTYPES
 from .evaluation import evaluate_segmentation
 from .inference import colourise, comparison_picture, multi_scale_segmentation, overlay
 from .metrics import boundary_counts, confusion_matrix
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Options that are by default those of training on the same data, and what that calls them.
 AS_TRAINED = {"split": "validation_split"} | {k: k for k in ("train_split", "validation_fraction", "ignore_index")}
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"auto": "auto", **NAMED_DTYPES}
 
 
 @dataclass
@@ -61,7 +62,7 @@ class EvaluationArguments(DatasetArguments):
     boundary_iou: bool = field(default=False, metadata={"help": "Also measure boundary IoU."})
     batch_size: int = field(default=1, metadata={"help": "Images of one size run together (one process, one scale)."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read and preprocess."})
-    dtype: str = field(default="fp32", metadata={"help": f"Of the model: {', '.join(DTYPES)}."})
+    dtype: str = field(default="float32", metadata={"help": f"Of the model: {', '.join(DTYPES)}."})
     device: str = field(default="auto", metadata={"help": "auto (an accelerator if there is one) or cpu."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where results are written."})
     save_predictions: bool = field(default=False, metadata={"help": "Write predictions as indexed PNG."})
