@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_model, varied
 from PIL import Image
 from test_training import write_folder
 
+from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.measurement import EvaluationArguments, measure
 
@@ -46,3 +48,19 @@ def test_data_are_read_as_in_training(arguments, tmp_path, from_recipe):
 def test_other_recipes_beside_a_model_change_nothing(arguments, tmp_path, text):
     (tmp_path / "model" / "recipe.json").write_text(text)
     assert measure(arguments())["num_images"] == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"inference_mode": "slide"}, {"scales": [1.0, 1.5]}], ids=["whole", "slide", "multi-scale"]
+)
+def test_scores_that_are_not_finite_end_it(arguments, tmp_path, options):
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.decode_head.classifier.bias[1] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    words = (
+        r"\.jpg: the model's scores are NaN or infinite and tell no class: .* use bfloat16 or float32 \(`--dtype`\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        measure(arguments(**options))
+    assert not (tmp_path / "output_dir" / "evaluation.json").exists()

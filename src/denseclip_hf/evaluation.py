@@ -10,7 +10,9 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from .data_files import name_of
 from .image_inputs_denseclip import reduce_labels
+from .inference import check_finite
 from .metrics import confusion_matrix, scores_from_confusion_matrix
 from .open_vocabulary_denseclip import eval_mode
 from .resizing_denseclip import resize_argmax, resize_labels
@@ -35,6 +37,7 @@ class _Preparation:
         mask = reduce_labels(mask, self.ignore_index) if self.do_reduce_labels else mask
         labels = torch.from_numpy(mask.astype(np.int64))
         prepared = {"image": sample["image"], "mask": labels, "index": index, "counted": counted}
+        prepared["name"] = name_of(sample["image"])
         if self.image_processor is not None:
             pictures = self.image_processor(prepared.pop("image"), return_tensors="pt")
             prepared["pixel_values"] = pictures["pixel_values"][0]
@@ -102,7 +105,7 @@ def evaluate_segmentation(
         the model slides, `loss` averaged over the pictures.
 
     Raises:
-        ValueError: if there is nothing to evaluate on.
+        ValueError: if there is nothing to evaluate on, or, naming the picture, for logits that are NaN or infinite.
     """
     length = len(samples) if hasattr(samples, "__len__") else None
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
@@ -151,9 +154,13 @@ def _predictions(
     if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
         pixel_values = pixel_values.to(dtype)
     outputs = model(pixel_values, labels=_labels(batch, pixel_values, model.config.inference_mode))
-    sizes = [sample["mask"].shape for sample in batch]
-    maps = (resize_argmax(logits[None], size)[0] for logits, size in zip(outputs.logits, sizes, strict=True))
+    maps = (_class_ids(logits, sample) for logits, sample in zip(outputs.logits, batch, strict=True))
     return maps, outputs.loss
+
+
+def _class_ids(logits: torch.Tensor, sample: Sample) -> torch.Tensor:
+    check_finite(logits, sample["name"])  # the matrix waits for the device anyway
+    return resize_argmax(logits[None], sample["mask"].shape)[0]
 
 
 def same_size_batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:

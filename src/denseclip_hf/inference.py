@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .data_files import name_of
 from .fpn_denseclip import resize_bilinear
 from .image_inputs_denseclip import flatten_images, picture_to_tensor
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
@@ -104,6 +105,9 @@ def multi_scale_segmentation(
 
     Returns:
         `torch.Tensor` of shape `(H, W)`: int64, on the model's device.
+
+    Raises:
+        ValueError: if a probability is no number.
     """
     picture = picture_to_tensor(image)
     height, width = picture.shape[-2:]
@@ -112,6 +116,7 @@ def multi_scale_segmentation(
         logger.info("A picture of %d x %d pixels is averaged at %.2f of its size.", width, height, shrink)
     size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
     probabilities = _averaged_probabilities(model, picture, size, scales, flip, image_processor)
+    check_finite(probabilities[0], name_of(image))  # a softmax with one NaN is NaN in every class
     return resize_argmax(probabilities[None], (height, width))[0]
 
 
@@ -138,6 +143,26 @@ def _averaged_probabilities(
             total[:, top:bottom] += probabilities.flip(-1) if flipped else probabilities
         count += 1
     return total.div_(count)
+
+
+def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
+    """
+    Refuse logits, score maps or probabilities that are NaN or infinite: their argmax means nothing.
+
+    It waits for the device, so belongs where something does anyway.
+
+    Args:
+        scores (`torch.Tensor` of any shape): of one picture or several.
+        name (`str`, *optional*): of the picture.
+
+    Raises:
+        ValueError: with one sentence that says how to mend it.
+    """
+    if not torch.stack(scores.aminmax()).isfinite().all():
+        raise ValueError(
+            f"{f'{name}: ' if name else ''}the model's scores are NaN or infinite and tell no class: if it runs in "
+            "float16, which overflows, use bfloat16 or float32 (`--dtype`); if not, its weights or words are damaged."
+        )
 
 
 def published_image_processor(config, **options) -> DenseCLIPImageProcessorPil:
@@ -211,6 +236,7 @@ def comparison_picture(
 
 
 __all__ = [
+    "check_finite",
     "colourise",
     "comparison_picture",
     "multi_scale_probabilities",

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .data_layouts import default_palette
+from .inference import check_finite
 from .open_vocabulary_denseclip import check_words, predict_from_scores, score_maps_of
 from .pictures import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
 from .prediction_inputs import Source, read_frames, read_picture
@@ -23,6 +25,7 @@ from .writing import make_directory, writing_into
 logger = logging.getLogger(__name__)
 
 Named = tuple[str, Image.Image]
+Prepared = tuple[str, Image.Image, torch.Tensor]  # with its pixel values
 # Pictures of sizes that fill no batch wait, but never more than this many batches' worth.
 WAITING_BATCHES = 4
 # Of a file's name without its suffix, so that any file system takes it; what tells files apart stands before.
@@ -85,16 +88,24 @@ class Segmenter:
 
     @torch.no_grad()
     def __call__(self, pixel_values: torch.Tensor, sizes: Sequence[tuple[int, int]]):
-        """Class ids, B maps `(H, W)` of `sizes`, and the wanted score maps `(B, S, h, w)` of S names, or `None`."""
+        """Class ids, B maps `(H, W)` of `sizes`, and the wanted score maps `(B, S, h, w)` of S names, or `None`.
+
+        Raises `ValueError` for scores that are NaN or infinite, in any of the pictures.
+        """
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        deciding: Any
+        scores = None
         if self.words:
-            maps = predict_from_scores(self.model, pixel_values, self.embeds, sizes).segmentation
+            outputs = predict_from_scores(self.model, pixel_values, self.embeds, sizes)
+            maps, deciding = outputs.segmentation, outputs.score_maps
         else:
-            logits = self.model(pixel_values).logits
-            maps = [resize_argmax(logits[i : i + 1], size)[0] for i, size in enumerate(sizes)]
-        if self.score_embeds is None:
-            return maps, None
-        return maps, score_maps_of(self.model, pixel_values, self.score_embeds)[:, self.score_rows]
+            deciding = self.model(pixel_values).logits
+            maps = [resize_argmax(deciding[i : i + 1], size)[0] for i, size in enumerate(sizes)]
+        if self.score_embeds is not None:
+            scores = score_maps_of(self.model, pixel_values, self.score_embeds)[:, self.score_rows]
+            check_finite(scores)
+        check_finite(deciding)
+        return maps, scores
 
 
 def predict_sources(
@@ -113,7 +124,7 @@ def predict_sources(
     """
     Segment every source, and write `NAME_mask.png`, `NAME_overlay.png` and `NAME_score_WORD.png` into `output_dir`.
 
-    What can not be read or would overwrite a file is left out with a sentence; the others go on.
+    What can not be read or segmented, or would overwrite a file, is left out with a sentence; the others go on.
 
     Args:
         segmenter ([`Segmenter`]): model, classes and words.
@@ -142,17 +153,8 @@ def predict_sources(
     bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)
     named = _pictures(bar, summary, timeout, every, max_frames)
     for batch in _same_size_batches(segmenter, named, batch_size, summary):
-        names, images = [name for name, _, _ in batch], [image for _, image, _ in batch]
-        try:
-            maps, scores = segmenter(
-                torch.stack([pixels for _, _, pixels in batch]), [(image.height, image.width) for image in images]
-            )
-        except ValueError as error:
-            summary.problems += [f"{name}: {error}" for name in names]
-            continue
-        for index, (name, image) in enumerate(zip(names, images, strict=True)):
-            results = _results(segmenter, image, maps[index], None if scores is None else scores[index], opacity)
-            problem = _save(folder, name, results, overwrite)
+        for name, image, ids, scores in _segmented(segmenter, batch, summary):
+            problem = _save(folder, name, _results(segmenter, image, ids, scores, opacity), overwrite)
             summary.done += problem is None
             summary.problems += [problem] if problem else []
     return summary
@@ -172,9 +174,11 @@ def _pictures(
             summary.problems.append(str(error))
 
 
-def _same_size_batches(segmenter: Segmenter, named: Iterable[Named], batch_size: int, summary: Summary):
-    """Lists of (name, picture, pixel values), of one size each, as soon as they are full or too many wait."""
-    waiting: dict[tuple[int, ...], list[tuple[str, Image.Image, torch.Tensor]]] = {}
+def _same_size_batches(
+    segmenter: Segmenter, named: Iterable[Named], batch_size: int, summary: Summary
+) -> Iterator[list[Prepared]]:
+    """Pictures of one size each, as soon as they are full or too many wait."""
+    waiting: dict[tuple[int, ...], list[Prepared]] = {}
     for name, image in named:
         try:
             pixel_values = segmenter.preprocess(image)
@@ -188,6 +192,22 @@ def _same_size_batches(segmenter: Segmenter, named: Iterable[Named], batch_size:
         if len(waiting[size]) >= batch_size or sum(map(len, waiting.values())) >= WAITING_BATCHES * batch_size:
             yield waiting.pop(size)
     yield from waiting.values()
+
+
+def _segmented(segmenter: Segmenter, batch: list[Prepared], summary: Summary) -> Iterator[tuple]:
+    """(name, picture, class ids, score maps) of pictures of one size; those that can not be segmented are noted."""
+    sizes = [(image.height, image.width) for _, image, _ in batch]
+    try:
+        maps, scores = segmenter(torch.stack([pixels for _, _, pixels in batch]), sizes)
+    except ValueError as error:
+        if len(batch) == 1:
+            summary.problems.append(f"{batch[0][0]}: {error}")
+        else:  # of one of them, perhaps
+            for one in batch:
+                yield from _segmented(segmenter, [one], summary)
+        return
+    for index, (name, image, _) in enumerate(batch):
+        yield name, image, maps[index], None if scores is None else scores[index]
 
 
 def _results(segmenter: Segmenter, image: Image.Image, segmentation, scores, opacity: float) -> Iterator[Named]:
