@@ -101,12 +101,12 @@ def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, caps
 # In place of a training: seed 0 may fail, the others go on until `go` is there; of Ctrl-C they end after a while.
 STAND_IN = """
 import pathlib, sys, time
-here, seed = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[-1]).name
+here, seed, end = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[-1]).name, time.monotonic() + 60
 try:
     (here / f"{seed} started").touch()
     if seed == "seed-0" and (here / "fail").exists():
         sys.exit(1)
-    while not (here / "go").exists():
+    while not (here / "go").exists() and time.monotonic() < end:
         time.sleep(0.01)
 except KeyboardInterrupt:
     time.sleep(0.5)
