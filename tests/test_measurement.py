@@ -1,6 +1,8 @@
 """What an evaluation takes from where, and what it refuses before or says after the work."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from conftest import tiny_model, varied
 from PIL import Image
 from test_training import write_folder
 
-from denseclip_hf import DenseCLIPForSemanticSegmentation
+from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPTrainingArguments
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.measurement import EvaluationArguments, measure
+from denseclip_hf.recipes import DataArguments, ModelArguments
+from denseclip_hf.runs import recipe_of
 
 
 @pytest.fixture
@@ -42,6 +46,18 @@ def test_data_are_read_as_in_training(arguments, tmp_path, from_recipe):
     held_out = measure(arguments(**{} if from_recipe else options))["num_images"]
     assert 1 < held_out < 12
     assert measure(arguments(ignore_index=100, validation_fraction=0.01))["num_images"] == 1
+
+
+def test_splits_are_those_of_training(arguments, tmp_path):
+    for name, count in (("fold_1", 3), ("fold_2", 2)):
+        write_folder(tmp_path / "folds" / name, count)
+    shutil.copy(tmp_path / "data" / "classes.json", tmp_path / "folds")
+    splits = {"train_split": "fold_1", "validation_split": "fold_2"}
+    training = DenseCLIPTrainingArguments("unused")
+    recipe = recipe_of(ModelArguments(), DataArguments(str(tmp_path / "folds"), **splits), training)
+    (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe))
+    report = measure(replace(arguments(), dataset=str(tmp_path / "folds")))
+    assert (report["split"], report["num_images"]) == ("fold_2", 2)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"dataset": "elsewhere", "ignore_index": 0}', '{"steps": 3}'])
