@@ -15,7 +15,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="folder, or name of a data set on the Hub")
     parser.add_argument("--dataset_config", dest="config_name", help="configuration of a Hub data set")
-    parser.add_argument("--classes", help="JSON file with the class names, where the data set does not tell them")
+    parser.add_argument("--classes", help="class names: a JSON or text file (one a line), or names with commas")
     parser.add_argument("--train_split", help="name of the training split")
     parser.add_argument("--validation_split", help="name of the validation split")
     parser.add_argument("--image_column", help="column with the pictures")

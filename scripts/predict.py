@@ -8,11 +8,11 @@ address. A video's frames are pictures too (needs `pip install av`).
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
+from denseclip_hf.data_layouts import read_names
 from denseclip_hf.measurement import DTYPES, load_model
 from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
 from denseclip_hf.prediction import Segmenter, predict_sources
@@ -24,7 +24,7 @@ def names(text: str) -> list[str]:
     """Names with commas between them, or those in a file, one a line (so that they may hold commas themselves)."""
     if text.endswith(".txt"):
         try:
-            return [line.strip() for line in Path(text).read_text("utf-8-sig").rstrip().splitlines()]
+            return read_names(text)
         except (OSError, ValueError) as error:
             raise argparse.ArgumentTypeError(
                 f"{text} can not be read as a file of names, one a line ({error})."
