@@ -202,6 +202,10 @@ BAD = {
         {"fc.weight": torch.zeros(1)},
         "not a CLIP of OpenAI's architecture: it has no visual.conv1.weight of 4 axes; name one",
     ),
+    "transformers' own": (
+        {"text_model.embeddings.token_embedding.weight": torch.zeros(1)},
+        "in transformers' format already: give its folder",
+    ),
     "a timm tower": ({"visual.trunk.x": torch.zeros(1)}, "not a CLIP"),
     "unused key": ({"logit_bias": torch.zeros(())}, "does not know: logit_bias"),
     "misshapen key": ({"ln_final.bias": torch.zeros(3)}, "ln_final|final_layer_norm.bias has shape"),

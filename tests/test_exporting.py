@@ -128,7 +128,7 @@ def test_a_missing_package_is_one_sentence(directory, tmp_path, capsys, monkeypa
     monkeypatch.setattr("denseclip_hf.exporting._save_onnx", lambda program, path: None)
     with pytest.raises(SystemExit, match="^1$"):
         script()([str(directory), str(tmp_path / "out")])
-    expected = f"ONNX needs the package {package}: pip install 'denseclip_hf[export]'.\n"
+    expected = f"ONNX needs the package {package}: `pip install onnx onnxscript onnxruntime`.\n"
     assert capsys.readouterr().err.endswith(expected)
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 

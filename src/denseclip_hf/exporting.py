@@ -70,7 +70,7 @@ def export(model: Any, processor: Any, directory: str | os.PathLike, kind: str) 
         `Path` of the model file.
 
     Raises:
-        ValueError: for another `kind`, or for "onnx" where the packages of `denseclip_hf[export]` are missing.
+        ValueError: for another `kind`, or for "onnx" where one of its packages is missing.
     """
     if kind not in FILES:
         raise ValueError(f"`kind` must be one of {', '.join(FILES)}, got {kind!r}.")
@@ -123,7 +123,9 @@ def _require(*packages: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ValueError(f"ONNX needs the package {package}: pip install 'denseclip_hf[export]'.") from error
+            raise ValueError(
+                f"ONNX needs the package {package}: `pip install onnx onnxscript onnxruntime`."
+            ) from error
 
 
 def _save_onnx(program: ExportedProgram, path: Path) -> None:

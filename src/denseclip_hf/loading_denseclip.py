@@ -29,7 +29,10 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
         return kind.from_pretrained(name, **options)
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise OSError(f"{name} is neither a folder here nor a name on the Hub that can be read: {reason}") from error
+        raise OSError(
+            f"{name} is neither a folder here nor a name on the Hub that can be read ({reason.rstrip('.')}): "
+            "give another, or a folder with what was downloaded elsewhere."
+        ) from error
 
 
 def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
@@ -106,7 +109,7 @@ def clip_report(model: nn.Module, clip: CLIPModel) -> str:
     grid = f"{before // stride}x{before // stride} positions" + (
         f" resized to {after // stride}x{after // stride}" if before != after else ""
     )
-    new = ", ".join(f"{part} ({count:.2f} M)" for part, count in millions.items())
+    new = ", ".join(f"{part} ({count:.4g} M)" for part, count in millions.items())
     name = clip.config.name_or_path or type(clip).__name__
     return f"Loaded {loaded:.2f} M parameters from {name} ({grid}). Newly initialised, to be trained: {new}."
 

@@ -77,12 +77,12 @@ for found in segment("photo.jpg"):
 ```python
 import denseclip_hf
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers.image_utils import load_image
 
 processor = AutoImageProcessor.from_pretrained("{MODEL}", trust_remote_code=False)
 model = AutoModelForSemanticSegmentation.from_pretrained("{MODEL}", trust_remote_code=False).eval()
-image = Image.open("photo.jpg").convert("RGB")
+image = load_image("photo.jpg")  # RGB and upright
 with torch.no_grad():
     outputs = model(**processor(image, return_tensors="pt"))
 labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]  # (height, width)
