@@ -1,6 +1,8 @@
-"""Measure a model: `python scripts/evaluate.py --model MODEL --dataset DATA [--inference_mode slide]`.
+"""Measure a model on a data set; flags may stand in YAML or JSON files, given first.
 
-On several devices: `accelerate launch scripts/evaluate.py ...`. Flags may stand in a YAML or JSON file, given first.
+    python scripts/evaluate.py --model outputs/run --dataset path/to/data_set [--inference_mode slide]
+
+On several devices: `accelerate launch scripts/evaluate.py ...`.
 The published multi-scale protocol: `--scales 0.5 0.75 1 1.25 1.5 1.75 --flip`.
 """
 
@@ -26,7 +28,7 @@ def run(argv: list[str] | None) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    (args,) = parse_arguments([EvaluationArguments], argv)
+    (args,) = parse_arguments([EvaluationArguments], argv, description=__doc__)
     report = measure(args)
     if PartialState().is_main_process:
         print(report_table(report))

@@ -1,4 +1,6 @@
-"""Train a segmenter: `python scripts/train.py RECIPE.yaml [--flag value ...]`, or flags alone; see `--help`.
+"""Train a segmenter, by recipe files first and flags on top of them, or by flags alone.
+
+    python scripts/train.py configs/ade20k_rn50.yaml --dataset path/to/data_set --output_dir outputs/run
 
 On several devices: `accelerate launch scripts/train.py ...`. The directory it leaves is complete: weights, config,
 image processor, tokenizer and card. The same command goes on from the last checkpoint of a run that was broken off.
@@ -24,7 +26,8 @@ from denseclip_hf.writing import write_atomically
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model_args, data_args, args = parse_arguments([ModelArguments, DataArguments, DenseCLIPTrainingArguments], argv)
+    kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
+    model_args, data_args, args = parse_arguments(kinds, argv, needed=["dataset", "output_dir"], description=__doc__)
     output_dir = Path(args.output_dir)
     with args.main_process_first(desc="preparing the output directory"):
         recipe = recipe_of(model_args, data_args, args)

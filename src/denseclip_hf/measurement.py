@@ -43,7 +43,7 @@ DTYPES = {"auto": "auto", **NAMED_DTYPES}
 class EvaluationArguments(DatasetArguments):
     """What is evaluated on what, how, and what is written."""
 
-    model: str = field(default="", metadata={"help": "A DenseCLIP model: a directory, or a name on the Hub."})
+    model: str = field(default="", metadata={"help": "Needed: a DenseCLIP model, a directory or a name on the Hub."})
     split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; by default as in training on this data, or validation."}
     )

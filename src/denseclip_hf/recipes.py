@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, HfArgumentParser, set_seed
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
 
+from .command_line import DataclassParser
 from .configuration_clip_resnet import clip_config_class
 from .data import SegmentationData
 from .data_arguments import DatasetArguments
@@ -85,7 +86,12 @@ class DataArguments(DatasetArguments):
     check_data: bool = field(default=True, metadata={"help": "Look at a sample of the files before training."})
 
 
-def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> list[Any]:
+def parse_arguments(
+    types: Sequence[Any],
+    argv: Sequence[str] | None = None,
+    needed: Sequence[str] = (),
+    description: str | None = None,
+) -> list[Any]:
     """
     Dataclasses from the command line: recipe files (.yaml, .yml, .json) first, each on top of the one before it, and
     flags on top of them all. Mappings (`config`) are merged.
@@ -93,12 +99,14 @@ def parse_arguments(types: Sequence[Any], argv: Sequence[str] | None = None) -> 
     Args:
         types (sequence of dataclasses): what to fill.
         argv (sequence of `str`, *optional*): the arguments, `sys.argv[1:]` by default.
+        needed (sequence of `str`): options that must be given, by recipe or flag.
+        description (`str`, *optional*): begins the help.
 
     Raises:
-        ValueError: for a recipe that is missing, no mapping, or has an option nobody knows.
+        ValueError: for a recipe that is missing, no mapping, or an option that nobody knows or that is missing.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(list(types))
+    parser = DataclassParser(types, needed, description)
     known = [option.name for kind in types for option in fields(kind)]
     recipe: dict[str, Any] = {}
     while argv and argv[0].endswith((".yaml", ".yml", ".json")):

@@ -127,11 +127,12 @@ def poly_learning_rate(
 @dataclass
 class DenseCLIPTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` whose defaults are the published recipe, with its learning-rate options.
+    How it is trained: transformers' `TrainingArguments`, by default the published recipe, and its learning rates.
 
     Batch 32 is part of the recipe: devices x `per_device_train_batch_size` x `gradient_accumulation_steps`.
     """
 
+    output_dir: str | None = field(default=None, metadata={"help": "Needed: the directory of the run."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Rate of what is new: contexts, γ, decoders."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's, see `parameter_groups`."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 clips nothing."})
