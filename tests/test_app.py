@@ -45,7 +45,7 @@ def app_url(word_model_dir, tmp_path_factory):
             cwd=folder,
         )
     try:
-        end, marker = time.monotonic() + PATIENCE, "Running on local URL:"
+        end, marker = time.monotonic() + PATIENCE, "The page is at"
         while marker not in log.read_text():
             assert process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.2)

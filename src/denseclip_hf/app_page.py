@@ -174,7 +174,11 @@ def launch(page: gr.Blocks, models: AppModels, host: str | None = None, port: in
         enable_monitoring=False,
         ssr_mode=False,
         _frontend=False,  # no self-check, with which Gradio gives up on a machine too busy to answer in 3 seconds
+        quiet=True,  # it would advertise the share link
+        prevent_thread_lock=True,
     )
+    logger.info("The page is at %s (Ctrl-C ends it).", page.local_url.rstrip("/"))
+    page.block_thread()
 
 
 def one_sentence(function: Callable) -> Callable:
