@@ -14,6 +14,7 @@ from denseclip_hf.recipes import DataArguments, ModelArguments, make_trainer, pa
 from denseclip_hf.runs import (
     check_checkpoint,
     finish_run,
+    keep_recipe,
     one_sentence_errors,
     prepare_run,
     recipe_of,
@@ -29,12 +30,14 @@ def main(argv: list[str] | None = None) -> dict:
     kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
     model_args, data_args, args = parse_arguments(kinds, argv, needed=["dataset", "output_dir"], description=__doc__)
     output_dir = Path(args.output_dir)
-    with args.main_process_first(desc="preparing the output directory"):
+    with args.main_process_first(desc="looking at the output directory"):
         recipe = recipe_of(model_args, data_args, args)
         if args.resume_from_checkpoint:
             check_checkpoint(args.resume_from_checkpoint, recipe)
         checkpoint = prepare_run(output_dir, recipe, main_process=args.local_process_index == 0)
     trainer, data = make_trainer(model_args, data_args, args)
+    if checkpoint is None and args.local_process_index == 0:
+        keep_recipe(output_dir, recipe)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     metrics = trainer.evaluate() if data.validation is not None else {}
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 from running import Run, one_sentence, training_recipe
 from test_recipes import KINDS
+from test_refusals import main_of
+from test_training import write_folder
 
 from denseclip_hf.recipes import parse_arguments
 from denseclip_hf.runs import (
     check_checkpoint,
+    keep_recipe,
     one_sentence_errors,
     prepare_run,
     recipe_of,
@@ -27,23 +30,39 @@ from denseclip_hf.writing import OutputError
 RECIPE = {"learning_rate": 1.0, "seed": 1}
 
 
-def test_processes_after_the_main_one_write_nothing(tmp_path):
-    assert prepare_run(tmp_path / "run", RECIPE) is None
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+def test_processes_after_the_main_one_remove_nothing(tmp_path):
+    keep_recipe(tmp_path / "run", RECIPE)
+    (tmp_path / "run" / "checkpoint-2").mkdir()
     (tmp_path / "run" / ".writing").mkdir()
-    assert prepare_run(tmp_path / "run", RECIPE, main_process=False) is None
-    (tmp_path / "run" / ".writing").rmdir()
-    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert prepare_run(tmp_path / "run", RECIPE, main_process=False).endswith("checkpoint-2")
+    assert (tmp_path / "run" / ".writing").exists()
 
 
-def test_a_new_run_keeps_its_recipe(tmp_path):
-    assert prepare_run(tmp_path / "run", RECIPE) is None
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text()) == RECIPE
-    assert prepare_run(tmp_path / "run", RECIPE) is None
+def test_a_new_run_keeps_its_recipe_once_it_begins(tmp_path):
+    assert prepare_run(tmp_path / "new" / "run", RECIPE) is None and not list(tmp_path.iterdir())
+    keep_recipe(tmp_path / "new" / "run", RECIPE)
+    assert json.loads((tmp_path / "new" / "run" / "recipe.json").read_text()) == RECIPE
+    assert prepare_run(tmp_path / "new" / "run", RECIPE) is None
+
+
+@pytest.mark.parametrize("missing", ["data", "clip"])
+def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    data = write_folder(tmp_path / "data", 6) if missing == "clip" else "no/where"
+    flags = ["--dataset", str(data), "--clip", "no/where", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="^1$"):
+        main_of("train")(flags)
+    assert "no/where" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_training_without_a_directory_is_refused(capsys):
+    with pytest.raises(SystemExit, match="^1$"):
+        main_of("train")(["--dataset", "streets"])
+    assert capsys.readouterr().err == "error: give `--output_dir`, by flag or recipe: see `--help`.\n"
 
 
 def test_a_broken_off_run_goes_on_from_its_last_checkpoint(tmp_path):
-    prepare_run(tmp_path, RECIPE)
+    keep_recipe(tmp_path, RECIPE)
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / ".writing" / "checkpoint-12").mkdir(parents=True)
@@ -52,14 +71,12 @@ def test_a_broken_off_run_goes_on_from_its_last_checkpoint(tmp_path):
 
 
 def test_a_run_that_ended_before_it_trained_is_in_nobodys_way(tmp_path):
-    prepare_run(tmp_path, RECIPE)
-    other = {**RECIPE, "seed": 2}
-    assert prepare_run(tmp_path, other) is None
-    assert json.loads((tmp_path / "recipe.json").read_text()) == other
+    keep_recipe(tmp_path, RECIPE)
+    assert prepare_run(tmp_path, {**RECIPE, "seed": 2}) is None
 
 
 def test_another_recipe_is_refused(tmp_path):
-    prepare_run(tmp_path, RECIPE)
+    keep_recipe(tmp_path, RECIPE)
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(ValueError, match="another recipe .seed 1 -> 2.: name a new output directory"):
         prepare_run(tmp_path, {**RECIPE, "seed": 2})
@@ -74,7 +91,7 @@ def test_a_damaged_recipe_is_refused_by_name(tmp_path, content):
 
 
 def test_what_an_earlier_version_did_not_write_down_is_no_other_recipe(tmp_path):
-    prepare_run(tmp_path, RECIPE)
+    keep_recipe(tmp_path, RECIPE)
     (tmp_path / "checkpoint-2").mkdir()
     assert prepare_run(tmp_path, {"learning_rate": 1.0, "new": True}) == str(tmp_path / "checkpoint-2")
 
@@ -113,7 +130,7 @@ def test_a_checkpoint_of_another_recipe_or_of_none_is_refused(tmp_path):
 
 
 def test_a_finished_run_is_refused(tmp_path):
-    prepare_run(tmp_path, RECIPE)
+    keep_recipe(tmp_path, RECIPE)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="holds a finished run of this recipe: name a new output directory"):
         prepare_run(tmp_path, RECIPE)
@@ -130,17 +147,15 @@ def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
 
 def test_an_unwritable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        OutputError, match="output directory .*file.run cannot be written .Not a directory.: name another"
-    ):
+    with pytest.raises(OutputError, match="output directory .*file cannot be written .File exists.: name another"):
         prepare_run(tmp_path / "file" / "run", RECIPE)
 
 
 def test_a_full_disk_is_refused_before_anything_starts(small_disk):
     disk = small_disk("32k")
-    with pytest.raises(OutputError, match="run cannot be written .No space left on device.: make room there, or name"):
+    with pytest.raises(OutputError, match="cannot be written .No space left on device.: make room there, or name"):
         prepare_run(disk / "run", RECIPE)
-    assert not list((disk / "run").iterdir())
+    assert not (disk / "run").exists()
 
 
 def test_undefined_scores_are_null_in_json():

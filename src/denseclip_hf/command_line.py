@@ -65,9 +65,7 @@ class DataclassParser(HfArgumentParser):
         if unknown:
             flag = unknown[0].partition("=")[0]
             if not flag.startswith("-"):
-                raise ValueError(
-                    f"`{flag}` belongs to no flag: recipes (.yaml, .yml, .json) come first."
-                )
+                raise ValueError(f"`{flag}` belongs to no flag: recipes (.yaml, .yml, .json) come first.")
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             hint = f"did you mean `{close[0]}`?" if close else "see `--help`."
             raise ValueError(f"the flag `{flag}` is unknown: {hint}")

@@ -52,12 +52,14 @@ def recipe_of(model_args: Any, data_args: Any, args: DenseCLIPTrainingArguments)
 
 def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_process: bool = True) -> str | None:
     """
-    Make `output_dir` ready for a run of `recipe` and say which checkpoint it goes on from, if any.
+    Make sure that `output_dir` can be that of a run of `recipe` and say which checkpoint it goes on from, if any.
+
+    Nothing is written yet, so that a start that fails leaves nothing: see [`keep_recipe`].
 
     Args:
         output_dir (`str` or `os.PathLike`): the run's directory.
-        recipe (`dict`): of [`recipe_of`]; kept there as `recipe.json`.
-        main_process (`bool`): whether this is the process that writes; it comes first, the others only read.
+        recipe (`dict`): of [`recipe_of`].
+        main_process (`bool`): whether this is the process that clears up; it comes first, the others only read.
 
     Returns:
         Path of the last complete checkpoint, or `None` for a new run.
@@ -68,15 +70,11 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
     """
     folder = Path(output_dir)
     if main_process:
-        make_directory(folder)
-    kept = folder / RECIPE_FILE
-    if main_process:
+        _check_writable(folder)
         shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # a checkpoint that was broken off
-    if os.listdir(folder) in ([], [RECIPE_FILE]):  # new, or of a run that ended before it trained
-        if main_process:
-            write_atomically(kept, json.dumps(recipe, indent=2) + "\n")
+    if not folder.exists() or os.listdir(folder) in ([], [RECIPE_FILE]):  # new, or ended before it trained
         return None
-    if not kept.exists():
+    if not (folder / RECIPE_FILE).exists():
         raise ValueError(
             f"the output directory {folder} is not empty and holds no run of this program: name a new one, so that "
             "nothing is overwritten."
@@ -90,6 +88,21 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
     if checkpoint := get_last_checkpoint(str(folder)):
         logger.info("Going on from %s.", checkpoint)
     return checkpoint
+
+
+def _check_writable(folder: Path) -> None:
+    """As [`make_directory`], but makes nothing."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError:  # not even that may be known
+        there = folder
+    make_directory(there)
+
+
+def keep_recipe(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> None:
+    """Write `recipe` into the directory of a run that begins; raises `OutputError` if that can't be written."""
+    make_directory(output_dir)
+    write_atomically(Path(output_dir) / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
 
 
 def changes_of_recipe(folder: Path, recipe: dict[str, Any]) -> str:
@@ -203,6 +216,7 @@ __all__ = [
     "changes_of_recipe",
     "check_checkpoint",
     "finish_run",
+    "keep_recipe",
     "one_sentence_errors",
     "prepare_run",
     "recipe_of",
