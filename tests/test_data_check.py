@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sample_data import NAMES, SIZE, hub_like, truncated, write_folder
+from sample_data import NAMES, SIZE, hub_like, truncated, write_folder, write_pairs
 
 from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.data_check import check_dataset
@@ -43,6 +43,23 @@ def test_report_names_every_problem(folder):
     assert "000.jpg cannot be read" in report.problems[0] and "holds the ids 9" in report.problems[1]
     assert report.splits["train"].num_checked == 4 and len(report.splits["train"].sizes) == 3
     assert "Problems: 2" in str(report)
+
+
+def test_problems_of_a_kind_are_printed_together(tmp_path):
+    folder = write_folder(tmp_path / "my set")
+    write_pairs(folder / "train", 9)
+    for mask in (folder / "train/masks").iterdir():
+        Image.fromarray(np.full(SIZE[::-1], 100 + int(mask.stem), np.uint8)).save(mask)
+    truncated(folder / "train/images/008.jpg")
+    report = check_dataset(load_segmentation_dataset(folder, read_first=False), full=True)
+    *alike, rest, other = str(report).partition("Problems: 9\n")[2].splitlines()
+    assert alike == report.problems[:3] and other == report.problems[8]
+    assert rest == "… and 5 more of this kind: 003.png, 004.png, 005.png, 006.png, 007.png"
+
+
+def test_a_split_without_samples_is_a_problem():
+    data = load_segmentation_dataset({"train": hub_like(4).select([])}, classes=NAMES, read_first=False)
+    assert check_dataset(data).problems == ["train: the split has no samples; remove it or fill it."]
 
 
 def test_report_of_a_stream_and_of_a_split_without_sound_samples(folder, tmp_path):

@@ -224,5 +224,6 @@ def test_the_look_at_the_data_is_logged(folder, caplog):
 
 def test_data_that_does_not_fit_stops_before_training(folder):
     Image.fromarray(pictures(1)[0]["mask"] + 7).save(folder / "masks" / "3.png")
-    with pytest.raises(ValueError, match="3.png"):
+    words = r"3.png holds the ids .* Problems in a first look at 6 samples: 1; `python scripts/check_data.py "
+    with pytest.raises(ValueError, match=words):
         load_data(DataArguments(dataset=str(folder)))

@@ -1,5 +1,6 @@
 """Looking through a data set before training on it."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -25,7 +26,7 @@ class SplitReport:
         images_per_class: K counts of masks that show the class.
         void_pixels: pixels without a class.
         void_masks: masks in which no pixel has a class.
-        problems: one sentence per sample that cannot be used.
+        problems: one sentence per sample that cannot be used, or one if there are no samples.
     """
 
     num_samples: int | None
@@ -84,8 +85,22 @@ class DatasetReport:
         lines += [line("", "(no class)", [f"{split.void_share:.2%}{'':9}" for split in splits]), ""]
         if self.unseen_classes:
             lines += [f"In none of the masks looked at: {', '.join(self.unseen_classes)}.", ""]
-        lines += [f"Problems: {len(self.problems)}", *self.problems] if self.problems else ["No problems."]
+        lines += [f"Problems: {len(self.problems)}", *_by_kind(self.problems)] if self.problems else ["No problems."]
         return "\n".join(lines)
+
+
+def _by_kind(problems: list[str]) -> Iterator[str]:
+    """The first three problems of each kind, which differ in names and numbers only, and the others' files."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kind = " ".join(word for word in problem.split() if not re.search(r"[\d/\\]|\.\w", word))
+        kinds.setdefault(kind, []).append(problem)
+    for alike in kinds.values():
+        yield from alike[:3]
+        if rest := alike[3:]:
+            files = [re.search(r"[/\\]([^/\\]+?\.\w+) ", problem) for problem in rest]
+            names = [file[1] if file else problem.split(": ")[1] for file, problem in zip(files, rest, strict=True)]
+            yield f"… and {len(rest)} more of this kind: {', '.join(names)}"
 
 
 def _heading(name: str, split: SplitReport) -> str:
@@ -148,6 +163,8 @@ def _check_split(rows: Rows, data: SegmentationData, limit: int | None) -> Split
         report.images_per_class += counts > 0
         report.void_pixels += ids.size - labelled.size
         report.void_masks += not labelled.size
+    if not report.num_checked:
+        report.problems.append("the split has no samples; remove it or fill it.")
     return report
 
 

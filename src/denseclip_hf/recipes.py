@@ -190,11 +190,16 @@ def load_data(args: DataArguments) -> SegmentationData:
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer,
         decode=not args.fast_jpeg,
+        read_first=not args.check_data,  # the check does
     )
     if args.check_data:
         report = check_dataset(data, max_samples=CHECKED_SAMPLES)
         if not report.ok:
-            raise ValueError(f"{report.problems[0]} ({len(report.problems)} such problems in a first look.)")
+            looked_at = sum(split.num_checked for split in report.splits.values())
+            raise ValueError(
+                f"{report.problems[0]} Problems in a first look at {looked_at} samples: {len(report.problems)}; "
+                f"`python scripts/check_data.py {args.dataset} --full` names all."
+            )
         if int(os.environ.get("RANK", 0)) == 0:
             logger.info("%s", report)
             if report.unseen_classes:
