@@ -101,6 +101,13 @@ def test_options_that_are_no_json_are_refused(folder, options, sentence):
         load_model(model_args, load_data(DataArguments(dataset=str(folder))), 64)
 
 
+@pytest.mark.parametrize(("text", "sentence"), [('{"tau": 0.05}', "has no option `tau`"), ("{", "not valid JSON")])
+def test_unknown_options_are_refused_before_the_data_is_read(tmp_path, text, sentence):
+    training = DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True)
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer(ModelArguments(config=text), DataArguments(dataset="no/where"), training)
+
+
 def test_lists_and_missing_values_in_a_recipe(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("report_to: [none]\nmetric_for_best_model: null\ninclude_for_metrics: [loss, inputs]\n")

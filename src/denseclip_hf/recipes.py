@@ -16,7 +16,8 @@ import yaml
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
 
 from .command_line import DataclassParser
-from .configuration_clip_resnet import clip_config_class
+from .configuration_clip_resnet import clip_config_class, refuse_unknown_options
+from .configuration_denseclip import DenseCLIPConfig
 from .data import SegmentationData
 from .data_arguments import DatasetArguments
 from .data_check import check_dataset
@@ -291,6 +292,8 @@ def make_trainer(
 ) -> tuple[DenseCLIPTrainer, SegmentationData]:
     """Data, model, augmentation and image processor of a recipe, put together."""
     set_seed(args.seed)
+    known, given = DenseCLIPConfig(), _options(model_args.config, "config")  # before the data, which may take long
+    refuse_unknown_options(known, {name: value for name, value in given.items() if name not in known.to_dict()})
     data = load_data(data_args)
     if data.train is None:
         raise ValueError(f"{data_args.dataset} has no training split: name it with `--train_split`.")
