@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,9 @@ def start_ablations(folder, *flags):
     launcher = shlex.join([sys.executable, "-c", STAND_IN, str(folder)])
     command = [sys.executable, CONFIGS.parent / "scripts" / "ablate.py", CONFIGS / "ablation_example.yaml", *flags]
     command += ["--output_dir", folder / "out", "--variants", "final", "--seeds", *"0123", "--launcher", launcher]
-    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell ignores in its background jobs
+    return subprocess.Popen([*map(str, command)], preexec_fn=heard, **options)
 
 
 def wait_for(file, process):
