@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # a Space has 
 
 from denseclip_hf.app_answers import AppModels
 from denseclip_hf.app_page import build_page, launch
+from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.measurement import DTYPES
 from denseclip_hf.prediction_inputs import find_sources
 from denseclip_hf.runs import one_sentence_errors
@@ -25,16 +26,15 @@ from denseclip_hf.runs import one_sentence_errors
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", action="append", help="directory, or name on the Hub; may be given several times")
     parser.add_argument("--examples", nargs="*", default=[], help="pictures to choose from: files, folders, patterns")
     parser.add_argument("--device", help="by default a GPU if there is one")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="auto")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the models")
     parser.add_argument("--host", help="address to listen at; by default GRADIO_SERVER_NAME or 127.0.0.1")
     parser.add_argument("--port", type=int, help="by default GRADIO_SERVER_PORT, or a free one from 7860")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_terminal()
     from_environment = [name.strip() for name in os.environ.get("DENSECLIP_MODELS", "").split(",") if name.strip()]
     models = AppModels(args.model or from_environment, args.device, args.dtype)
     sources, problems = find_sources(args.examples)

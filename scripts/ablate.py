@@ -1,6 +1,6 @@
 """Run the published ablations on any recipe, data set and budget, and print every table with the published column.
 
-    python scripts/ablate.py RECIPE.yaml --output_dir outputs/ablations --seeds 0 1 2 [--variants final gamma_one] \
+    python scripts/ablate.py RECIPE.yaml --output_dir outputs/ablations --seeds 0 1 2 [--variants final gamma_one]
         [-- --dataset FOLDER --max_steps 500]
 
 What follows `--` goes to every training run. Runs that are finished are not run again, one that was broken off goes
@@ -25,6 +25,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from denseclip_hf.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
+from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.recipes import DataArguments, ModelArguments, parse_arguments
 from denseclip_hf.runs import RECIPE_FILE, changes_of_recipe, one_sentence_errors, recipe_of
 from denseclip_hf.training import DenseCLIPTrainingArguments
@@ -36,12 +37,14 @@ logger = logging.getLogger("ablate")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--launcher", default=shlex.quote(sys.executable))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("recipe", type=Path, help="RECIPE.yaml, on top of which comes each variant's")
+    parser.add_argument("--output_dir", type=Path, required=True, help="of all runs and the tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs of each variant")
+    which = f"by default all: {', '.join(VARIANTS)}"
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT", help=which)
+    python = shlex.quote(sys.executable)
+    parser.add_argument("--launcher", default=python, help="what starts a training, by default Python")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     own = list(sys.argv[1:] if argv is None else argv)
     flags = own[own.index("--") + 1 :] if "--" in own else []
@@ -112,7 +115,7 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     args = parse(argv)
     runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
     for variant, seed in runs:

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from denseclip_hf.benchmark_tasks import IMAGE_SIZES, TASKS, Settings
+from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.runs import one_sentence_errors
 from denseclip_hf.writing import write_atomically
 
@@ -36,16 +37,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     tasks = [name for name in TASKS if name != "throughput" or torch.cuda.is_available()]
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tasks, help="without a GPU, all but throughput")
-    parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=["denseclip-rn50", "denseclip-vit-b16"])
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=tasks, help="by default all, without a GPU all but throughput"
+    )
+    presets = ["denseclip-rn50", "denseclip-vit-b16"]
+    parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=presets, help="models")
     parser.add_argument("--rounds", type=int, default=7, help="times every case is run, in turn")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes on a CPU)")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"), help="where tables go")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     settings = Settings(args.presets, args.rounds, args.device, args.compile)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"hardware": hardware(args.device), "rounds": args.rounds, "tasks": {}}

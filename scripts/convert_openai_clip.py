@@ -5,16 +5,16 @@
 """
 
 import argparse
-import logging
 
 from denseclip_hf.checkpoints import DEFAULT_TOKENIZER, sha256_of
+from denseclip_hf.command_line import log_to_terminal
 from denseclip_hf.conversion_clip import ACTIVATIONS, DTYPES, convert_clip
 from denseclip_hf.runs import one_sentence_errors
 
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="TorchScript archive, state dict or .safetensors; nothing in it is run")
     parser.add_argument("output_dir", help="a new directory, written whole or not at all")

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from denseclip_hf.command_line import HelpFormatter
 from denseclip_hf.example import make_example_dataset
 from denseclip_hf.example_clip import make_example_clip
 from denseclip_hf.runs import one_sentence_errors
@@ -50,8 +51,8 @@ comparison_picture(rows, titles, model.config.id2label, palette).save(picture)
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="of data, model and picture")
     parser.add_argument("--max_steps", type=int, default=None, help="train shorter or longer than the recipe")
     args = parser.parse_args(argv)
     start = time.perf_counter()

@@ -7,7 +7,6 @@ The published multi-scale protocol: `--scales 0.5 0.75 1 1.25 1.5 1.75 --flip`.
 """
 
 import importlib.util
-import logging
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -22,12 +21,12 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str] | None) -> None:
     from accelerate import PartialState
 
+    from denseclip_hf.command_line import log_to_terminal
     from denseclip_hf.measurement import EvaluationArguments, measure
     from denseclip_hf.recipes import parse_arguments
     from denseclip_hf.reports import report_table
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_terminal()
     (args,) = parse_arguments([EvaluationArguments], argv, description=__doc__)
     report = measure(args)
     if PartialState().is_main_process:

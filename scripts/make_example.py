@@ -4,9 +4,9 @@ python scripts/make_example.py --output_dir outputs/example --pretraining_steps 
 """
 
 import argparse
-import logging
 from pathlib import Path
 
+from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.example import make_example_dataset
 from denseclip_hf.example_clip import make_example_clip
 from denseclip_hf.runs import one_sentence_errors
@@ -14,15 +14,15 @@ from denseclip_hf.runs import one_sentence_errors
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/example"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/example"), help="of data and CLIP")
     parser.add_argument("--num_train", type=int, default=400, help="training scenes")
     parser.add_argument("--num_val", type=int, default=80, help="held-out scenes")
     parser.add_argument("--vision", choices=["resnet", "vit"], default="resnet", help="image tower of the CLIP")
     parser.add_argument("--pretraining_steps", type=int, default=600, help="0 leaves the CLIP's weights random")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and weights")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     data = make_example_dataset(args.output_dir / "data", args.num_train, args.num_val, seed=args.seed)
     clip = make_example_clip(args.output_dir / "clip", args.vision, args.seed, args.pretraining_steps)
     print(f"data  {data.resolve()}\nclip  {clip.resolve()}")

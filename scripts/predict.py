@@ -6,12 +6,12 @@ address. A video's frames are pictures too (needs `pip install av`).
 """
 
 import argparse
-import logging
 import sys
 
 import torch
 from transformers import AutoTokenizer
 
+from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.data_layouts import read_names
 from denseclip_hf.measurement import DTYPES, load_model
 from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
@@ -33,10 +33,10 @@ def names(text: str) -> list[str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("inputs", nargs="+", help="files, folders, patterns, http(s) addresses")
     parser.add_argument("--model", required=True, help="directory, or name on the Hub")
-    parser.add_argument("--output_dir", default="outputs/predictions")
+    parser.add_argument("--output_dir", default="outputs/predictions", help="where masks and overlays go")
     parser.add_argument(
         "--score_maps",
         type=names,
@@ -51,11 +51,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", help="CLIP's tokenizer; by default the model's own")
     parser.add_argument("--inference_mode", choices=["whole", "slide"], help="by default what the model's config says")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures of one size run together")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
     parser.add_argument("--opacity", type=float, default=0.6, help="of the colours over pictures, 0 to 1")
-    parser.add_argument("--every", type=int, default=1, help="of videos, take every so manieth frame")
+    parser.add_argument("--every", type=int, default=1, help="of videos, take every Nth frame")
     parser.add_argument("--max_frames", type=int, help="of videos, take at most so many frames")
     parser.add_argument(
         "--timeout", type=float, default=20.0, help="seconds that all of a picture from an address may take"
@@ -77,8 +77,7 @@ def load_segmenter(args: argparse.Namespace) -> Segmenter:
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_terminal()
     args = parse_arguments(argv)
     sources, problems = find_sources(args.inputs)
     done = 0

@@ -6,10 +6,10 @@ On several devices: `accelerate launch scripts/train.py ...`. The directory it l
 image processor, tokenizer and card. The same command goes on from the last checkpoint of a run that was broken off.
 """
 
-import logging
 from pathlib import Path
 
 from denseclip_hf import DenseCLIPTrainingArguments
+from denseclip_hf.command_line import log_to_terminal
 from denseclip_hf.recipes import DataArguments, ModelArguments, make_trainer, parse_arguments
 from denseclip_hf.runs import (
     check_checkpoint,
@@ -26,7 +26,7 @@ from denseclip_hf.writing import write_atomically
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> dict:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
     model_args, data_args, args = parse_arguments(kinds, argv, needed=["dataset", "output_dir"], description=__doc__)
     output_dir = Path(args.output_dir)

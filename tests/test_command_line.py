@@ -1,8 +1,11 @@
 """Flags of dataclasses: what is accepted, refused and shown."""
 
+import logging
+
 import pytest
 from test_recipes import KINDS
 
+from denseclip_hf.command_line import log_to_terminal
 from denseclip_hf.measurement import EvaluationArguments
 from denseclip_hf.recipes import parse_arguments
 
@@ -57,3 +60,11 @@ def test_help_begins_with_this_librarys_options(capsys):
 
 def test_a_value_of_another_type_is_two_lines(capsys):
     assert len(shown(capsys, KINDS, "--max_steps", "x").splitlines()) == 2
+
+
+def test_what_the_hub_says_is_said_once(caplog, monkeypatch):
+    hub = logging.getLogger("huggingface_hub")  # whose own handler writes it too
+    monkeypatch.setattr(hub, "propagate", True)
+    log_to_terminal()
+    hub.warning("retrying")
+    assert hub.handlers and not caplog.records

@@ -92,9 +92,11 @@ def test_script_names_its_options_as_train_and_evaluate_do(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script, "--help"])
     with pytest.raises(SystemExit):
         runpy.run_path(script, run_name="__main__")
-    asked = set(re.findall(r"--(?:no-)?(\w+)", capsys.readouterr().out)) - {"help", "full", "max_samples"}
+    shown = capsys.readouterr().out
+    asked = set(re.findall(r"--(\w+)", shown)) - {"help", "full", "max_samples"}
     fields = {field.name for kind in (DataArguments, EvaluationArguments) for field in dataclasses.fields(kind)}
     assert "dataset_config" in asked and asked <= fields
+    assert "Samples per split without --full. (default: 50)" in " ".join(shown.split())
 
 
 def test_script_prints_a_table_and_tells_by_its_exit_code(folder, monkeypatch, capsys):

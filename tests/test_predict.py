@@ -89,10 +89,12 @@ def test_a_file_of_words_that_is_missing_is_one_sentence(script, photos, tmp_pat
     assert "none.txt can not be read as a file of names" in capsys.readouterr().err
 
 
-def test_help_tells_the_largest_picture(script, capsys):
+def test_help_tells_the_largest_picture_and_the_defaults(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])
-    assert f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels" in shown
+    assert all(f"(default: {value})" in shown for value in ("outputs/predictions", 1, 0.6, 20.0))
 
 
 def test_script_goes_on_after_what_it_can_not_read(script, word_model_dir, photos, tmp_path, capsys):

@@ -1,9 +1,10 @@
-"""How the scripts read their flags, and how their help looks."""
+"""How the scripts read their flags, how their help looks, and what they say while they work."""
 
 import argparse
 import copy
 import difflib
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -74,4 +75,11 @@ class DataclassParser(HfArgumentParser):
         return namespace, unknown
 
 
-__all__ = ["DataclassParser", "HelpFormatter"]
+def log_to_terminal() -> None:
+    """Say what is done in plain lines, once each."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+
+
+__all__ = ["DataclassParser", "HelpFormatter", "log_to_terminal"]

@@ -134,7 +134,7 @@ def predict_sources(
         opacity (`float`): of the colours in overlays and heat maps, 0 … 1.
         overwrite (`bool`): replace files that are there.
         timeout (`float`): seconds to wait for an address.
-        every, max_frames (`int`): of videos, take every so manieth frame, and at most so many.
+        every, max_frames (`int`): of videos, take every Nth frame, and at most so many.
         progress (`bool`): whether to show a progress bar.
 
     Returns:

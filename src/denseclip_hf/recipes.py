@@ -67,7 +67,7 @@ class DataArguments(DatasetArguments):
     """What it is trained on, and how pictures are resized and augmented (sizes in pixels)."""
 
     validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set while training."})
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set without downloading it first."})
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "Samples, still encoded, from which a stream's next is drawn."}
     )
