@@ -43,9 +43,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help="classes or words to draw heat maps of: car,tree, or FILE.txt with one a line",
     )
-    parser.add_argument(
-        "--words", type=names, default=[], help="segment these words, from score maps alone; given likewise"
-    )
+    which = "segment these words, from score maps alone; given likewise; classes.json tells which id is which"
+    parser.add_argument("--words", type=names, default=[], help=which)
     parser.add_argument(
         "--templates", action="store_true", help="put words into CLIP-like sentences (untrained models)"
     )

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
+from denseclip_hf.data_layouts import parse_classes
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.prediction import Segmenter, predict_sources
 from denseclip_hf.prediction_inputs import find_sources
@@ -79,8 +80,20 @@ def test_script_reads_sentences_with_commas_from_a_file(script, word_model_dir, 
     words = str(tmp_path / "words.txt")
     flags = ["--model", str(word_model_dir), "--output_dir", str(tmp_path / "out")]
     assert script.main([str(photos / "a.png"), *flags, "--words", words, "--score_maps", words]) == 0
-    names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["a_mask.png", "a_overlay.png", "a_score_0_a-tall--green-tree.png", "a_score_1_sky.png"]
+    names = {file.name for file in (tmp_path / "out").iterdir()} - {"classes.json"}
+    assert names == {"a_mask.png", "a_overlay.png", "a_score_0_a-tall--green-tree.png", "a_score_1_sky.png"}
+
+
+def test_words_are_kept_beside_their_masks(script, word_model_dir, photos, tmp_path, capsys):
+    flags = ["--model", str(word_model_dir), "--output_dir", str(tmp_path / "out")]
+    for name in "ab":
+        assert script.main([str(photos / f"{name}.png"), *flags, "--words", "sky,häuser"]) == 0
+    assert parse_classes(tmp_path / "out" / "classes.json").id2label == {0: "sky", 1: "häuser"}
+    with pytest.raises(SystemExit, match="^1$"):
+        script.main([str(photos / "c.png"), *flags, "--words", "sky"])
+    assert "classes.json is there already, of other words: choose another folder" in capsys.readouterr().err
+    assert script.main([str(photos / "c.png"), *flags, "--words", "sky", "--overwrite"]) == 0
+    assert parse_classes(tmp_path / "out" / "classes.json").id2label == {0: "sky"}
 
 
 def test_a_file_of_words_that_is_missing_is_one_sentence(script, photos, tmp_path, capsys):
@@ -133,7 +146,8 @@ def test_script_refuses_bad_flags(script, word_model_dir, photos, tmp_path, caps
 def test_a_model_that_is_not_there_is_one_sentence(script, photos, tmp_path, capsys, model):
     with pytest.raises(SystemExit, match="^1$"):
         script.main([str(photos), "--model", model, "--output_dir", str(tmp_path / "out")])
-    assert f"{model} is neither a folder here nor a model on the Hub" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{model} is neither a folder here nor a model on the Hub" in said and "or a folder with what" in said
 
 
 # From sources to files

@@ -165,7 +165,10 @@ def load_model(name: str, dtype: str = "auto"):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if Path(name).is_dir():
             raise ValueError(f"the model {name} can not be loaded: {reason}") from error
-        raise OSError(f"{name} is neither a folder here nor a model on the Hub that can be read: {reason}") from error
+        raise OSError(
+            f"{name} is neither a folder here nor a model on the Hub that can be read ({reason.rstrip('.')}): give "
+            "another, or a folder with what was downloaded elsewhere."
+        ) from error
 
 
 def _prediction_function(model, image_processor, args: EvaluationArguments):

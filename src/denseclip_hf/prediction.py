@@ -3,6 +3,7 @@
 Shapes: B images, K classes, D embedding size, H x W pixels.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from .open_vocabulary_denseclip import check_words, predict_from_scores, score_m
 from .pictures import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
 from .prediction_inputs import Source, read_frames, read_picture
 from .resizing_denseclip import resize_argmax
-from .writing import make_directory, writing_into
+from .writing import make_directory, write_atomically, writing_into
 
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ def predict_sources(
     progress: bool = True,
 ) -> Summary:
     """
-    Segment every source, and write `NAME_mask.png`, `NAME_overlay.png` and `NAME_score_WORD.png` into `output_dir`.
+    Segment every source, and write `NAME_mask.png`, `NAME_overlay.png` and `NAME_score_WORD.png` into `output_dir`;
+    with words of the user's own, also which id is which, `classes.json`.
 
     What can not be read or segmented, or would overwrite a file, is left out with a sentence; the others go on.
 
@@ -141,7 +143,7 @@ def predict_sources(
         [`Summary`]
 
     Raises:
-        ValueError: for a `batch_size` or `every` below 1, or an `opacity` outside 0 … 1.
+        ValueError: for a `batch_size` or `every` below 1, an `opacity` outside 0 … 1, or masks of other words there.
         OutputError: if `output_dir` can't be written, or the disk is full.
     """
     if batch_size < 1 or every < 1:
@@ -150,6 +152,8 @@ def predict_sources(
         raise ValueError(f"`opacity` must be from 0 to 1, got {opacity}.")
     folder, summary = Path(output_dir), Summary()
     make_directory(folder)
+    if segmenter.words:
+        _name_classes(folder / "classes.json", segmenter.names, overwrite)
     bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)
     named = _pictures(bar, summary, timeout, every, max_frames)
     for batch in _same_size_batches(segmenter, named, batch_size, summary):
@@ -158,6 +162,15 @@ def predict_sources(
             summary.done += problem is None
             summary.problems += [problem] if problem else []
     return summary
+
+
+def _name_classes(file: Path, names: list[str], overwrite: bool) -> None:
+    """Write which id is which word, in the format of a data set's `classes.json`."""
+    text = json.dumps({"id2label": dict(enumerate(names))}, indent=2) + "\n"
+    if file.exists() and not overwrite and file.read_bytes() != text.encode():
+        raise ValueError(f"{file} is there already, of other words: choose another folder, or allow to overwrite it.")
+    with writing_into(file.parent):
+        write_atomically(file, text)
 
 
 def _pictures(
