@@ -113,9 +113,10 @@ def test_lists_and_missing_values_in_a_recipe(tmp_path):
     recipe.write_text("report_to: [none]\nmetric_for_best_model: null\ninclude_for_metrics: [loss, inputs]\n")
     _, _, args = parse_arguments(KINDS, [str(recipe), "--output_dir", str(tmp_path)])
     assert args.report_to == [] and args.include_for_metrics == ["loss", "inputs"]
-    recipe.write_text("crop_size: null\n")
-    with pytest.raises(ValueError, match="gives `crop_size` no value, but it needs one"):
-        parse_arguments(KINDS, [str(recipe)])
+    for text, words in (("null", "no value, but it needs one"), ("{}", "a mapping"), ("[1]", "a list")):
+        recipe.write_text(f"crop_size: {text}\n")
+        with pytest.raises(ValueError, match=f"gives `crop_size` {words}"):
+            parse_arguments(KINDS, [str(recipe)])
 
 
 def test_data_without_a_training_split_is_refused(folder, tmp_path):

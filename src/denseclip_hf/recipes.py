@@ -118,6 +118,8 @@ def parse_arguments(
     for name, value in recipe.items():
         if isinstance(value, list) and "list" not in hints[name]:
             raise ValueError(f"the recipe gives `{name}` a list, but it takes one value.")
+        if isinstance(value, dict) and not any(kind in hints[name] for kind in ("str", "dict")):
+            raise ValueError(f"the recipe gives `{name}` a mapping, but it takes one value.")
         if value is None and "None" not in hints[name]:
             raise ValueError(f"the recipe gives `{name}` no value, but it needs one: leave it out for its default.")
         if isinstance(value, dict):
