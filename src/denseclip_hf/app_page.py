@@ -177,7 +177,7 @@ def launch(page: gr.Blocks, models: AppModels, host: str | None = None, port: in
         quiet=True,  # it would advertise the share link
         prevent_thread_lock=True,
     )
-    logger.info("The page is at %s (Ctrl-C ends it).", page.local_url.rstrip("/"))
+    logger.info("The page is at %s (Ctrl-C ends it).", str(page.local_url).rstrip("/"))
     page.block_thread()
 
 
