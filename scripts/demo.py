@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer, pipeline
 import denseclip_hf
-from denseclip_hf.inference import colourise, comparison_picture, overlay
+from denseclip_hf.inference import colorize, comparison_picture, overlay
 
 model_dir, data_dir, picture = map(Path, sys.argv[1:])
 model = AutoModelForSemanticSegmentation.from_pretrained(model_dir)
@@ -42,8 +42,8 @@ for file in sorted((data_dir / "val" / "images").glob("*.jpg"))[:4]:
     for found in segment(image):
         prediction[np.asarray(found["mask"]) > 0] = label2id[found["label"]]
     truth = np.asarray(Image.open(data_dir / "val" / "masks" / f"{file.stem}.png"))
-    rows.append([image, overlay(image, prediction, palette), colourise(prediction, palette)])
-    rows[-1].append(colourise(truth, palette))
+    rows.append([image, overlay(image, prediction, palette), colorize(prediction, palette)])
+    rows[-1].append(colorize(truth, palette))
 titles = ["input", "prediction over input", "prediction", "ground truth (black: void)"]
 comparison_picture(rows, titles, model.config.id2label, palette).save(picture)
 """

@@ -183,8 +183,8 @@ def test_visitor_segments_tries_words_and_downloads(page, app_models, photo_file
         const canvas = document.querySelector('#overlay .paint');
         return [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data];
     }""")
-    colours = np.array(drawn).reshape(64, 96, 4)
-    assert (colours[..., :3] == np.array(answer.palette)[answer.segmentation]).all()
+    colors = np.array(drawn).reshape(64, 96, 4)
+    assert (colors[..., :3] == np.array(answer.palette)[answer.segmentation]).all()
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     for x, y in ((10, 8), (48, 32), (90, 60)):

@@ -97,7 +97,7 @@ def test_without_a_tokenizer_words_are_refused_and_classes_segmented(tmp_path):
         segment(models, photo(), models.names[0], ["cat"])
 
 
-def test_heat_maps_share_their_colours(app_models):
+def test_heat_maps_share_their_colors(app_models):
     large = photo((2400, 1600))
     maps = heat_maps(app_models, large, "random", ["tree", "a cat on grass"])
     assert [caption.rsplit(" ", 3)[0] for _, caption in maps] == ["tree", "a cat on grass"]

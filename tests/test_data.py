@@ -293,6 +293,6 @@ def test_a_sample_from_elsewhere_is_read_like_those_of_the_data_set(folder, tmp_
     assert np.array_equal(sample["mask"], make_mask(0))
 
 
-def test_default_palette_has_a_colour_for_each_class():
+def test_default_palette_has_a_color_for_each_class():
     palette = data_layouts.default_palette(150)
     assert len(set(palette)) == 150 and palette == data_layouts.default_palette(150)

@@ -105,7 +105,7 @@ def test_masks_of_ids(tmp_path, picture, suffix):
 
 
 @pytest.mark.parametrize("reduce", [False, True])
-def test_masks_in_the_colours_of_the_palette(tmp_path, reduce):
+def test_masks_in_the_colors_of_the_palette(tmp_path, reduce):
     colors = np.array([[PALETTE[2], PALETTE[0], [1, 2, 3]]], dtype=np.uint8)
     Image.fromarray(colors).save(tmp_path / "mask.png")
     rules = reader(ignore_colors=[[1, 2, 3]], do_reduce_labels=reduce)
@@ -197,7 +197,7 @@ def test_a_picture_without_pixels_is_refused(mode):
         read_image(Image.new(mode, (0, 5)))
 
 
-def test_a_colour_mask_needs_a_palette_of_different_colours():
+def test_a_color_mask_needs_a_palette_of_different_colors():
     mask = Image.fromarray(np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(ValueError, match="no palette is given"):
         reader(palette=None).read_mask(mask)

@@ -92,7 +92,7 @@ def test_classes_file(dataset):
     classes = json.loads((dataset / "classes.json").read_text())
     assert classes == {
         "id2label": {str(label): name for label, name in enumerate(CLASSES)},
-        "palette": [list(colour) for colour in PALETTE],
+        "palette": [list(color) for color in PALETTE],
         "ignore_index": IGNORE_INDEX,
     }
     assert len(set(PALETTE)) == len(CLASSES)

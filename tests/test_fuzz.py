@@ -90,8 +90,8 @@ def test_pictures(content):
 
 @given(FILES, st.booleans(), st.booleans())
 def test_masks(content, palette, reduce):
-    colours = [[0, 0, 0], [255, 0, 0], [0, 0, 255]] if palette else None
-    reader = SampleReader(3, do_reduce_labels=reduce, palette=colours)
+    colors = [[0, 0, 0], [255, 0, 0], [0, 0, 255]] if palette else None
+    reader = SampleReader(3, do_reduce_labels=reduce, palette=colors)
     with result_or_sentence():
         mask = reader.read_mask({"path": "x", "bytes": content})
         ids = reader.class_ids(mask)

@@ -7,7 +7,7 @@ from PIL import Image
 from denseclip_hf import DenseCLIPImageProcessor
 from denseclip_hf.inference import (
     check_finite,
-    colourise,
+    colorize,
     comparison_picture,
     multi_scale_probabilities,
     overlay,
@@ -131,8 +131,8 @@ def test_scores_must_be_finite(bad, dtype):
         check_finite(scores, "x.png")
 
 
-def test_colours_are_the_palettes_and_void_is_black():
-    picture = np.asarray(colourise(np.array([[0, 2], [255, 1]]), PALETTE))
+def test_colors_are_the_palettes_and_void_is_black():
+    picture = np.asarray(colorize(np.array([[0, 2], [255, 1]]), PALETTE))
     assert picture.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 255, 0]]]
 
 
@@ -144,5 +144,5 @@ def test_overlay_blends():
 def test_comparison_has_every_picture_and_a_legend():
     red, blue = Image.new("RGB", (40, 30), (255, 0, 0)), Image.new("RGB", (40, 30), (0, 0, 255))
     sheet = comparison_picture([[red, blue]], ["left", "right"], {0: "sky", 1: "sea", 2: "sand"}, PALETTE, width=160)
-    colours = {colour: count for count, colour in sheet.getcolors(100_000)}
-    assert colours[(255, 0, 0)] >= 160 * 120 and colours[(0, 0, 255)] >= 160 * 120 and (0, 255, 0) in colours
+    colors = {color: count for count, color in sheet.getcolors(100_000)}
+    assert colors[(255, 0, 0)] >= 160 * 120 and colors[(0, 0, 255)] >= 160 * 120 and (0, 255, 0) in colors

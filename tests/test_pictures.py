@@ -16,7 +16,7 @@ from denseclip_hf.pictures import confusion_picture, heat_map, indexed_picture, 
 PALETTE = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 
 
-def test_indexed_pictures_keep_ids_and_colours(tmp_path):
+def test_indexed_pictures_keep_ids_and_colors(tmp_path):
     ids = np.array([[0, 2], [1, 1]])
     indexed_picture(ids, PALETTE).save(tmp_path / "mask.png")
     loaded = Image.open(tmp_path / "mask.png")
@@ -43,8 +43,8 @@ def test_legend_names_what_is_shown():
     ids = np.zeros((100, 200), dtype=int)
     ids[:, 150:] = 2
     sheet = overlay_with_legend(image, ids, {0: "sky", 1: "sea", 2: "sand"}, PALETTE, opacity=1.0)
-    colours = {colour for _, colour in sheet.crop((0, 100, 200, sheet.height)).getcolors(10_000)}
-    assert (255, 0, 0) in colours and (0, 0, 255) in colours and (0, 255, 0) not in colours
+    colors = {color for _, color in sheet.crop((0, 100, 200, sheet.height)).getcolors(10_000)}
+    assert (255, 0, 0) in colors and (0, 0, 255) in colors and (0, 255, 0) not in colors
 
 
 def test_a_legend_is_as_wide_as_its_names():

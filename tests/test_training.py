@@ -23,8 +23,8 @@ def pictures(count=8, size=(80, 72)):
     for _ in range(count):
         mask = np.repeat(np.sort(rng.integers(0, 3, size[1])), size[0]).reshape(size[1], size[0]).astype(np.uint8)
         mask[:, :3] = 255
-        colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])[mask % 3]
-        picture = np.clip(colours + rng.normal(0, 20, colours.shape), 0, 255).astype(np.uint8)
+        colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])[mask % 3]
+        picture = np.clip(colors + rng.normal(0, 20, colors.shape), 0, 255).astype(np.uint8)
         samples.append({"image": Image.fromarray(picture), "mask": mask})
     return samples
 

@@ -133,7 +133,7 @@ def segment(models: AppModels, image: Image.Image, name: str, words=(), sentence
     """`image` segmented by the model `name` into its own classes, or from its score maps into `words`."""
     segmenter = models.segmenter(name, words, sentences=sentences)
     maps, _ = segmenter(segmenter.preprocess(image)[None], [(image.height, image.width)])
-    return Answer(image, maps[0].cpu().numpy(), segmenter.names, [list(colour) for colour in segmenter.palette])
+    return Answer(image, maps[0].cpu().numpy(), segmenter.names, [list(color) for color in segmenter.palette])
 
 
 def heat_maps(

@@ -281,9 +281,9 @@ class DenseCLIPConfig(PreTrainedConfig):
             raise ValueError(
                 f"`palette` has {len(self.palette)} colours for {self.num_labels} classes: give one each."
             )
-        for colour in self.palette or []:
-            if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
-                raise ValueError(f"a colour of `palette` must be three numbers from 0 to 255, got {colour}.")
+        for color in self.palette or []:
+            if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+                raise ValueError(f"a colour of `palette` must be three numbers from 0 to 255, got {color}.")
         if self.inference_mode not in ("whole", "slide"):
             raise ValueError(f'`inference_mode` must be "whole" or "slide", got {self.inference_mode!r}.')
         if any(s > c for s, c in zip(self.stride, self.crop_size, strict=True)):

@@ -225,7 +225,7 @@ def make_example_dataset(
                 write_split(folder / split, split, count, size, seed)
             classes = {
                 "id2label": {str(label): name for label, name in enumerate(CLASSES)},
-                "palette": [list(colour) for colour in PALETTE],
+                "palette": [list(color) for color in PALETTE],
                 "ignore_index": IGNORE_INDEX,
             }
             (folder / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
@@ -234,15 +234,15 @@ def make_example_dataset(
 
 def write_split(folder: Path, split: str, count: int, size: tuple[int, int], seed: int) -> None:
     """Draw `count` scenes of a split into `images` and `masks` below `folder`."""
-    colours = [channel for colour in PALETTE for channel in colour]
-    colours += [0] * (3 * 256 - len(colours))
+    colors = [channel for color in PALETTE for channel in color]
+    colors += [0] * (3 * 256 - len(colors))
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
     for index in tqdm(range(count), desc=f"Drawing {split} scenes", unit="scene", disable=count < 20):
         scene = draw_scene(index, seed=seed, split=split, size=size)
         scene.image.save(folder / "images" / f"{index:04d}.jpg", quality=94, subsampling=0)
         mask = Image.fromarray(scene.mask)
-        mask.putpalette(colours)
+        mask.putpalette(colors)
         mask.save(folder / "masks" / f"{index:04d}.png")
 
 

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 
 SUPERSAMPLING = 3
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 Points = Sequence[tuple[float, float]]
 
 # Any of these may colour a car, a wall, a roof or a shirt, so that colour alone does not give the class away.
-COLOURS: dict[str, Colour] = {
+COLORS: dict[str, Color] = {
     "red": (0.74, 0.18, 0.16),
     "orange": (0.85, 0.49, 0.20),
     "yellow": (0.88, 0.76, 0.34),
@@ -31,21 +31,21 @@ COLOURS: dict[str, Colour] = {
 }
 
 
-def mix(first: Colour, second: Colour, share: float) -> Colour:
+def mix(first: Color, second: Color, share: float) -> Color:
     """`first` with `share` (0…1) of `second` in it."""
     r, g, b = ((1 - share) * a + share * c for a, c in zip(first, second, strict=True))
     return r, g, b
 
 
-def scaled(colour: Colour, factor: float) -> Colour:
+def scaled(color: Color, factor: float) -> Color:
     """The colour made darker (factor below 1) or lighter."""
-    r, g, b = (min(1.0, channel * factor) for channel in colour)
+    r, g, b = (min(1.0, channel * factor) for channel in color)
     return r, g, b
 
 
-def jitter(rng: np.random.Generator, colour: Colour, amount: float = 0.06) -> Colour:
+def jitter(rng: np.random.Generator, color: Color, amount: float = 0.06) -> Color:
     """The colour moved at random by up to `amount` per channel."""
-    r, g, b = (float(np.clip(channel + rng.uniform(-amount, amount), 0, 1)) for channel in colour)
+    r, g, b = (float(np.clip(channel + rng.uniform(-amount, amount), 0, 1)) for channel in color)
     return r, g, b
 
 
@@ -93,10 +93,10 @@ class Canvas:
         """What is painted from now on belongs to a new thing."""
         self.things.append((name, adjective))
 
-    def paint(self, mask: np.ndarray, colour: np.ndarray | Colour, top: int = 0, left: int = 0) -> None:
-        """Paint the pixels of `mask` (h, w), its corner at (top, left); `colour` is one or an (h, w, 3) array."""
+    def paint(self, mask: np.ndarray, color: np.ndarray | Color, top: int = 0, left: int = 0) -> None:
+        """Paint the pixels of `mask` (h, w), its corner at (top, left); `color` is one or an (h, w, 3) array."""
         region = np.s_[top : top + mask.shape[0], left : left + mask.shape[1]]
-        full = np.broadcast_to(np.asarray(colour, np.float32), (*mask.shape, 3))
+        full = np.broadcast_to(np.asarray(color, np.float32), (*mask.shape, 3))
         self.rgb[region][mask] = full[mask]
         self.owner[region][mask] = len(self.things) - 1
 
@@ -129,24 +129,24 @@ class Pen:
         ImageDraw.Draw(picture).polygon([(x - left, y - top) for x, y in pixels.tolist()], fill=1)
         return np.asarray(picture), int(top), int(left)
 
-    def polygon(self, points: Points, colour: Colour, texture: str = "grain", amount: float = 0.06) -> None:
+    def polygon(self, points: Points, color: Color, texture: str = "grain", amount: float = 0.06) -> None:
         """Fill a polygon; `amount` is how strongly the texture darkens and lightens the colour."""
         found = self.shapes(points)
         if found is not None:
             mask, top, left = found
             shade = self.canvas.textures[texture][top : top + mask.shape[0], left : left + mask.shape[1], None]
-            self.canvas.paint(mask, np.asarray(colour, np.float32) * (1 + amount * shade), top, left)
+            self.canvas.paint(mask, np.asarray(color, np.float32) * (1 + amount * shade), top, left)
 
     def box(
-        self, x0: float, y0: float, x1: float, y1: float, colour: Colour, texture: str = "grain", amount=0.06
+        self, x0: float, y0: float, x1: float, y1: float, color: Color, texture: str = "grain", amount=0.06
     ) -> None:
         """An upright rectangle, corners in the coordinates of `polygon`."""
-        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour, texture, amount)
+        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], color, texture, amount)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: Color) -> None:
         """An ellipse by its centre and radii, as a polygon of 20 corners."""
         turns = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-        self.polygon([(x + rx * float(np.cos(t)), y + ry * float(np.sin(t))) for t in turns], colour)
+        self.polygon([(x + rx * float(np.cos(t)), y + ry * float(np.sin(t))) for t in turns], color)
 
     def shadow(self, width: float) -> None:
         """Darken the ground beside the foot, away from the sun; the ground keeps its class."""
@@ -158,7 +158,7 @@ class Pen:
             mask = mask & (self.canvas.rows[top : top + mask.shape[0], :1] > self.canvas.horizon)
             self.canvas.rgb[top : top + mask.shape[0], left : left + mask.shape[1]][mask] *= 0.68
 
-    def foliage(self, blobs: Sequence[tuple[float, float, float, float]], colour: Colour) -> None:
+    def foliage(self, blobs: Sequence[tuple[float, float, float, float]], color: Color) -> None:
         """Leaves filling the union of ellipses (x, y, rx, ry), ragged at the edge and lit from above and the sun."""
         canvas = self.canvas
         x = (canvas.columns - self.x) / self.scale * self.side
@@ -180,21 +180,21 @@ class Pen:
             field = np.maximum(field, inside)
         mask = field + 0.45 * leaves > 0.15
         shade = np.clip(1 + 0.3 * light + 0.28 * leaves, 0.45, 1.5)
-        canvas.paint(mask, np.asarray(colour, np.float32) * shade[..., None], int(rows[0]), int(columns[0]))
+        canvas.paint(mask, np.asarray(color, np.float32) * shade[..., None], int(rows[0]), int(columns[0]))
 
 
-def any_colour(rng: np.random.Generator) -> tuple[str, Colour]:
+def any_color(rng: np.random.Generator) -> tuple[str, Color]:
     """A colour's name and a shade of it."""
-    name = str(rng.choice(list(COLOURS)))
-    return name, jitter(rng, COLOURS[name])
+    name = str(rng.choice(list(COLORS)))
+    return name, jitter(rng, COLORS[name])
 
 
 def tree(pen: Pen) -> None:
     """A broad tree, a conifer or a poplar; green, autumn coloured or in blossom."""
     rng = pen.rng
     kind = str(rng.choice(["green", "autumn", "pine", "blossoming", "tall"], p=[0.35, 0.2, 0.2, 0.1, 0.15]))
-    greens: list[Colour] = [(0.20, 0.38, 0.14), (0.32, 0.44, 0.16), (0.16, 0.32, 0.20), (0.42, 0.46, 0.18)]
-    autumn: list[Colour] = [(0.72, 0.40, 0.13), (0.62, 0.22, 0.12), (0.78, 0.58, 0.18), (0.48, 0.33, 0.16)]
+    greens: list[Color] = [(0.20, 0.38, 0.14), (0.32, 0.44, 0.16), (0.16, 0.32, 0.20), (0.42, 0.46, 0.18)]
+    autumn: list[Color] = [(0.72, 0.40, 0.13), (0.62, 0.22, 0.12), (0.78, 0.58, 0.18), (0.48, 0.33, 0.16)]
     leaf = {"autumn": autumn[rng.integers(4)], "blossoming": (0.84, 0.62, 0.68), "pine": (0.13, 0.27, 0.19)}.get(
         kind, greens[rng.integers(4)]
     )
@@ -230,7 +230,7 @@ def tree(pen: Pen) -> None:
 def windows(pen: Pen, left: float, right: float, floors: int, columns: int, storey: float) -> None:
     """A grid of framed windows on a wall from `left` to `right`."""
     lit = pen.rng.random() < 0.3
-    glass: Colour = (0.90, 0.78, 0.46) if lit else jitter(pen.rng, (0.30, 0.38, 0.46), 0.08)
+    glass: Color = (0.90, 0.78, 0.46) if lit else jitter(pen.rng, (0.30, 0.38, 0.46), 0.08)
     step = (right - left) / columns
     for floor in range(floors):
         for column in range(columns):
@@ -243,9 +243,9 @@ def windows(pen: Pen, left: float, right: float, floors: int, columns: int, stor
 def house(pen: Pen) -> None:
     """A house with a pitched roof seen from the gable or the eaves, or a block with a flat roof; two walls visible."""
     rng = pen.rng
-    name, wall = any_colour(rng)
+    name, wall = any_color(rng)
     wall = mix(wall, (0.8, 0.78, 0.72), rng.uniform(0, 0.45))
-    roof = mix(any_colour(rng)[1], (0.35, 0.25, 0.22), 0.55)
+    roof = mix(any_color(rng)[1], (0.35, 0.25, 0.22), 0.55)
     kind = str(rng.choice(["gable", "eaves", "flat"], p=[0.4, 0.4, 0.2]))
     floors = int(rng.integers(3, 5)) if kind == "flat" else int(rng.integers(1, 3))
     storey = rng.uniform(1.9, 2.3)
@@ -279,14 +279,14 @@ def house(pen: Pen) -> None:
     windows(pen, -half, half, floors, int(rng.integers(2, 5)), storey)
     door = rng.uniform(-0.6, 0.6) * half
     pen.box(door - 0.48, 0, door + 0.48, 1.65, (0.85, 0.84, 0.8))
-    pen.box(door - 0.4, 0, door + 0.4, 1.57, scaled(any_colour(rng)[1], 0.7))
+    pen.box(door - 0.4, 0, door + 0.4, 1.57, scaled(any_color(rng)[1], 0.7))
 
 
-GLASS: Colour = (0.20, 0.26, 0.32)
-TYRE: Colour = (0.10, 0.10, 0.11)
+GLASS: Color = (0.20, 0.26, 0.32)
+TYRE: Color = (0.10, 0.10, 0.11)
 
 
-def car_from_side(pen: Pen, paint: Colour) -> None:
+def car_from_side(pen: Pen, paint: Color) -> None:
     """A saloon, an estate or a van, side on, heading to the pen's side."""
     long, tall = pen.rng.uniform(1.7, 2.1), pen.rng.uniform(1.35, 1.6)
     roofs: list[tuple[float, float, float, float]] = [
@@ -313,11 +313,11 @@ def car_from_side(pen: Pen, paint: Colour) -> None:
         pen.ellipse(x, 0.34, 0.18, 0.18, (0.62, 0.63, 0.65))
 
 
-def car_from_front(pen: Pen, paint: Colour) -> None:
+def car_from_front(pen: Pen, paint: Color) -> None:
     """A car head on or from behind."""
     half, tall = pen.rng.uniform(0.95, 1.1), pen.rng.uniform(1.45, 1.85)
     behind = bool(pen.rng.random() < 0.5)
-    lamp: Colour = (0.80, 0.12, 0.10) if behind else (0.99, 0.96, 0.80)
+    lamp: Color = (0.80, 0.12, 0.10) if behind else (0.99, 0.96, 0.80)
     for x in (-half + 0.22, half - 0.22):
         pen.box(x - 0.18, 0, x + 0.18, 0.5, TYRE)
     pen.polygon([(-half, 0.9), (-0.72 * half, tall), (0.72 * half, tall), (half, 0.9)], paint)
@@ -335,7 +335,7 @@ def car_from_front(pen: Pen, paint: Colour) -> None:
 
 def car(pen: Pen, side_on: bool) -> None:
     """A car of any colour, seen from the side or along the road."""
-    name, paint = any_colour(pen.rng)
+    name, paint = any_color(pen.rng)
     pen.canvas.begin("car", name)
     pen.shadow(4.0 if side_on else 2.4)
     (car_from_side if side_on else car_from_front)(pen, paint)
@@ -344,10 +344,10 @@ def car(pen: Pen, side_on: bool) -> None:
 def person(pen: Pen) -> None:
     """Someone standing or walking, in clothes of any colour."""
     rng = pen.rng
-    name, shirt = any_colour(rng)
-    trousers = scaled(any_colour(rng)[1], 0.75)
-    skins: list[Colour] = [(0.93, 0.76, 0.65), (0.80, 0.60, 0.46), (0.58, 0.41, 0.30), (0.38, 0.26, 0.20)]
-    hairs: list[Colour] = [(0.14, 0.11, 0.09), (0.36, 0.24, 0.14), (0.76, 0.60, 0.34), (0.62, 0.60, 0.58)]
+    name, shirt = any_color(rng)
+    trousers = scaled(any_color(rng)[1], 0.75)
+    skins: list[Color] = [(0.93, 0.76, 0.65), (0.80, 0.60, 0.46), (0.58, 0.41, 0.30), (0.38, 0.26, 0.20)]
+    hairs: list[Color] = [(0.14, 0.11, 0.09), (0.36, 0.24, 0.14), (0.76, 0.60, 0.34), (0.62, 0.60, 0.58)]
     skin, hair = skins[rng.integers(4)], hairs[rng.integers(4)]
     pen.canvas.begin("person", name)
     pen.shadow(0.9)
@@ -370,13 +370,13 @@ def person(pen: Pen) -> None:
 def traffic_light(pen: Pen) -> None:
     """Three lamps in a housing on a pole; one is lit."""
     rng = pen.rng
-    lamps: list[tuple[str, Colour]] = [
+    lamps: list[tuple[str, Color]] = [
         ("green", (0.25, 0.92, 0.45)),
         ("yellow", (1.0, 0.82, 0.2)),
         ("red", (0.98, 0.22, 0.16)),
     ]
     lit = int(rng.integers(3))
-    housing: Colour = ((0.13, 0.14, 0.15), (0.82, 0.68, 0.18), (0.22, 0.30, 0.26))[rng.integers(3)]
+    housing: Color = ((0.13, 0.14, 0.15), (0.82, 0.68, 0.18), (0.22, 0.30, 0.26))[rng.integers(3)]
     pole = jitter(rng, (0.42, 0.43, 0.44), 0.12)
     foot = rng.uniform(1.7, 2.2)
     pen.canvas.begin("traffic light", lamps[lit][0])

@@ -22,7 +22,7 @@ from .sliding_window_denseclip import sliding_window_logits as average_windows
 
 # Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-VOID_COLOUR = (0, 0, 0)
+VOID_COLOR = (0, 0, 0)
 # Probabilities kept for one picture (2 GiB of float32), and those computed at a time (16 MiB).
 MAX_PROBABILITIES = 2**29
 STRIP_PROBABILITIES = 2**22
@@ -182,16 +182,16 @@ def scaled_views(image, image_processor, scales: Sequence[float], flip: bool) ->
             yield pixel_values.flip(-1), True
 
 
-def colourise(segmentation, palette: Sequence[Sequence[int]]) -> Image.Image:
+def colorize(segmentation, palette: Sequence[Sequence[int]]) -> Image.Image:
     """A picture of class ids `(H, W)` in their `palette` colours; ids without a colour are black."""
-    table = np.array([*palette, VOID_COLOUR], dtype=np.uint8)
+    table = np.array([*palette, VOID_COLOR], dtype=np.uint8)
     ids = np.asarray(segmentation)
     return Image.fromarray(table[np.where((ids < 0) | (ids >= len(palette)), len(palette), ids)])
 
 
 def overlay(image: Image.Image, segmentation, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> Image.Image:
     """`image` with the classes of `segmentation` (`(H, W)` ids of the same size) painted over it."""
-    return Image.blend(image.convert("RGB"), colourise(segmentation, palette), opacity)
+    return Image.blend(image.convert("RGB"), colorize(segmentation, palette), opacity)
 
 
 def comparison_picture(
@@ -237,7 +237,7 @@ def comparison_picture(
 
 __all__ = [
     "check_finite",
-    "colourise",
+    "colorize",
     "comparison_picture",
     "multi_scale_probabilities",
     "multi_scale_segmentation",

@@ -21,7 +21,7 @@ from .data_files import NAMELESS, file_stem, name_of
 from .data_layouts import default_palette
 from .dtypes import DTYPES as NAMED_DTYPES
 from .evaluation import evaluate_segmentation
-from .inference import colourise, comparison_picture, multi_scale_segmentation, overlay
+from .inference import colorize, comparison_picture, multi_scale_segmentation, overlay
 from .metrics import boundary_counts, confusion_matrix
 from .model_card import CARD, update_results
 from .model_card_results import protocol_of
@@ -289,8 +289,8 @@ class _Collector:
         for _, index, prediction in worst:
             sample = self.samples[index]
             image: Image.Image = sample["image"]
-            truth = colourise(sample["mask"], self.palette)
-            rows.append([image, overlay(image, prediction, self.palette), colourise(prediction, self.palette), truth])
+            truth = colorize(sample["mask"], self.palette)
+            rows.append([image, overlay(image, prediction, self.palette), colorize(prediction, self.palette), truth])
         if rows:
             titles = ["image", "prediction over image", "prediction", "truth (black: void)"]
             comparison_picture(rows, titles, names, self.palette).save(folder / "worst.png")

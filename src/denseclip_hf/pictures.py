@@ -17,7 +17,7 @@ Palette = Sequence[Sequence[int]]
 
 MAX_INDEXED_CLASSES = 256
 # Cold to hot, evenly spaced.
-HEAT_COLOURS = ((20, 20, 90), (0, 110, 200), (40, 190, 160), (250, 220, 60), (220, 40, 30))
+HEAT_COLORS = ((20, 20, 90), (0, 110, 200), (40, 190, 160), (250, 220, 60), (220, 40, 30))
 # Pixels that are coloured at a time.
 STRIP_PIXELS = 2**20
 # Above this many classes a confusion matrix has numbers of classes beside it instead of their names.
@@ -39,7 +39,7 @@ def indexed_picture(segmentation, palette: Palette) -> Image.Image:
     if len(palette) > MAX_INDEXED_CLASSES or (ids.size and ids.max() >= MAX_INDEXED_CLASSES):
         return Image.fromarray(ids.astype(np.uint16))
     picture = Image.fromarray(ids.astype(np.uint8)).convert("P")
-    picture.putpalette([int(value) for colour in palette for value in colour])
+    picture.putpalette([int(value) for color in palette for value in color])
     return picture
 
 
@@ -82,16 +82,16 @@ def heat_map(
 
     Give the maps of one picture the same bounds, so that their colours compare.
     """
-    stops = np.linspace(0, 255, len(HEAT_COLOURS))
-    colours = np.stack([np.interp(np.arange(256), stops, channel) for channel in zip(*HEAT_COLOURS, strict=True)], -1)
-    colours = colours.round().astype(np.uint8)
+    stops = np.linspace(0, 255, len(HEAT_COLORS))
+    colors = np.stack([np.interp(np.arange(256), stops, channel) for channel in zip(*HEAT_COLORS, strict=True)], -1)
+    colors = colors.round().astype(np.uint8)
     scores = score_map[None].float().cpu()
     result = Image.new("RGB", image.size)
     for top, bottom in _strips(image):
         rows = resized_rows(scores, top, bottom, image.height, image.width)[0]
         levels = ((rows - lowest) / max(highest - lowest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8)
         strip = image.crop((0, top, image.width, bottom)).convert("RGB")
-        result.paste(Image.blend(strip, Image.fromarray(colours[levels.numpy()]), opacity), (0, top))
+        result.paste(Image.blend(strip, Image.fromarray(colors[levels.numpy()]), opacity), (0, top))
     return result
 
 

@@ -220,7 +220,7 @@ def load_data(args: DataArguments) -> SegmentationData:
 
 def load_model(args: ModelArguments, data: SegmentationData, crop_size: int):
     """Model and tokenizer of `args` for the classes of `data`."""
-    palette = [list(colour) for colour in data.palette]
+    palette = [list(color) for color in data.palette]
     own = _options(args.config, "config")
     options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **own}
     if args.model is not None:
@@ -263,7 +263,7 @@ def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
                 "pass --replace_classes to give the model the data's, starting the new ones anew."
             )
         model.set_classes(names, tokenizer)
-        model.config.palette = [list(colour) for colour in data.palette]
+        model.config.palette = [list(color) for color in data.palette]
     return model, tokenizer
 
 
