@@ -7,27 +7,32 @@ What follows `--` goes to every training run. Runs that are finished are not run
 on; those of another recipe or budget are refused. The tables show the variants and seeds that were asked for.
 `--launcher "accelerate launch --num_processes 8"` trains on several devices.
 
-After Ctrl-C, or when a run fails, no other run starts. Ctrl-C ends those in progress at their next step, with a
-checkpoint; after a failure they go on to their end. The same command then does what is left.
+After Ctrl-C, SIGTERM or a failed run no other run starts. Either signal ends those in progress at their next step,
+with a checkpoint; after a failure they go on to their end. The same command then does what is left.
 """
 
 import argparse
 import json
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 
+import psutil
 from tqdm.auto import tqdm
 
 from denseclip_hf.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.recipes import DataArguments, ModelArguments, parse_arguments
 from denseclip_hf.runs import RECIPE_FILE, changes_of_recipe, one_sentence_errors, recipe_of
+from denseclip_hf.stopping import TrainingStopped
 from denseclip_hf.training import DenseCLIPTrainingArguments
 from denseclip_hf.writing import write_atomically
 
@@ -107,10 +112,19 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
                 for job in wait(running, return_when=FIRST_COMPLETED).done:
                     logger.info("%s, seed %d: %.0f s", *running.pop(job), job.result())
                     progress.update()
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C and SIGTERM too
             if any(job.running() for job in running):
                 logger.warning("%s The runs in progress are waited for.", str(error) or "Interrupted.")
             raise
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """At SIGTERM: the runs in progress hear it too, as they do Ctrl-C from the terminal."""
+    signal.signal(number, signal.SIG_IGN)  # schedulers repeat it
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    raise TrainingStopped("Terminated.", number)
 
 
 @one_sentence_errors
@@ -121,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     for variant, seed in runs:
         refuse_another_recipe(args, variant, seed)
     read_measurements(args.output_dir, args.variants, args.seeds)  # damaged ones are better known before than after
+    signal.signal(signal.SIGTERM, end)
     train_all(args, runs)
     measured = read_measurements(args.output_dir, args.variants, args.seeds)
     tables = ablation_tables(measured)

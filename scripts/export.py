@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from denseclip_hf.exporting import FILES, check_export, export, export_frozen
-from denseclip_hf.measurement import load_model
+from denseclip_hf.inference import load_model
 from denseclip_hf.original_release import pattern_picture
 from denseclip_hf.runs import one_sentence_errors
 from denseclip_hf.writing import new_directory

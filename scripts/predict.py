@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.data_layouts import read_names
-from denseclip_hf.measurement import DTYPES, load_model
+from denseclip_hf.inference import LOADING_DTYPES, load_model
 from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
 from denseclip_hf.prediction import Segmenter, predict_sources
 from denseclip_hf.prediction_inputs import find_sources
@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="CLIP's tokenizer; by default the model's own")
     parser.add_argument("--inference_mode", choices=["whole", "slide"], help="by default what the model's config says")
     parser.add_argument("--batch_size", type=int, default=1, help="pictures of one size run together")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the model")
+    parser.add_argument("--dtype", choices=list(LOADING_DTYPES), default="auto", help="of the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
     parser.add_argument("--opacity", type=float, default=0.6, help="of the colours over pictures, 0 to 1")
     parser.add_argument("--every", type=int, default=1, help="of videos, take every Nth frame")

@@ -99,9 +99,10 @@ def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, caps
     assert "seed-0 holds results without their recipe.json" in capsys.readouterr().err
 
 
-# In place of a training: seed 0 may fail, the others go on until `go` is there; of Ctrl-C they end after a while.
+# In place of a training: seed 0 may fail, the others go on until `go` is there; of a signal they end after a while.
 STAND_IN = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 here, seed, end = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[-1]).name, time.monotonic() + 60
 try:
     (here / f"{seed} started").touch()
@@ -147,13 +148,18 @@ def test_a_failure_is_said_at_once_and_starts_nothing_else(tmp_path):
 
 
 @pytest.mark.slow
-def test_after_ctrl_c_nothing_else_starts(tmp_path):
+@pytest.mark.parametrize(
+    ("send", "number", "word"),
+    [(os.killpg, signal.SIGINT, "Interrupted."), (os.kill, signal.SIGTERM, "Terminated.")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_after_a_signal_the_runs_in_progress_end_and_nothing_else_starts(tmp_path, send, number, word):
     process = start_ablations(tmp_path)
     try:
         wait_for(tmp_path / "seed-0 started", process)
-        os.killpg(process.pid, signal.SIGINT)
+        send(process.pid, number)
         said = process.communicate(timeout=60)[1]
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in said and "Interrupted." in said
+    assert process.returncode == 128 + number and "Traceback" not in said and word in said
     assert {file.name for file in tmp_path.glob("seed*")} == {"seed-0 started", "seed-0 ended"}

@@ -32,7 +32,7 @@ from denseclip_hf.conversion_clip import convert_clip
 from denseclip_hf.data_files import SampleReader, read_image
 from denseclip_hf.data_layouts import parse_classes
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
-from denseclip_hf.measurement import load_model
+from denseclip_hf.inference import load_model
 from denseclip_hf.original_config import parse_original_config
 from denseclip_hf.original_release import convert_release
 from denseclip_hf.recipes import parse_arguments

@@ -297,6 +297,14 @@ def test_scores_of_all_classes_are_refused_above_2_gib(processor):
         processor.post_process_semantic_segmentation(outputs, [(3000, 4000)], return_segmentation_scores=True)
 
 
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_post_processing_refuses_what_is_no_number(processor, with_scores):
+    outputs = SimpleNamespace(logits=torch.zeros(2, 4, 6, 7))
+    outputs.logits[1, 2, 3, 4] = float("inf")
+    with pytest.raises(ValueError, match="NaN or infinite and tell no class"):
+        processor.post_process_semantic_segmentation(outputs, return_segmentation_scores=with_scores)
+
+
 def test_post_processing_counts_the_sizes(processor):
     with pytest.raises(ValueError, match="2 pictures in the logits but 1 target sizes"):
         processor.post_process_semantic_segmentation(SimpleNamespace(logits=torch.zeros(2, 4, 6, 7)), [(9, 9)])

@@ -34,18 +34,21 @@ def arguments(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("from_recipe", [False, True], ids=["flags", "the model's recipe"])
+@pytest.mark.parametrize("from_recipe", ["", "the model's", "the run's"])
 def test_data_are_read_as_in_training(arguments, tmp_path, from_recipe):
     for mask in (tmp_path / "data" / "masks").iterdir():
         ids = np.array(Image.open(mask))
         Image.fromarray(np.where(ids == 255, 100, ids).astype(np.uint8)).save(mask)
     options = {"ignore_index": 100, "validation_fraction": 0.5}
+    args = arguments(**{} if from_recipe else options)
     if from_recipe:
         recipe = {"dataset": str(tmp_path / "data"), **options, "train_split": None}
         (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe))
-    held_out = measure(arguments(**{} if from_recipe else options))["num_images"]
-    assert 1 < held_out < 12
-    assert measure(arguments(ignore_index=100, validation_fraction=0.01))["num_images"] == 1
+        if from_recipe == "the run's":
+            args = replace(args, model=str(shutil.copytree(tmp_path / "model", tmp_path / "model" / "checkpoint-4")))
+            (tmp_path / "model" / "checkpoint-4" / "recipe.json").unlink()
+    assert 1 < measure(args)["num_images"] < 12
+    assert measure(replace(args, validation_fraction=0.01, ignore_index=100))["num_images"] == 1
 
 
 def test_splits_are_those_of_training(arguments, tmp_path):

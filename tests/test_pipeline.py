@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model, varied
 from PIL import Image
+from transformers import pipeline
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
@@ -103,6 +104,15 @@ def test_every_way_to_call_gives_what_the_model_gives(tmp_path, processor, kind,
         wrong = [np.mean(np.array(a) != np.array(b)) for a, b in zip(answer, alone, strict=True)]
         # rounding differs between batched and single convolutions, so a tie may fall the other way
         assert max(wrong) < (1e-3 if dtype == torch.float32 else 0.05), (call, wrong)
+
+
+def test_scores_that_are_no_numbers_are_no_segments(processor):
+    model = varied(tiny_model())
+    with torch.no_grad():
+        model.decode_head.classifier.bias[1] = float("nan")
+    segment = pipeline("image-segmentation", model=model, image_processor=processor)
+    with pytest.raises(ValueError, match="scores are NaN or infinite and tell no class"):
+        segment(pictures()[0])
 
 
 @pytest.mark.slow

@@ -8,7 +8,14 @@ from PIL import Image
 from test_training import pictures, write_folder
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPTrainingArguments
-from denseclip_hf.recipes import DataArguments, ModelArguments, load_data, load_model, make_trainer, parse_arguments
+from denseclip_hf.recipes import (
+    DataArguments,
+    ModelArguments,
+    load_data,
+    make_trainer,
+    model_to_train,
+    parse_arguments,
+)
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -98,7 +105,7 @@ def test_broken_recipes_are_refused(text, sentence, tmp_path):
 def test_options_that_are_no_json_are_refused(folder, options, sentence):
     model_args = ModelArguments(**{"clip_config": json.dumps(TINY_CLIP), **options})
     with pytest.raises(ValueError, match=sentence):
-        load_model(model_args, load_data(DataArguments(dataset=str(folder))), 64)
+        model_to_train(model_args, load_data(DataArguments(dataset=str(folder))), 64)
 
 
 @pytest.mark.parametrize(("text", "sentence"), [('{"tau": 0.05}', "has no option `tau`"), ("{", "not valid JSON")])
@@ -139,7 +146,7 @@ def test_a_clip_that_is_nowhere_is_named(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model_args, data_args = ModelArguments(clip="nobody/nothing"), DataArguments(dataset=str(folder))
     with pytest.raises(OSError, match="nobody/nothing is neither a folder here nor a name on the Hub"):
-        load_model(model_args, load_data(data_args), 64)
+        model_to_train(model_args, load_data(data_args), 64)
 
 
 def test_a_folder_trains_from_random_weights(folder, tmp_path):
@@ -163,8 +170,8 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
         "give the model the data's, starting the new ones anew."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        load_model(ModelArguments(model=str(tmp_path / "out")), data, 64)
-    model, _ = load_model(ModelArguments(model=str(tmp_path / "out"), replace_classes=True), data, 64)
+        model_to_train(ModelArguments(model=str(tmp_path / "out")), data, 64)
+    model, _ = model_to_train(ModelArguments(model=str(tmp_path / "out"), replace_classes=True), data, 64)
     assert model.config.id2label[2] == "tree"
 
 
@@ -172,7 +179,7 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
 def trained(folder, tmp_path):
     """A model of three classes."""
     model_args, data_args = tiny_arguments(folder)
-    for part in load_model(model_args, load_data(data_args), 64):
+    for part in model_to_train(model_args, load_data(data_args), 64):
         part.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
@@ -180,7 +187,7 @@ def trained(folder, tmp_path):
 def test_a_trained_model_keeps_its_own_config(trained, folder):
     again = ModelArguments(model=trained, config=json.dumps({"gamma_init": 2.0}))
     with pytest.raises(ValueError, match="keeps its own"):
-        load_model(again, load_data(DataArguments(dataset=str(folder))), 64)
+        model_to_train(again, load_data(DataArguments(dataset=str(folder))), 64)
 
 
 def test_fewer_classes_in_the_data_than_in_the_model(trained, tmp_path):
@@ -194,8 +201,8 @@ def test_fewer_classes_in_the_data_than_in_the_model(trained, tmp_path):
         "the data's, starting the new ones anew."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        load_model(ModelArguments(model=trained), data, 64)
-    model, _ = load_model(ModelArguments(model=trained, replace_classes=True), data, 64)
+        model_to_train(ModelArguments(model=trained), data, 64)
+    model, _ = model_to_train(ModelArguments(model=trained, replace_classes=True), data, 64)
     assert model.config.num_labels == 2
 
 
@@ -206,7 +213,7 @@ def test_a_trained_model_takes_over_what_means_no_class(trained, folder, tmp_pat
     with pytest.raises(ValueError, match="holds the ids 99, but only 0…2 and 255 .* set ignore_index"):
         load_data(DataArguments(dataset=str(folder)))
     data = load_data(parse_arguments(KINDS, ["--dataset", str(folder), "--ignore_index", "99"])[1])
-    model, _ = load_model(ModelArguments(model=trained), data, 64)
+    model, _ = model_to_train(ModelArguments(model=trained), data, 64)
     assert model.config.semantic_loss_ignore_index == 99
 
 

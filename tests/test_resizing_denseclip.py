@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from denseclip_hf import resizing_denseclip
-from denseclip_hf.resizing_denseclip import fit_within, resize_argmax, resize_image, resize_labels
+from denseclip_hf.resizing_denseclip import check_finite, fit_within, resize_argmax, resize_image, resize_labels
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,25 @@ def test_half_precision_logits(dtype):
 
 @pytest.mark.parametrize(
     ("logits", "size", "message"),
-    [(torch.zeros(3, 4, 4), (8, 8), "batch, classes"), (torch.zeros(1, 3, 4, 4), (0, 8), "positive")],
+    [
+        (torch.zeros(3, 4, 4), (8, 8), "batch, classes"),
+        (torch.zeros(1, 3, 4, 4), (0, 8), "positive"),
+        (torch.zeros(1, 3, 4, 4).index_fill(3, torch.tensor(1), float("nan")), (8, 8), "^x.png: .* NaN or infinite"),
+    ],
 )
 def test_resize_argmax_refuses(logits, size, message):
     with pytest.raises(ValueError, match=message):
-        resize_argmax(logits, size)
+        resize_argmax(logits, size, "x.png")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scores_must_be_finite(bad, dtype):
+    scores = torch.tensor([[60000.0, 60000.0], [-60000.0, 0.0]]).to(dtype)
+    check_finite(scores)
+    scores[1, 1] = bad
+    with pytest.raises(ValueError, match="^x.png: the model's scores are NaN or infinite .* use bfloat16 or float32"):
+        check_finite(scores, "x.png")
 
 
 def test_no_floats_of_all_classes_at_full_size(monkeypatch):

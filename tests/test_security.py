@@ -32,7 +32,8 @@ from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.data_files import file_stem, read_image
 from denseclip_hf.data_layouts import parse_classes
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
-from denseclip_hf.measurement import EvaluationArguments, load_model, measure
+from denseclip_hf.inference import load_model
+from denseclip_hf.measurement import EvaluationArguments, measure
 from denseclip_hf.original_config import parse_original_config
 from denseclip_hf.prediction import predict_sources
 from denseclip_hf.prediction_inputs import Source, find_sources, read_picture

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
 from .data_files import file_stem
-from .measurement import load_model
+from .inference import load_model
 from .open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES, check_words, score_maps_of
 from .pictures import heat_map, indexed_picture, overlay_with_legend
 from .prediction import Segmenter
@@ -37,7 +37,7 @@ class AppModels:
     Args:
         addresses (`Sequence[str]`): directories, or names on the Hub.
         device (`str`, *optional*): where they run; by default a GPU if there is one.
-        dtype (`str`): a key of `DTYPES`; `auto` is what the weights were saved in.
+        dtype (`str`): a key of `LOADING_DTYPES`; `auto` is what the weights were saved in.
 
     Raises:
         ValueError: if there is none.

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from .data_files import name_of
 from .image_inputs_denseclip import reduce_labels
-from .inference import check_finite
 from .metrics import confusion_matrix, scores_from_confusion_matrix
 from .open_vocabulary_denseclip import eval_mode
 from .resizing_denseclip import resize_argmax, resize_labels
@@ -154,13 +153,11 @@ def _predictions(
     if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
         pixel_values = pixel_values.to(dtype)
     outputs = model(pixel_values, labels=_labels(batch, pixel_values, model.config.inference_mode))
-    maps = (_class_ids(logits, sample) for logits, sample in zip(outputs.logits, batch, strict=True))
+    maps = (
+        resize_argmax(logits[None], sample["mask"].shape, sample["name"])[0]
+        for logits, sample in zip(outputs.logits, batch, strict=True)
+    )
     return maps, outputs.loss
-
-
-def _class_ids(logits: torch.Tensor, sample: Sample) -> torch.Tensor:
-    check_finite(logits, sample["name"])  # the matrix waits for the device anyway
-    return resize_argmax(logits[None], sample["mask"].shape)[0]
 
 
 def same_size_batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:

@@ -27,7 +27,7 @@ from .image_inputs_denseclip import (
     reduce_labels,
 )
 from .mixed_sizes_denseclip import LonePicture
-from .resizing_denseclip import fit_within, resize_argmax, resize_image, resize_labels
+from .resizing_denseclip import check_finite, fit_within, resize_argmax, resize_image, resize_labels
 
 
 logger = logging.get_logger(__name__)
@@ -257,7 +257,8 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
             `segmentation` (the same) and `segmentation_scores`, float32 of shape (K, H, W).
 
         Raises:
-            ValueError: If there are not as many target sizes as pictures, or more than 2**29 scores (2 GiB).
+            ValueError: If there are not as many target sizes as pictures, a logit is NaN or infinite (which no class
+                means), or more than 2**29 scores (2 GiB) are asked for.
         """
         logits = outputs.logits
         sizes = [picture.shape[-2:] for picture in logits] if target_sizes is None else target_sizes
@@ -275,6 +276,7 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
             )
         results = []
         for picture, size in zip(logits, sizes, strict=True):
+            check_finite(picture)
             scores = F.interpolate(picture[None].float(), size=size, mode="bilinear", align_corners=False)[0]
             data = {"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}
             results.append(SemanticSegmentationPostProcessorOutput(data=data))

@@ -6,15 +6,19 @@ Shapes: B images, K classes, H x W pixels.
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from transformers import AutoImageProcessor
 
 from .data_files import name_of
+from .dtypes import DTYPES
 from .fpn_denseclip import resize_bilinear
 from .image_inputs_denseclip import flatten_images, picture_to_tensor
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .open_vocabulary_denseclip import eval_mode
 from .resizing_denseclip import resize_argmax, resized_rows
 from .sliding_window_denseclip import sliding_window_logits as average_windows
@@ -23,11 +27,37 @@ from .sliding_window_denseclip import sliding_window_logits as average_windows
 # Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 VOID_COLOR = (0, 0, 0)
+# What `load_model` takes: a precision, or that of the file.
+LOADING_DTYPES = {"auto": "auto", **DTYPES}
 # Probabilities kept for one picture (2 GiB of float32), and those computed at a time (16 MiB).
 MAX_PROBABILITIES = 2**29
 STRIP_PROBABILITIES = 2**22
 
 logger = logging.getLogger(__name__)
+
+
+def load_model(name: str, dtype: str = "auto"):
+    """
+    A model of any size and its image processor, by directory or Hub name.
+
+    Args:
+        name (`str`): directory or Hub name.
+        dtype (`str`): a key of `LOADING_DTYPES`; `auto` is what the weights were saved in.
+
+    Raises:
+        OSError, ValueError: with one sentence, if there is none, or its files are broken.
+    """
+    try:
+        model = DenseCLIPForSemanticSegmentation.from_pretrained(name, dtype=LOADING_DTYPES[dtype])
+        return model, AutoImageProcessor.from_pretrained(name)
+    except Exception as error:  # transformers fails in any of many ways on files that are no model
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if Path(name).is_dir():
+            raise ValueError(f"the model {name} can not be loaded: {reason}") from error
+        raise OSError(
+            f"{name} is neither a folder here nor a model on the Hub that can be read ({reason.rstrip('.')}): give "
+            "another, or a folder with what was downloaded elsewhere."
+        ) from error
 
 
 def sliding_window_logits(
@@ -116,8 +146,7 @@ def multi_scale_segmentation(
         logger.info("A picture of %d x %d pixels is averaged at %.2f of its size.", width, height, shrink)
     size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
     probabilities = _averaged_probabilities(model, picture, size, scales, flip, image_processor)
-    check_finite(probabilities[0], name_of(image))  # a softmax with one NaN is NaN in every class
-    return resize_argmax(probabilities[None], (height, width))[0]
+    return resize_argmax(probabilities[None], (height, width), name_of(image))[0]
 
 
 @torch.no_grad()
@@ -143,26 +172,6 @@ def _averaged_probabilities(
             total[:, top:bottom] += probabilities.flip(-1) if flipped else probabilities
         count += 1
     return total.div_(count)
-
-
-def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
-    """
-    Refuse logits, score maps or probabilities that are NaN or infinite: their argmax means nothing.
-
-    It waits for the device, so belongs where something does anyway.
-
-    Args:
-        scores (`torch.Tensor` of any shape): of one picture or several.
-        name (`str`, *optional*): of the picture.
-
-    Raises:
-        ValueError: with one sentence that says how to mend it.
-    """
-    if not torch.stack(scores.aminmax()).isfinite().all():
-        raise ValueError(
-            f"{f'{name}: ' if name else ''}the model's scores are NaN or infinite and tell no class: if it runs in "
-            "float16, which overflows, use bfloat16 or float32 (`--dtype`); if not, its weights or words are damaged."
-        )
 
 
 def published_image_processor(config, **options) -> DenseCLIPImageProcessorPil:
@@ -236,9 +245,10 @@ def comparison_picture(
 
 
 __all__ = [
-    "check_finite",
+    "LOADING_DTYPES",
     "colorize",
     "comparison_picture",
+    "load_model",
     "multi_scale_probabilities",
     "multi_scale_segmentation",
     "overlay",

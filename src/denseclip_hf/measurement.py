@@ -13,19 +13,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from .data import SegmentationData
 from .data_arguments import DatasetArguments
 from .data_files import NAMELESS, file_stem, name_of
 from .data_layouts import default_palette
-from .dtypes import DTYPES as NAMED_DTYPES
 from .evaluation import evaluate_segmentation
-from .inference import colorize, comparison_picture, multi_scale_segmentation, overlay
+from .inference import LOADING_DTYPES, colorize, comparison_picture, load_model, multi_scale_segmentation, overlay
 from .metrics import boundary_counts, confusion_matrix
 from .model_card import CARD, update_results
 from .model_card_results import protocol_of
-from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .pictures import confusion_picture, indexed_picture
 from .reports import MatchedSamples, build_report, match_classes, nan_mean, save_report, scores_of_classes
 from .runs import RECIPE_FILE
@@ -36,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Options that are by default those of training on the same data, and what that calls them.
 AS_TRAINED = {"split": "validation_split"} | {k: k for k in ("train_split", "validation_fraction", "ignore_index")}
-DTYPES = {"auto": "auto", **NAMED_DTYPES}
 
 
 @dataclass
@@ -62,7 +58,7 @@ class EvaluationArguments(DatasetArguments):
     boundary_iou: bool = field(default=False, metadata={"help": "Also measure boundary IoU."})
     batch_size: int = field(default=1, metadata={"help": "Images of one size run together (one process, one scale)."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read and preprocess."})
-    dtype: str = field(default="float32", metadata={"help": f"Of the model: {', '.join(DTYPES)}."})
+    dtype: str = field(default="float32", metadata={"help": f"Of the model: {', '.join(LOADING_DTYPES)}."})
     device: str = field(default="auto", metadata={"help": "auto (an accelerator if there is one) or cpu."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where results are written."})
     save_predictions: bool = field(default=False, metadata={"help": "Write predictions as indexed PNG."})
@@ -147,30 +143,6 @@ def _add_to_card(args: EvaluationArguments, report: dict[str, Any]) -> None:
         logger.warning("The model's card stays as it is: %s", error)
 
 
-def load_model(name: str, dtype: str = "auto"):
-    """
-    A model of any size and its image processor, by directory or Hub name.
-
-    Args:
-        name (`str`): directory or Hub name.
-        dtype (`str`): a key of `DTYPES`; `auto` is what the weights were saved in.
-
-    Raises:
-        OSError, ValueError: with one sentence, if there is none, or its files are broken.
-    """
-    try:
-        model = DenseCLIPForSemanticSegmentation.from_pretrained(name, dtype=DTYPES[dtype])
-        return model, AutoImageProcessor.from_pretrained(name)
-    except Exception as error:  # transformers fails in any of many ways on files that are no model
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(name).is_dir():
-            raise ValueError(f"the model {name} can not be loaded: {reason}") from error
-        raise OSError(
-            f"{name} is neither a folder here nor a model on the Hub that can be read ({reason.rstrip('.')}): give "
-            "another, or a folder with what was downloaded elsewhere."
-        ) from error
-
-
 def _prediction_function(model, image_processor, args: EvaluationArguments):
     """Class ids from several views, if `args` ask for more than one plain view."""
     if not args.flip and args.scales == [1.0]:
@@ -184,8 +156,8 @@ def _check(args: EvaluationArguments) -> None:
     for name in ("model", "dataset"):
         if not getattr(args, name):
             raise ValueError(f"name a {'data set' if name == 'dataset' else name}: `--{name} FOLDER_OR_HUB_NAME`.")
-    if args.dtype not in DTYPES:
-        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {args.dtype!r}.")
+    if args.dtype not in LOADING_DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(LOADING_DTYPES)}, got {args.dtype!r}.")
     if args.device not in ("auto", "cpu"):
         raise ValueError(f"`--device` must be auto or cpu, got {args.device!r}.")
     if not args.scales or min(args.scales) <= 0:
@@ -195,9 +167,12 @@ def _check(args: EvaluationArguments) -> None:
 
 
 def _as_trained(args: EvaluationArguments) -> EvaluationArguments:
-    """`args`; what of `AS_TRAINED` they leave open is from the recipe beside a model trained on the same data."""
+    """`args`; what of `AS_TRAINED` they leave open is from the recipe of a model trained on the same data."""
+    folder = Path(args.model)
+    if folder.name.startswith("checkpoint-"):  # of a run, whose recipe lies beside it
+        folder = folder.parent
     try:
-        recipe = json.loads((Path(args.model) / RECIPE_FILE).read_text(encoding="utf-8"))
+        recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
         if Path(recipe["dataset"]).resolve() != Path(args.dataset or "").resolve():
             return args
     except (OSError, ValueError, TypeError, KeyError):  # no recipe, or not one of ours
@@ -299,4 +274,4 @@ class _Collector:
             picture.save(folder / "confusion_matrix.png")
 
 
-__all__ = ["DTYPES", "EvaluationArguments", "load_model", "measure"]
+__all__ = ["EvaluationArguments", "measure"]

@@ -374,7 +374,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
             [`ScoreSegmentation`]: `segmentation`, a list of B int64 maps, and `score_maps`.
 
         Raises:
-            ValueError: without text guidance, or for embeddings or sizes of another shape.
+            ValueError: without text guidance, for embeddings or sizes of another shape, or scores NaN or infinite.
         """
         return predict_from_scores(self, pixel_values, text_embeds, target_sizes, use_context_decoder)
 

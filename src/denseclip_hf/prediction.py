@@ -8,18 +8,16 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .data_layouts import default_palette
-from .inference import check_finite
 from .open_vocabulary_denseclip import check_words, predict_from_scores, score_maps_of
 from .pictures import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
 from .prediction_inputs import Source, read_frames, read_picture
-from .resizing_denseclip import resize_argmax
+from .resizing_denseclip import check_finite, resize_argmax
 from .writing import make_directory, write_atomically, writing_into
 
 
@@ -94,18 +92,15 @@ class Segmenter:
         Raises `ValueError` for scores that are NaN or infinite, in any of the pictures.
         """
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        deciding: Any
         scores = None
         if self.words:
-            outputs = predict_from_scores(self.model, pixel_values, self.embeds, sizes)
-            maps, deciding = outputs.segmentation, outputs.score_maps
+            maps = predict_from_scores(self.model, pixel_values, self.embeds, sizes).segmentation
         else:
-            deciding = self.model(pixel_values).logits
-            maps = [resize_argmax(deciding[i : i + 1], size)[0] for i, size in enumerate(sizes)]
+            logits = self.model(pixel_values).logits
+            maps = [resize_argmax(logits[i : i + 1], size)[0] for i, size in enumerate(sizes)]
         if self.score_embeds is not None:
             scores = score_maps_of(self.model, pixel_values, self.score_embeds)[:, self.score_rows]
             check_finite(scores)
-        check_finite(deciding)
         return maps, scores
 
 

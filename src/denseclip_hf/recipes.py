@@ -218,7 +218,7 @@ def load_data(args: DataArguments) -> SegmentationData:
     return data
 
 
-def load_model(args: ModelArguments, data: SegmentationData, crop_size: int):
+def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int):
     """Model and tokenizer of `args` for the classes of `data`."""
     palette = [list(color) for color in data.palette]
     own = _options(args.config, "config")
@@ -299,7 +299,7 @@ def make_trainer(
     data = load_data(data_args)
     if data.train is None:
         raise ValueError(f"{data_args.dataset} has no training split: name it with `--train_split`.")
-    model, tokenizer = load_model(model_args, data, data_args.crop_size)
+    model, tokenizer = model_to_train(model_args, data, data_args.crop_size)
     short = data_args.scale_short or data_args.crop_size
     transform = TrainTransform(
         crop_size=data_args.crop_size,
@@ -329,4 +329,4 @@ def make_trainer(
     return trainer, data
 
 
-__all__ = ["DataArguments", "ModelArguments", "load_data", "load_model", "make_trainer", "parse_arguments"]
+__all__ = ["DataArguments", "ModelArguments", "load_data", "make_trainer", "model_to_train", "parse_arguments"]

@@ -115,8 +115,27 @@ def _nearest(old: int, new: int) -> torch.Tensor:
     return positions.long().clamp(max=old - 1)
 
 
+def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
+    """Refuse logits, score maps or probabilities that are NaN or infinite: their argmax means nothing.
+
+    It waits for the device, so belongs where something does anyway.
+
+    Args:
+        scores (`torch.Tensor` of any shape): Of one picture or several.
+        name (`str`, *optional*): Of the picture.
+
+    Raises:
+        ValueError: With one sentence that says how to mend it.
+    """
+    if not torch.stack(scores.aminmax()).isfinite().all():
+        raise ValueError(
+            f"{f'{name}: ' if name else ''}the model's scores are NaN or infinite and tell no class: if it runs in "
+            "float16, which overflows, use bfloat16 or float32 (`--dtype`); if not, its weights or words are damaged."
+        )
+
+
 @torch.no_grad()
-def resize_argmax(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_argmax(logits: torch.Tensor, size: tuple[int, int], name: str | None = None) -> torch.Tensor:
     """Class with the highest bilinearly resized logit for each pixel, in memory that does not grow with K.
 
     Equal to `F.interpolate(logits.float(), size, mode="bilinear", align_corners=False).argmax(1)`, but the logits
@@ -125,14 +144,15 @@ def resize_argmax(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Args:
         logits (`torch.Tensor` of shape `(B, K, h, w)`): Of any floating dtype.
         size (`tuple[int, int]`): Height and width of the result.
+        name (`str`, *optional*): Of the picture, for the error.
 
     Returns:
         `torch.Tensor` of shape `(B, *size)`: int64 class ids, on the device of `logits`.
 
     Raises:
-        ValueError: If `logits` has not four axes or `size` is not positive.
+        ValueError: If `logits` has not four axes or is not finite everywhere, or `size` is not positive.
     """
-    _check_resizing(logits, size)
+    _check_resizing(logits, size, name)
     classes = torch.empty(len(logits), *size, dtype=torch.long, device=logits.device)
     for place, strip in _resized_strips(logits, size):
         classes[place] = strip.argmax(dim=0)
@@ -154,11 +174,12 @@ def resize_max(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tenso
     return classes, scores
 
 
-def _check_resizing(logits: torch.Tensor, size: tuple[int, int]) -> None:
+def _check_resizing(logits: torch.Tensor, size: tuple[int, int], name: str | None = None) -> None:
     if logits.ndim != 4:
         raise ValueError(f"Logits must have the shape (batch, classes, height, width), got {tuple(logits.shape)}.")
     if min(size) < 1:
         raise ValueError(f"The size must be positive, got {size[0]}×{size[1]}.")
+    check_finite(logits, name)
 
 
 def _resized_strips(logits: torch.Tensor, size: tuple[int, int]) -> Iterator[tuple[Any, torch.Tensor]]:
