@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # a Space has 
 from denseclip_hf.app_answers import AppModels
 from denseclip_hf.app_page import build_page, launch
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
-from denseclip_hf.measurement import DTYPES
+from denseclip_hf.inference import LOADING_DTYPES
 from denseclip_hf.prediction_inputs import find_sources
 from denseclip_hf.runs import one_sentence_errors
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", action="append", help="directory, or name on the Hub; may be given several times")
     parser.add_argument("--examples", nargs="*", default=[], help="pictures to choose from: files, folders, patterns")
     parser.add_argument("--device", help="by default a GPU if there is one")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the models")
+    parser.add_argument("--dtype", choices=list(LOADING_DTYPES), default="auto", help="of the models")
     parser.add_argument("--host", help="address to listen at; by default GRADIO_SERVER_NAME or 127.0.0.1")
     parser.add_argument("--port", type=int, help="by default GRADIO_SERVER_PORT, or a free one from 7860")
     args = parser.parse_args(argv)

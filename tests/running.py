@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from test_recipes import TINY, TINY_CLIP
 from test_training import write_folder
 
+from denseclip_hf.example_clip import make_example_tokenizer
+
 
 TRAIN = Path(__file__).parent.parent / "scripts" / "train.py"
 FAULTY = Path(__file__).parent / "faulty_training.py"
@@ -21,8 +23,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def training_recipe(folder, **options):
     """A recipe of 12 steps, three epochs, with augmentation and two workers; checkpoints every second step."""
     data = write_folder(folder / "data", 9, ".png")
+    make_example_tokenizer(["sky", "road", "car"], vocab_size=540).save_pretrained(folder / "tokenizer")
     recipe = {
-        "clip_config": TINY_CLIP, "config": TINY, "crop_size": 64, "scale_long": 128, "max_steps": 12,
+        "clip_config": TINY_CLIP, "config": TINY, "tokenizer": str(folder / "tokenizer"), "crop_size": 64,
+        "scale_long": 128, "max_steps": 12,
         "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 2,
         "logging_steps": 1, "use_cpu": True, "dataset": str(data), "dataloader_num_workers": 2, "report_to": "none",
         "learning_rate": 1e-3, "disable_tqdm": True, **options,

@@ -44,7 +44,8 @@ def test_training_writes_the_card(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_streamed_data_set_gets_its_card_too(tmp_path):
+def test_a_streamed_data_set_gets_its_card_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)  # 5 s a pass
     pictures_and_masks = {"image": datasets.Image(), "label": datasets.Image()}
     for split, count in (("train", 4), ("validation", 3)):
         rows = [{"image": each["image"], "label": Image.fromarray(each["mask"])} for each in pictures(count)]
