@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from test_recipes import TINY, TINY_CLIP
 from test_training import write_folder
@@ -42,11 +42,11 @@ class Run:
     Args:
         folder (`Path`): the output directory.
         arguments (sequence): recipes and flags.
-        launcher (sequence): what starts a script, Python by default.
+        launcher (sequence, *optional*): what starts a script; by default it is run itself.
     """
 
-    def __init__(self, folder, arguments, launcher=(sys.executable,)):
-        self.folder, self.launcher = folder, [*launcher]
+    def __init__(self, folder, arguments, launcher=None):
+        self.folder, self.launcher = folder, launcher
         self.arguments = [*map(str, arguments), "--output_dir", str(folder)]
 
     def end(self, code=0, fault=None):
@@ -71,6 +71,8 @@ class Run:
         return process
 
     def _start(self, arguments):
+        if self.launcher is None:
+            return Forked(arguments, ENVIRONMENT)
         return subprocess.Popen(
             [*self.launcher, *arguments],
             env=ENVIRONMENT,
