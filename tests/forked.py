@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -20,13 +21,15 @@ class Forked:
 
     Args:
         command (sequence): the script and its arguments.
-        environment (`dict`): all of its environment variables.
+        environment (`dict`, *optional*): all of its environment variables; by default this process's.
+        largest_file (`int`, *optional*): bytes, as if the disk ended there.
     """
 
-    def __init__(self, command, environment):
+    def __init__(self, command, environment=None, largest_file=None):
         self._said = b""
         pipe, end = os.pipe()
-        self._process = SERVER.Process(target=_run, args=([*map(str, command)], dict(environment), DupFd(end)))
+        arguments = [*map(str, command)], dict(environment or os.environ), largest_file, DupFd(end)
+        self._process = SERVER.Process(target=_run, args=arguments)
         self._process.start()
         os.close(end)
         self._reader = threading.Thread(target=self._read, args=(pipe,), daemon=True)
@@ -57,8 +60,17 @@ class Forked:
         return self._said.decode(), None
 
 
-def _run(command, environment, said):
+def run_script(*command, largest_file=None):
+    """Exit code and all that a script said."""
+    script = Forked(command, largest_file=largest_file)
+    said = script.communicate(timeout=300)[0]
+    return script.returncode, said
+
+
+def _run(command, environment, largest_file, said):
     os.setsid()
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     pipe = said.detach()
     os.dup2(pipe, 1), os.dup2(pipe, 2), os.close(pipe)
     multiprocessing.set_start_method(None, force=True)  # the script's data loaders are not the server's business

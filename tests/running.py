@@ -37,21 +37,24 @@ def training_recipe(folder, **options):
 
 class Run:
     """
-    `scripts/train.py` with its arguments, writing into `folder`.
+    A script with its arguments, writing into `folder`.
 
     Args:
         folder (`Path`): the output directory.
         arguments (sequence): recipes and flags.
         launcher (sequence, *optional*): what starts a script; by default it is run itself.
+        script (`Path`): `scripts/train.py` unless named.
+        environment (`str`): more variables.
     """
 
-    def __init__(self, folder, arguments, launcher=None):
-        self.folder, self.launcher = folder, launcher
+    def __init__(self, folder, arguments, launcher=None, script=TRAIN, **environment):
+        self.folder, self.launcher, self.script = folder, launcher, str(script)
+        self.environment = ENVIRONMENT | environment
         self.arguments = [*map(str, arguments), "--output_dir", str(folder)]
 
     def end(self, code=0, fault=None):
         """Run to its end, with a fault of faulty_training.py if named; returns what it said."""
-        script = [str(TRAIN)] if fault is None else [str(FAULTY), fault]
+        script = [self.script] if fault is None else [str(FAULTY), fault]
         done = self._start([*script, *self.arguments])
         try:
             said = done.communicate(timeout=500)[0]
@@ -63,7 +66,7 @@ class Run:
 
     def begin(self, wanted="checkpoint-2"):
         """Start it in a process group of its own and wait for a checkpoint."""
-        process = self._start([str(TRAIN), *self.arguments])
+        process = self._start([self.script, *self.arguments])
         deadline = time.monotonic() + 500
         while not (self.folder / wanted).exists():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -72,10 +75,10 @@ class Run:
 
     def _start(self, arguments):
         if self.launcher is None:
-            return Forked(arguments, ENVIRONMENT)
+            return Forked(arguments, self.environment)
         return subprocess.Popen(
             [*self.launcher, *arguments],
-            env=ENVIRONMENT,
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from conftest import photo
+from forked import Forked
 from PIL import Image
 from test_app_answers import CLASSES, WORDS
 
@@ -89,14 +90,12 @@ def test_uploads_are_limited(app_url):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "sentence"), [([], "at least one model"), (["--model", "no/where"], "no/where is")])
-def test_app_without_a_model_ends_with_one_sentence(flags, sentence, tmp_path):
+def test_app_without_a_model_ends_with_one_sentence(flags, sentence):
     pytest.importorskip("gradio")
     environment = {k: v for k, v in os.environ.items() if k != "DENSECLIP_MODELS"} | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(APP), *flags]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+    app = Forked([APP, *flags], environment)
+    said = app.communicate(timeout=PATIENCE)[0]
+    assert app.returncode == 1 and sentence in said and "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """OpenAI's and open_clip's checkpoints: the same features as a reference written for the test."""
 
 import json
-import subprocess
-import sys
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from clip_reference import reference_clip
+from forked import run_script
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
@@ -359,10 +358,9 @@ def test_unknown_options_are_refused(tmp_path, option, value):
 def test_script(tmp_path):
     _, path = write("resnet", "safetensors", tmp_path)
     tokenizer().save_pretrained(tmp_path / "words")
-    command = [sys.executable, SCRIPT, path, tmp_path / "out", "--tokenizer", tmp_path / "words"]
-    command += ["--hidden_act", "quick_gelu", "--num_attention_heads", "2"]
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
-    assert "CLIPResNetModel" in result.stdout and "sha256" in result.stdout
+    command = [SCRIPT, path, tmp_path / "out", "--tokenizer", tmp_path / "words"]
+    code, said = run_script(*command, "--hidden_act", "quick_gelu", "--num_attention_heads", "2")
+    assert code == 0 and "CLIPResNetModel" in said and "sha256" in said, said
 
 
 def _save_script_of(weights, path):

@@ -3,12 +3,11 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 
 pytestmark = pytest.mark.slow
@@ -27,10 +26,10 @@ def run(output_dir, processes, batch_size, **options):
     started = []
     for rank in range(processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world} if world else {}
-        command = [sys.executable, str(SCRIPT), str(output_dir), options]
-        started.append(subprocess.Popen(command, env={**common, **ranks}))
+        started.append(Forked([SCRIPT, output_dir, options], {**common, **ranks}))
     try:
-        assert [process.wait(timeout=150) for process in started] == [0] * processes
+        said = [process.communicate(timeout=150)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * processes, said
     finally:
         for process in started:
             process.kill()

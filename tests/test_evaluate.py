@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, varied
+from forked import Forked
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -242,13 +243,10 @@ def run_script(arguments, processes=1, **environment):
     started = []
     for rank in range(processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-        command = [sys.executable, str(SCRIPT), *arguments]
-        started.append(
-            subprocess.Popen(command, env=common | ranks, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        started.append(Forked([SCRIPT, *arguments], common | ranks))
     try:
-        outputs = [process.communicate(timeout=150) for process in started]
-        return [process.returncode for process in started], *zip(*outputs, strict=True)
+        said = [process.communicate(timeout=150)[0] for process in started]
+        return [process.returncode for process in started], said
     finally:
         for process in started:
             process.kill()
@@ -259,8 +257,8 @@ def test_two_processes_count_every_picture_once(arguments, tmp_path, model_dir):
     alone = measure(arguments(boundary_iou=True, worst=3))
     flags = ["--model", model_dir, "--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "two")]
     flags += ["--boundary_iou", "--worst", "3", "--save_predictions", "--device", "cpu"]
-    codes, (first, second), errors = run_script(flags, 2)
-    assert codes == [0, 0], errors
+    codes, (first, second) = run_script(flags, 2)
+    assert codes == [0, 0], first + second
     together = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert together["num_images"] == 5 and len(list((tmp_path / "two" / "predictions").iterdir())) == 5
     assert together["metrics"] == pytest.approx(alone["metrics"])
@@ -271,9 +269,9 @@ def test_two_processes_count_every_picture_once(arguments, tmp_path, model_dir):
 @pytest.mark.slow
 def test_script_says_in_one_sentence_what_is_wrong(tmp_path, model_dir):
     data = save_data(tmp_path / "data", ["cat", "dog", "class 1"])
-    codes, _, (error,) = run_script(["--model", model_dir, "--dataset", data, "--output_dir", str(tmp_path / "out")])
-    assert codes == [1] and "2 of the data's 3 classes are unknown to the model ('cat', 'dog')" in error
-    assert "Traceback" not in error and not (tmp_path / "out").exists()
+    codes, (said,) = run_script(["--model", model_dir, "--dataset", data, "--output_dir", str(tmp_path / "out")])
+    assert codes == [1] and "2 of the data's 3 classes are unknown to the model ('cat', 'dog')" in said
+    assert "Traceback" not in said and not (tmp_path / "out").exists()
 
 
 # Bad input

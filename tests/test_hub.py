@@ -83,9 +83,14 @@ def test_auto_classes_in_a_fresh_process(directory, tmp_path):
 
 
 @pytest.mark.slow
-def test_remote_code_in_a_fresh_process_without_the_package(directory, tmp_path):
+@pytest.mark.parametrize(("kind", "directory"), [("vit", False)], indirect=["directory"])
+def test_without_code_beside_them_weights_need_the_package(directory, tmp_path):
     result = run(HIDE_PACKAGE + USE, directory, tmp_path / "inputs.pt", "trust", tmp_path=tmp_path)
-    assert result.returncode and "denseclip" in result.stderr  # no code in it yet
+    assert result.returncode and "denseclip" in result.stderr
+
+
+@pytest.mark.slow
+def test_remote_code_in_a_fresh_process_without_the_package(directory, tmp_path):
     before = json.loads((directory / "config.json").read_text())
     add_code(directory)
     after = json.loads((directory / "config.json").read_text())

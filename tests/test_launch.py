@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from running import ENVIRONMENT, TRAIN, Run, one_sentence, training_recipe
+from running import TRAIN, Run, one_sentence, training_recipe
 from test_recipes import TINY
 from test_training import NO_DROPOUT
 
@@ -55,10 +55,10 @@ def test_launched_training_equals_one_process_with_the_doubled_batch(recipe, lau
 def test_launched_evaluation_equals_one_process(launched, recipe, tmp_path):
     options = ["--model", launched.folder, "--dataset", recipe.parent / "data", "--device", "cpu"]
     losses, reports = [], []
-    for start in ([sys.executable], launcher()):
+    for start in (None, launcher()):
         folder = tmp_path / str(len(reports))
-        command = [*start, TRAIN.parent / "evaluate.py", *options, "--split", "train", "--output_dir", folder]
-        subprocess.run([*map(str, command)], env=ENVIRONMENT, check=True, timeout=200)
+        run = Run(folder, [*options, "--split", "train"], start, script=TRAIN.parent / "evaluate.py")
+        run.end()
         report = json.loads((folder / "evaluation.json").read_text())
         losses.append(report["metrics"].pop("loss", 0.0))
         reports.append(json.dumps(report))  # NaN, the score of what never occurs, equals itself there
@@ -77,10 +77,9 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(launched, recipe, 
 
 def test_without_a_launcher_the_others_say_so(recipe, tmp_path):
     """A launcher ends them itself, often before they can say anything."""
-    address = ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}", "WORLD_SIZE=2"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     first, second = (
-        Run(tmp_path / "run", [recipe], ["env", f"RANK={rank}", f"LOCAL_RANK={rank}", *address, sys.executable])
-        for rank in (0, 1)
+        Run(tmp_path / "run", [recipe], **address, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)
     )
     with ThreadPoolExecutor() as pool:
         killed = pool.submit(second.end, code=-signal.SIGKILL, fault="rank")

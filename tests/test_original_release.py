@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, golden_case
+from forked import run_script
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer, CLIPTokenizer
 
 from denseclip_hf.checkpoints import CheckpointError, read_checkpoint
@@ -311,12 +310,9 @@ def test_a_real_full_disk_leaves_nothing(tmp_path):
     """The largest file the process may write is 100 kB, as if the disk ended there."""
     path = save(tmp_path, release())
     tokenizer().save_pretrained(tmp_path / "words")
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-    code = f"{limit}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = [SCRIPT, path, tmp_path / "model", "--tokenizer", tmp_path / "words"]
-    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-    assert result.returncode == 1, result.stderr
-    assert "could not be written" in result.stderr.splitlines()[-1]
+    command = [SCRIPT, path, tmp_path / "model", "--tokenizer", tmp_path / "words"]
+    code, said = run_script(*command, largest_file=100_000)
+    assert code == 1 and "could not be written" in said.splitlines()[-1], said
     assert sorted(f.name for f in tmp_path.iterdir()) == ["released.pth", "words"]
 
 
@@ -324,8 +320,8 @@ def test_a_real_full_disk_leaves_nothing(tmp_path):
 def test_script_prints_the_check(tmp_path):
     tokenizer().save_pretrained(tmp_path / "words")
     command = [SCRIPT, save(tmp_path, release()), tmp_path / "model", "--tokenizer", tmp_path / "words"]
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True)
-    assert "every weight equal" in result.stdout and "sha256" in result.stdout and "parameters" in result.stdout
+    code, said = run_script(*command)
+    assert code == 0 and "every weight equal" in said and "sha256" in said and "parameters" in said, said
 
 
 def test_weights_that_are_not_finite_are_noticed(tmp_path):
