@@ -18,9 +18,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -39,6 +41,7 @@ from denseclip_hf.writing import write_atomically
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 logger = logging.getLogger("ablate")
+terminated = threading.Event()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -91,8 +94,13 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> float:
     command = [*shlex.split(args.launcher), str(REPOSITORY / "scripts" / "train.py"), *arguments(args, variant, seed)]
     start = time.perf_counter()
     with open(output_dir.parent / f"seed-{seed}.log", "w") as log:
-        result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    if result.returncode:
+        if terminated.is_set():
+            raise RuntimeError("Terminated.")
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        if terminated.is_set():  # in between, when there was nothing to tell yet
+            process.terminate()
+        process.wait()
+    if process.returncode:
         raise RuntimeError(f"{variant} with seed {seed} failed: see {log.name}.")
     return time.perf_counter() - start
 
@@ -118,13 +126,28 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
             raise
 
 
-def end(number: int, frame: FrameType | None) -> None:
-    """At SIGTERM: the runs in progress hear it too, as they do Ctrl-C from the terminal."""
-    signal.signal(number, signal.SIG_IGN)  # schedulers repeat it
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    raise TrainingStopped("Terminated.", number)
+@contextmanager
+def handing_on_sigterm() -> Iterator[None]:
+    """The runs in progress hear SIGTERM too, as they do Ctrl-C from the terminal, and are waited for."""
+    told = []
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        if terminated.is_set():  # schedulers repeat it
+            return
+        terminated.set()
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if any(part.endswith("train.py") for part in process.cmdline()):
+                    process.terminate()
+                    told.append(process)
+        raise TrainingStopped("Terminated.", number)
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        psutil.wait_procs(told)  # a launcher may have ended before its training
+        signal.signal(signal.SIGTERM, before)
 
 
 @one_sentence_errors
@@ -135,8 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     for variant, seed in runs:
         refuse_another_recipe(args, variant, seed)
     read_measurements(args.output_dir, args.variants, args.seeds)  # damaged ones are better known before than after
-    signal.signal(signal.SIGTERM, end)
-    train_all(args, runs)
+    with handing_on_sigterm():
+        train_all(args, runs)
     measured = read_measurements(args.output_dir, args.variants, args.seeds)
     tables = ablation_tables(measured)
     write_atomically(args.output_dir / "ablations.md", tables)

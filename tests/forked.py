@@ -7,8 +7,10 @@ import runpy
 import subprocess
 import sys
 import threading
-from multiprocessing.reduction import DupFd
+import time
 from pathlib import Path
+
+import torch
 
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -19,6 +21,9 @@ class Forked:
     """
     A Python script that leads a process group of its own, with the interface of `subprocess.Popen`.
 
+    Unlike in a new interpreter, what libraries read from the environment when they are imported is as in the first
+    test that forks, hash seeds are equal, and nothing runs at exit.
+
     Args:
         command (sequence): the script and its arguments.
         environment (`dict`, *optional*): all of its environment variables; by default this process's.
@@ -27,18 +32,18 @@ class Forked:
 
     def __init__(self, command, environment=None, largest_file=None):
         self._said = b""
-        pipe, end = os.pipe()
-        arguments = [*map(str, command)], dict(environment or os.environ), largest_file, DupFd(end)
+        reader, writer = SERVER.Pipe(duplex=False)
+        arguments = [*map(str, command)], os.getcwd(), dict(environment or os.environ), largest_file, writer
         self._process = SERVER.Process(target=_run, args=arguments)
         self._process.start()
-        os.close(end)
-        self._reader = threading.Thread(target=self._read, args=(pipe,), daemon=True)
-        self._reader.start()
+        writer.close()
+        self._reading = threading.Thread(target=self._read, args=(reader,), daemon=True)
+        self._reading.start()
         self.pid, self.kill = self._process.pid, self._process.kill
 
-    def _read(self, pipe):
-        with open(pipe, "rb", buffering=0) as file:
-            while part := file.read(2**16):
+    def _read(self, reader):
+        with reader:
+            while part := os.read(reader.fileno(), 2**16):
                 self._said += part
 
     @property
@@ -55,27 +60,35 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout=None):
+        end = None if timeout is None else time.monotonic() + timeout
         self.wait(timeout)
-        self._reader.join(timeout)
+        self._reading.join(None if end is None else max(0, end - time.monotonic()))
+        if self._reading.is_alive():  # a process that it started holds on to its output
+            raise subprocess.TimeoutExpired("the script", timeout)
         return self._said.decode(), None
 
 
-def run_script(*command, largest_file=None):
+def run_script(*command, **options):
     """Exit code and all that a script said."""
-    script = Forked(command, largest_file=largest_file)
-    said = script.communicate(timeout=300)[0]
+    script = Forked(command, **options)
+    try:
+        said = script.communicate(timeout=300)[0]
+    finally:
+        script.kill()
     return script.returncode, said
 
 
-def _run(command, environment, largest_file, said):
+def _run(command, folder, environment, largest_file, said):
     os.setsid()
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    pipe = said.detach()
-    os.dup2(pipe, 1), os.dup2(pipe, 2), os.close(pipe)
-    multiprocessing.set_start_method(None, force=True)  # the script's data loaders are not the server's business
+    os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2), said.close()
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    multiprocessing.set_start_method(None, force=True)  # the script's data loaders are not the server's business
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
     runpy.run_path(command[0], run_name="__main__")

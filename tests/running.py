@@ -69,7 +69,9 @@ class Run:
         process = self._start([self.script, *self.arguments])
         deadline = time.monotonic() + 500
         while not (self.folder / wanted).exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise AssertionError(process.communicate(timeout=60))
             time.sleep(0.01)
         return process
 

@@ -116,9 +116,9 @@ except KeyboardInterrupt:
 """
 
 
-def start_ablations(folder, *flags):
+def start_ablations(folder, *flags, within=()):
     """`scripts/ablate.py` on seeds 0 to 3 of a variant, in a process group of its own as in a terminal."""
-    launcher = shlex.join([sys.executable, "-c", STAND_IN, str(folder)])
+    launcher = shlex.join([*within, sys.executable, "-c", STAND_IN, str(folder)])
     command = [sys.executable, CONFIGS.parent / "scripts" / "ablate.py", CONFIGS / "ablation_example.yaml", *flags]
     command += ["--output_dir", folder / "out", "--variants", "final", "--seeds", *"0123", "--launcher", launcher]
     options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -149,12 +149,16 @@ def test_a_failure_is_said_at_once_and_starts_nothing_else(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("send", "number", "word"),
-    [(os.killpg, signal.SIGINT, "Interrupted."), (os.kill, signal.SIGTERM, "Terminated.")],
-    ids=["Ctrl-C", "SIGTERM"],
+    ("send", "number", "word", "within"),
+    [
+        (os.killpg, signal.SIGINT, "Interrupted.", ()),
+        (os.kill, signal.SIGTERM, "Terminated.", ()),
+        (os.kill, signal.SIGTERM, "Terminated.", ("sh", "-c", '"$@"; exit', "sh")),  # ends before what it started
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM to a launcher"],
 )
-def test_after_a_signal_the_runs_in_progress_end_and_nothing_else_starts(tmp_path, send, number, word):
-    process = start_ablations(tmp_path)
+def test_after_a_signal_the_runs_in_progress_end_and_nothing_else_starts(tmp_path, send, number, word, within):
+    process = start_ablations(tmp_path, within=within)
     try:
         wait_for(tmp_path / "seed-0 started", process)
         send(process.pid, number)

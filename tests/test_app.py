@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from conftest import photo
-from forked import Forked
+from forked import run_script
 from PIL import Image
 from test_app_answers import CLASSES, WORDS
 
@@ -93,9 +93,8 @@ def test_uploads_are_limited(app_url):
 def test_app_without_a_model_ends_with_one_sentence(flags, sentence):
     pytest.importorskip("gradio")
     environment = {k: v for k, v in os.environ.items() if k != "DENSECLIP_MODELS"} | {"HF_HUB_OFFLINE": "1"}
-    app = Forked([APP, *flags], environment)
-    said = app.communicate(timeout=PATIENCE)[0]
-    assert app.returncode == 1 and sentence in said and "Traceback" not in said
+    code, said = run_script(APP, *flags, environment=environment)
+    assert code == 1 and sentence in said and "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -114,6 +114,13 @@ def test_bad_choices_of_heat_maps_are_refused(app_models, chosen, sentence):
         heat_maps(app_models, photo(), "random", chosen)
 
 
+def test_heat_maps_of_what_is_no_number_are_refused(app_models, monkeypatch):
+    scores = torch.full((1, 20, 6, 8), float("nan"))
+    monkeypatch.setattr("denseclip_hf.app_answers.score_maps_of", lambda *_: scores)
+    with pytest.raises(ValueError, match="scores are NaN or infinite"):
+        heat_maps(app_models, photo(), "random", ["tree"])
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"GIF89a"])
 def test_what_is_no_picture_is_one_sentence_without_its_folder(tmp_path, content):
     file = tmp_path / "holiday.jpg"

@@ -34,7 +34,7 @@ def arguments(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("from_recipe", ["", "the model's", "the run's"])
+@pytest.mark.parametrize("from_recipe", ["", "the model's", "the run's", "of a model called checkpoint-4"])
 def test_data_are_read_as_in_training(arguments, tmp_path, from_recipe):
     for mask in (tmp_path / "data" / "masks").iterdir():
         ids = np.array(Image.open(mask))
@@ -44,9 +44,12 @@ def test_data_are_read_as_in_training(arguments, tmp_path, from_recipe):
     if from_recipe:
         recipe = {"dataset": str(tmp_path / "data"), **options, "train_split": None}
         (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe))
-        if from_recipe == "the run's":
-            args = replace(args, model=str(shutil.copytree(tmp_path / "model", tmp_path / "model" / "checkpoint-4")))
-            (tmp_path / "model" / "checkpoint-4" / "recipe.json").unlink()
+        if from_recipe != "the model's":
+            checkpoint = shutil.copytree(tmp_path / "model", tmp_path / "model" / "checkpoint-4")
+            (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe | {"ignore_index": 0}))
+            file = checkpoint / "recipe.json"
+            file.rename(tmp_path / "model" / "recipe.json") if from_recipe == "the run's" else None
+            args = replace(args, model=str(checkpoint))
     assert 1 < measure(args)["num_images"] < 12
     assert measure(replace(args, validation_fraction=0.01, ignore_index=100))["num_images"] == 1
 
@@ -78,7 +81,7 @@ def test_scores_that_are_not_finite_end_it(arguments, tmp_path, options):
         model.decode_head.classifier.bias[1] = float("nan")
     model.save_pretrained(tmp_path / "model")
     words = (
-        r"\.jpg: the model's scores are NaN or infinite and tell no class: .* use bfloat16 or float32 \(`--dtype`\)"
+        r"\.jpg: the model's scores are NaN or infinite and tell no class: .* use bfloat16 or float32"
     )
     with pytest.raises(ValueError, match=words):
         measure(arguments(**options))

@@ -132,6 +132,13 @@ def test_scores_must_be_finite(bad, dtype):
         check_finite(scores, "x.png")
 
 
+def test_resizing_can_be_traced_and_takes_no_picture():
+    logits = torch.randn(2, 5, 6, 7)
+    compiled = torch.compile(lambda x: resize_argmax(x, (9, 8)), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(logits), resize_argmax(logits, (9, 8)))
+    assert resize_argmax(logits[:0], (9, 8)).shape == (0, 9, 8)
+
+
 def test_no_floats_of_all_classes_at_full_size(monkeypatch):
     largest = []
     original = resizing_denseclip.resized_rows

@@ -228,7 +228,8 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from_unasked(tmp_path):
 @pytest.mark.slow
 def test_killed_training_goes_on_to_the_same_weights(tmp_path):
     recipe = training_recipe(tmp_path)
-    whole, killed = Run(tmp_path / "whole", [recipe]), Run(tmp_path / "killed", [recipe])
+    python = [sys.executable]  # with hash seeds of its own
+    whole, killed = Run(tmp_path / "whole", [recipe], python), Run(tmp_path / "killed", [recipe], python)
     whole.end()
     for wanted in ("checkpoint-4", "checkpoint-8"):  # two kills, each some steps after a checkpoint appears
         process = killed.begin(wanted)

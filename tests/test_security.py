@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
-from forked import Forked
+from forked import run_script
 from PIL import Image
 from test_evaluate import save_data
 from test_predict import segmenter
@@ -385,9 +385,8 @@ def test_tokens_appear_in_no_file_and_no_line(tmp_path):
         ["evaluate.py", "--model", tmp_path / "run", "--dataset", data, "--output_dir", output],
     ]
     for command in commands:
-        script = Forked([ROOT / "scripts" / command[0], *command[1:]], environment)
-        said = script.communicate(timeout=100)[0]
-        assert script.returncode == 0 and SECRET not in said, said
+        code, said = run_script(ROOT / "scripts" / command[0], *command[1:], environment=environment)
+        assert code == 0 and SECRET not in said, said
     assert files_with(SECRET, tmp_path) == []
     assert (output / "evaluation.json").exists() and (tmp_path / "run" / "checkpoint-1").is_dir()
 

@@ -21,6 +21,7 @@ from .open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES, check_words, score_m
 from .pictures import heat_map, indexed_picture, overlay_with_legend
 from .prediction import Segmenter
 from .prediction_inputs import Source, read_picture
+from .resizing_denseclip import check_finite
 
 
 # What one visitor may ask for at a time.
@@ -152,6 +153,7 @@ def heat_maps(
     segmenter = models.segmenter(name, words, [word.strip() for word in chosen], sentences)
     pixel_values = segmenter.preprocess(image)[None]
     scores = score_maps_of(segmenter.model, pixel_values, segmenter.score_embeds)[0, segmenter.score_rows]
+    check_finite(scores)
     lowest, highest, small = scores.min().item(), scores.max().item(), _shrunk(image)
     return [
         (heat_map(small, score, lowest, highest), f"{word} {score.min():.2f} to {score.max():.2f}")

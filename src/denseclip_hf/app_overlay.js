@@ -39,11 +39,11 @@ async function show() {
 function paint(only = null) {
   const canvas = part("paint");
   const context = canvas.getContext("2d");
-  const colours = context.createImageData(canvas.width, canvas.height);
-  const pixels = new Uint32Array(colours.data.buffer); // 0xAABBGGRR
+  const colors = context.createImageData(canvas.width, canvas.height);
+  const pixels = new Uint32Array(colors.data.buffer); // 0xAABBGGRR
   const table = result.palette.map(([red, green, blue]) => (0xff000000 | (blue << 16) | (green << 8) | red) >>> 0);
   ids.forEach((id, i) => (pixels[i] = only === null || only === id ? table[id] : 0));
-  context.putImageData(colours, 0, 0);
+  context.putImageData(colors, 0, 0);
 }
 
 // The classes that the picture shows, the largest first.

@@ -3,6 +3,7 @@
 import heapq
 import json
 import logging
+import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -168,9 +169,9 @@ def _check(args: EvaluationArguments) -> None:
 
 def _as_trained(args: EvaluationArguments) -> EvaluationArguments:
     """`args`; what of `AS_TRAINED` they leave open is from the recipe of a model trained on the same data."""
-    folder = Path(args.model)
-    if folder.name.startswith("checkpoint-"):  # of a run, whose recipe lies beside it
-        folder = folder.parent
+    folder = Path(args.model).resolve()
+    if re.fullmatch(r"checkpoint-\d+", folder.name) and not (folder / RECIPE_FILE).exists():
+        folder = folder.parent  # the run's
     try:
         recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
         if Path(recipe["dataset"]).resolve() != Path(args.dataset or "").resolve():

@@ -118,7 +118,7 @@ def _nearest(old: int, new: int) -> torch.Tensor:
 def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
     """Refuse logits, score maps or probabilities that are NaN or infinite: their argmax means nothing.
 
-    It waits for the device, so belongs where something does anyway.
+    It waits for the device, so belongs where something does anyway. Nothing is looked at while a graph is traced.
 
     Args:
         scores (`torch.Tensor` of any shape): Of one picture or several.
@@ -127,10 +127,12 @@ def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
     Raises:
         ValueError: With one sentence that says how to mend it.
     """
+    if torch.compiler.is_compiling() or scores.is_meta or not scores.numel():
+        return
     if not torch.stack(scores.aminmax()).isfinite().all():
         raise ValueError(
-            f"{f'{name}: ' if name else ''}the model's scores are NaN or infinite and tell no class: if it runs in "
-            "float16, which overflows, use bfloat16 or float32 (`--dtype`); if not, its weights or words are damaged."
+            f"{f'{name}: ' if name else ''}the model's scores are NaN or infinite and tell no class: if its `dtype` "
+            "is float16, which overflows, use bfloat16 or float32; if not, its weights or words are damaged."
         )
 
 
@@ -165,6 +167,9 @@ def resize_max(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tenso
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]` of shape `(B, *size)` each: int64 class ids and float32 scores.
+
+    Raises:
+        ValueError: As [`resize_argmax`] does.
     """
     _check_resizing(logits, size)
     classes = torch.empty(len(logits), *size, dtype=torch.long, device=logits.device)
