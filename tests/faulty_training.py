@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate import state
 from accelerate.utils import DistributedType
+from torch import distributed
 from torch.utils.data import get_worker_info
 
 from denseclip_hf import evaluation, runs, trainer, transforms
@@ -79,7 +80,19 @@ def worker():
 
 
 def fsdp():
-    """No fault: accelerate shards on the CPU too, which it does on GPUs only."""
+    """No fault: accelerate shards on the CPU too, which it does on GPUs only, and gloo's means are means.
+
+    Asked for a mean, `reduce_scatter_tensor` of torch 2.8 gives the sum on the CPU.
+    """
+    scatter = distributed.reduce_scatter_tensor
+
+    def mean(output, input, op=distributed.ReduceOp.SUM, group=None, **options):
+        if op != distributed.ReduceOp.AVG:
+            return scatter(output, input, op=op, group=group, **options)
+        scatter(output, input, op=distributed.ReduceOp.SUM, group=group, **options)
+        output.div_(distributed.get_world_size(group))
+
+    distributed.reduce_scatter_tensor = mean
     start = state.PartialState.__init__
 
     def with_gpus(self, *args, **kwargs):

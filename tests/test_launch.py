@@ -51,7 +51,7 @@ def test_launched_training_equals_one_process_with_the_doubled_batch(recipe, lau
     torch.testing.assert_close(torch.tensor(launched.losses()), torch.tensor(one.losses()), atol=2e-4, rtol=1e-3)
     expected, weights = one.weights(), launched.weights()
     for name in expected:
-        torch.testing.assert_close(weights[name], expected[name], atol=3e-4, rtol=1e-2, msg=name)
+        torch.testing.assert_close(weights[name], expected[name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_launched_evaluation_equals_one_process(launched, recipe, tmp_path):
@@ -102,7 +102,7 @@ def test_fsdp_takes_the_same_steps(recipe, launched, tmp_path):
     expected, weights = launched.weights(), run.weights()
     assert weights.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(weights[name], expected[name], atol=3e-4, rtol=1e-2, msg=name)
+        torch.testing.assert_close(weights[name], expected[name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(launched, recipe, tmp_path):

@@ -80,9 +80,7 @@ def test_scores_that_are_not_finite_end_it(arguments, tmp_path, options):
     with torch.no_grad():
         model.decode_head.classifier.bias[1] = float("nan")
     model.save_pretrained(tmp_path / "model")
-    words = (
-        r"\.jpg: the model's scores are NaN or infinite and tell no class: .* use bfloat16 or float32"
-    )
+    words = r"\.jpg: the model's scores are NaN or infinite and tell no class: .* use bfloat16 or float32"
     with pytest.raises(ValueError, match=words):
         measure(arguments(**options))
     assert not (tmp_path / "output_dir" / "evaluation.json").exists()
