@@ -146,7 +146,9 @@ def test_a_real_full_disk_leaves_nothing(directory, tmp_path, format):
 
 
 @pytest.mark.parametrize("kind", ["resnet"])
-@pytest.mark.parametrize("format", ["frozen", pytest.param("torch_export", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "format", ["frozen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "torch_export"))]
+)
 def test_a_disk_that_is_too_small_is_left_empty(directory, small_disk, capsys, format):
     disk = small_disk("64k")
     with pytest.raises(SystemExit, match="^1$"):

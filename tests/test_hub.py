@@ -83,7 +83,6 @@ def test_auto_classes_in_a_fresh_process(directory, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "directory"), [("vit", False)], indirect=["directory"])
 def test_without_code_beside_them_weights_need_the_package(directory, tmp_path):
     result = run(HIDE_PACKAGE + USE, directory, tmp_path / "inputs.pt", "trust", tmp_path=tmp_path)
     assert result.returncode and "denseclip" in result.stderr
