@@ -121,7 +121,7 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
                     logger.info("%s, seed %d: %.0f s", *running.pop(job), job.result())
                     progress.update()
         except BaseException as error:  # Ctrl-C and SIGTERM too
-            if any(job.running() for job in running):
+            if running or isinstance(error, KeyboardInterrupt):  # also where only the launcher has ended yet
                 logger.warning("%s The runs in progress are waited for.", str(error) or "Interrupted.")
             raise
 
