@@ -67,20 +67,22 @@ def test_huge_pictures_are_refused(tmp_path, monkeypatch, limit):
 
 
 class Handler(BaseHTTPRequestHandler):
+    over = threading.Event()  # set when a test ends, so that no answer is waited for
+
     def do_GET(self):
         if "slow" in self.path:
-            time.sleep(1.5)
-        for _ in range(20 if "dripping" in self.path else 0):  # never silent for long
+            self.over.wait(60)
+        for _ in range(600 if "dripping" in self.path else 0):  # never silent for long
             self.wfile.write(b"H")
-            time.sleep(0.1)
+            self.over.wait(0.1)
         stream = BytesIO()
         photo((40, 30)).save(stream, "PNG")
         self.send_response(404 if "missing" in self.path else 200)
         self.end_headers()
         self.wfile.write(b"<html>no picture</html>" if ".html" in self.path else stream.getvalue())
-        for _ in range(40 if "endless" in self.path else 0):
+        for _ in range(1200 if "endless" in self.path else 0):
             self.wfile.write(b"0" * 1000)
-            time.sleep(0.05)
+            self.over.wait(0.05)
 
     def log_message(self, *args):
         pass
@@ -90,29 +92,31 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    Handler.over.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
+    Handler.over.set()
     server.shutdown()
 
 
 @pytest.mark.parametrize(
-    ("path", "sentence"),
+    ("path", "timeout", "sentence"),
     [
-        ("photo.png", None),
-        ("missing.png", "can not be fetched (Not Found)"),
-        ("page.html", "cannot be read as a picture"),
-        ("slow.png", "can not be fetched (it takes longer than 0.5 seconds)"),
-        ("dripping.png", "can not be fetched (it takes longer than 0.5 seconds)"),
-        ("endless.png", "can not be fetched (it takes longer than 0.5 seconds)"),
+        ("photo.png", 60, None),
+        ("missing.png", 60, "can not be fetched (Not Found)"),
+        ("page.html", 60, "cannot be read as a picture"),
+        ("slow.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
+        ("dripping.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
+        ("endless.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
     ],
 )
-def test_addresses(server, tmp_path, path, sentence):
+def test_addresses(server, tmp_path, path, timeout, sentence):
     sources, _ = find_sources([f"{server}/{path}"])
     asked, start = segmenter(), time.monotonic()
-    summary = predict_sources(asked, sources, tmp_path, timeout=0.5, progress=False)
+    summary = predict_sources(asked, sources, tmp_path, timeout=timeout, progress=False)
     assert summary.done == (sentence is None) and all(sentence in problem for problem in summary.problems)
-    assert sentence is None or time.monotonic() - start < 1
+    assert time.monotonic() - start < 10  # not until the server is done, a minute later
 
 
 def test_downloads_are_bounded(server, tmp_path, monkeypatch):
