@@ -41,7 +41,7 @@ from denseclip_hf.writing import write_atomically
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 logger = logging.getLogger("ablate")
-terminated = threading.Event()
+stopping = threading.Event()  # by Ctrl-C or SIGTERM
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -94,10 +94,10 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> float:
     command = [*shlex.split(args.launcher), str(REPOSITORY / "scripts" / "train.py"), *arguments(args, variant, seed)]
     start = time.perf_counter()
     with open(output_dir.parent / f"seed-{seed}.log", "w") as log:
-        if terminated.is_set():
-            raise RuntimeError("Terminated.")
+        if stopping.is_set():
+            raise RuntimeError("Not started.")
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        if terminated.is_set():  # in between, when there was nothing to tell yet
+        if stopping.is_set():  # in between, when there was nothing to tell yet
             process.terminate()
         process.wait()
     if process.returncode:
@@ -121,6 +121,8 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
                     logger.info("%s, seed %d: %.0f s", *running.pop(job), job.result())
                     progress.update()
         except BaseException as error:  # Ctrl-C and SIGTERM too
+            if isinstance(error, KeyboardInterrupt):
+                stopping.set()
             if running or isinstance(error, KeyboardInterrupt):  # also where only the launcher has ended yet
                 logger.warning("%s The runs in progress are waited for.", str(error) or "Interrupted.")
             raise
@@ -132,9 +134,9 @@ def handing_on_sigterm() -> Iterator[None]:
     told = []
 
     def tell(number: int, frame: FrameType | None) -> None:
-        if terminated.is_set():  # schedulers repeat it
+        if stopping.is_set():  # schedulers repeat it
             return
-        terminated.set()
+        stopping.set()
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 if any(part.endswith("train.py") for part in process.cmdline()):

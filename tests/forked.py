@@ -1,13 +1,16 @@
 """Scripts in processes of their own, forked from one that has imported what takes them longer than their work."""
 
+import itertools
 import multiprocessing
 import os
 import resource
 import runpy
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +18,9 @@ import torch
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["denseclip_hf.recipes", "denseclip_hf.measurement", "denseclip_hf.training_card"])
+
+PATIENCE = 600  # seconds; what takes longer hangs
+PORTS = itertools.count(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 
 
 class Forked:
@@ -72,10 +78,35 @@ def run_script(*command, **options):
     """Exit code and all that a script said."""
     script = Forked(command, **options)
     try:
-        said = script.communicate(timeout=300)[0]
+        said = script.communicate(timeout=PATIENCE)[0]
     finally:
         script.kill()
     return script.returncode, said
+
+
+def run_ranks(processes, *command, **environment):
+    """Exit codes of a script in several processes, started as `torchrun` does, or in just one; and what each said."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    if processes > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(processes)}
+    started = []
+    for rank in map(str, range(processes)):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        started.append(Forked(command, environment | ranks))
+    try:
+        said = [script.communicate(timeout=PATIENCE)[0] for script in started]
+    finally:
+        for script in started:
+            script.kill()
+    return [script.returncode for script in started], said
+
+
+def free_port():
+    """A port that nobody takes before it is used: the system gives away higher ones, the other workers their own."""
+    for port in PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def _run(command, folder, environment, largest_file, said):

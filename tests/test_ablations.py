@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import PATIENCE
 from test_recipes import KINDS
 
 from denseclip_hf.ablations import ROWS, VARIANTS, ablation_json, ablation_tables, mean_and_spread, read_measurements
@@ -80,10 +81,15 @@ def finished(folder, iou, flags, seed):
     (folder / "eval_results.json").write_text(json.dumps({"eval_mean_iou": iou}))
 
 
-def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, capsys):
+def ablate():
     spec = importlib.util.spec_from_file_location("ablate", CONFIGS.parent / "scripts" / "ablate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, capsys):
+    module = ablate()
     for seed, iou in ((0, 0.4), (7, 0.9)):
         finished(tmp_path, iou, ["--max_steps", "5"], seed)
     command = [str(CONFIGS / "ablation_example.yaml"), "--output_dir", str(tmp_path), "--variants", "final"]
@@ -97,6 +103,26 @@ def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, caps
     with pytest.raises(SystemExit, match="^1$"):
         module.main([*command, "--seeds", "0", "--", "--max_steps", "5"])
     assert "seed-0 holds results without their recipe.json" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_back_a_run_that_is_about_to_start(tmp_path, monkeypatch):
+    """Its process would not be there yet to hear it."""
+    module, started = ablate(), []
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def directory(args, variant, seed):
+        module.stopping.wait(5)  # in the thread of this run
+        return tmp_path / variant / f"seed-{seed}"
+
+    monkeypatch.setattr(module, "wait", interrupt)
+    monkeypatch.setattr(module, "directory", directory)
+    monkeypatch.setattr(module.subprocess, "Popen", started.append)
+    args = module.parse([str(CONFIGS / "ablation_example.yaml"), "--output_dir", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        module.train_all(args, [("final", 0)])
+    assert module.stopping.is_set() and not started
 
 
 # In place of a training: seed 0 may fail, the others go on until `go` is there; of a signal they end after a while.
@@ -141,7 +167,7 @@ def test_a_failure_is_said_at_once_and_starts_nothing_else(tmp_path):
             assert process.poll() is None
         assert not (tmp_path / "seed-1 ended").exists()
         (tmp_path / "go").touch()
-        assert process.wait(60) == 1 and "error: final with seed 0 failed" in process.stderr.read()
+        assert process.wait(PATIENCE) == 1 and "error: final with seed 0 failed" in process.stderr.read()
     finally:
         process.kill()
     assert {file.name for file in tmp_path.glob("seed*")} == {"seed-0 started", "seed-1 started", "seed-1 ended"}
@@ -162,7 +188,7 @@ def test_after_a_signal_the_runs_in_progress_end_and_nothing_else_starts(tmp_pat
     try:
         wait_for(tmp_path / "seed-0 started", process)
         send(process.pid, number)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=PATIENCE)[1]
     finally:
         process.kill()
     assert process.returncode == 128 + number and "Traceback" not in said

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from conftest import photo
-from forked import run_script
+from forked import PATIENCE, run_script
 from PIL import Image
 from test_app_answers import CLASSES, WORDS
 
@@ -24,7 +24,6 @@ from denseclip_hf.app_answers import segment
 APP = Path(__file__).parent.parent / "app.py"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # The machine may be busy with many other things.
-PATIENCE = 600
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +221,8 @@ def complaint(page):
     page.locator("#segment").click()
     toast = page.locator("[data-testid=toast-body]").first
     toast.wait_for()
-    text = toast.inner_text()
-    toast.get_by_test_id("toast-close").click()
+    # At once, as it goes by itself after ten seconds.
+    text = toast.evaluate("it => { it.querySelector('[data-testid=toast-close]').click(); return it.innerText; }")
     toast.wait_for(state="detached")
     return text
 

@@ -1,13 +1,11 @@
 """Two processes on the CPU (gloo) must do what one does with the doubled batch."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from forked import Forked
+from forked import run_ranks
 
 
 pytestmark = pytest.mark.slow
@@ -17,22 +15,9 @@ SCRIPT = Path(__file__).parent / "distributed_training.py"
 def run(output_dir, processes, batch_size, **options):
     """Start the script on `processes` processes and return what each of them wrote, results and weights."""
     output_dir.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = {"WORLD_SIZE": str(processes)} if processes > 1 else {}
     options = json.dumps({"per_device_train_batch_size": batch_size, **options})
-    started = []
-    for rank in range(processes):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world} if world else {}
-        started.append(Forked([SCRIPT, output_dir, options], {**common, **ranks}))
-    try:
-        said = [process.communicate(timeout=150)[0] for process in started]
-        assert [process.returncode for process in started] == [0] * processes, said
-    finally:
-        for process in started:
-            process.kill()
+    codes, said = run_ranks(processes, SCRIPT, output_dir, options)
+    assert codes == [0] * processes, said
     results = [json.loads((output_dir / f"result-{rank}.json").read_text()) for rank in range(processes)]
     return results, [torch.load(output_dir / f"weights-{rank}.pt", weights_only=True) for rank in range(processes)]
 

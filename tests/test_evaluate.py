@@ -1,9 +1,7 @@
 import csv
 import json
 import math
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, varied
-from forked import Forked
+from forked import run_ranks, run_script
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -235,29 +233,12 @@ def test_a_card_that_somebody_broke_is_no_failure(arguments, with_card, caplog):
 # Several processes
 
 
-def run_script(arguments, processes=1, **environment):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **environment}
-        common["MASTER_PORT"] = str(probe.getsockname()[1])
-    started = []
-    for rank in range(processes):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-        started.append(Forked([SCRIPT, *arguments], common | ranks))
-    try:
-        said = [process.communicate(timeout=150)[0] for process in started]
-        return [process.returncode for process in started], said
-    finally:
-        for process in started:
-            process.kill()
-
-
 @pytest.mark.slow
 def test_two_processes_count_every_picture_once(arguments, tmp_path, model_dir):
     alone = measure(arguments(boundary_iou=True, worst=3))
     flags = ["--model", model_dir, "--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "two")]
     flags += ["--boundary_iou", "--worst", "3", "--save_predictions", "--device", "cpu"]
-    codes, (first, second) = run_script(flags, 2)
+    codes, (first, second) = run_ranks(2, SCRIPT, *flags)
     assert codes == [0, 0], first + second
     together = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert together["num_images"] == 5 and len(list((tmp_path / "two" / "predictions").iterdir())) == 5
@@ -269,8 +250,8 @@ def test_two_processes_count_every_picture_once(arguments, tmp_path, model_dir):
 @pytest.mark.slow
 def test_script_says_in_one_sentence_what_is_wrong(tmp_path, model_dir):
     data = save_data(tmp_path / "data", ["cat", "dog", "class 1"])
-    codes, (said,) = run_script(["--model", model_dir, "--dataset", data, "--output_dir", str(tmp_path / "out")])
-    assert codes == [1] and "2 of the data's 3 classes are unknown to the model ('cat', 'dog')" in said
+    code, said = run_script(SCRIPT, "--model", model_dir, "--dataset", data, "--output_dir", tmp_path / "out")
+    assert code == 1 and "2 of the data's 3 classes are unknown to the model ('cat', 'dog')" in said
     assert "Traceback" not in said and not (tmp_path / "out").exists()
 
 

@@ -1,16 +1,15 @@
 """`accelerate launch` on two processes of the CPU (gloo): as one process does; and one of them is killed."""
 
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
+from forked import PATIENCE, free_port
 from running import TRAIN, Run, one_sentence, training_recipe
 from test_recipes import TINY
 from test_training import NO_DROPOUT
@@ -19,15 +18,9 @@ from test_training import NO_DROPOUT
 pytestmark = pytest.mark.slow
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def launcher(*options):
     options = options or ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
-    options = [*options, "--mixed_precision", "no", "--main_process_port", free_port()]
+    options = [*options, "--mixed_precision", "no", "--main_process_port", "0"]
     return [sys.executable, "-m", "accelerate.commands.launch", *map(str, options)]
 
 
@@ -79,7 +72,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(launched, recipe, 
 
 def test_without_a_launcher_the_others_say_so(recipe, tmp_path):
     """A launcher ends them itself, often before they can say anything."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     first, second = (
         Run(tmp_path / "run", [recipe], [sys.executable], **address, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in (0, 1)
@@ -108,9 +101,8 @@ def test_fsdp_takes_the_same_steps(recipe, launched, tmp_path):
 def test_a_signal_to_one_process_stops_all_at_the_same_step(launched, recipe, tmp_path):
     run = Run(tmp_path / "run", [recipe], launcher())
     process = run.begin()
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[-1]), signal.SIGTERM)
-    said = process.communicate(timeout=100)[0]
+    psutil.Process(process.pid).children()[-1].terminate()
+    said = process.communicate(timeout=PATIENCE)[0]
     step = int(re.search(r"stopped at step (\d+) \(SIGTERM\): the checkpoint is complete", said)[1])
     assert process.returncode == 1 and run.checkpoints()[-1] == step
     run.end()

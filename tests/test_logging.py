@@ -1,5 +1,9 @@
-"""What the trainer logs arrives in TensorBoard and trackio under the same names."""
+"""What the trainer logs: names in TensorBoard and trackio, and the memory of the process."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import trainer_for
@@ -27,3 +31,15 @@ def test_trackio_receives_every_rate(tmp_path, monkeypatch):
     wanted = {"loss", "decode_loss", "auxiliary_loss", "pixel_accuracy", "images_per_second", "grad_norm"}
     assert {f"train/{name}" for name in wanted} | {"train/learning_rate/image_encoder"} <= set().union(*lines)
     assert [line["train/global_step"] for line in lines if "train/loss" in line] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process begins at nought by itself")
+def test_peak_memory_is_the_process_s_own():
+    """Linux begins a new program's `ru_maxrss` at that of what started it."""
+    ballast = np.ones(2**30, dtype=np.uint8)
+    code = "from denseclip_hf.training_log import peak_memory\nbefore = peak_memory('cpu')\n"
+    code += "held = bytearray(b'1' * 2**28)\nprint(before, peak_memory('cpu'))"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    before, after = map(int, result.stdout.split())
+    assert 2**26 < before < ballast.nbytes and 2**28 <= after - before < 2**30

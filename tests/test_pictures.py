@@ -78,10 +78,11 @@ def test_strips_of_a_picture_equal_the_whole(monkeypatch, strip):
 @pytest.mark.slow
 def test_drawing_over_a_large_picture_takes_the_memory_of_the_result():
     code = (
-        "import resource, numpy as np, torch\n"
+        "import numpy as np, torch\n"
         "from PIL import Image\n"
         "from denseclip_hf.pictures import heat_map, overlay_with_legend\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "from denseclip_hf.training_log import peak_memory\n"
+        "peak = lambda: peak_memory('cpu') / 2**20\n"
         "def draw(side):\n"
         "    image, ids = Image.new('RGB', (side, side)), np.zeros((side, side), np.uint8)\n"
         "    before = peak()\n"

@@ -94,6 +94,7 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     Handler.over.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # when nobody listens any more
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     Handler.over.set()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_training import trainer_for
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
+from denseclip_hf import batches, evaluation
 from denseclip_hf.stopping import OutlivesSignals, StopCallback, TrainingStopped
 
 
@@ -85,3 +86,43 @@ def test_workers_leave_signals_to_the_main_process():
     worker.terminate()
     worker.join(timeout=30)
     assert worker.exitcode == 0
+
+
+class SignalledAtItsStart(OutlivesSignals):
+    """Of a worker that a scheduler's SIGTERM finds before it could be told what to do then."""
+
+    def __call__(self, worker_id):
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().__call__(worker_id)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on macOS")
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_are_born_with_sigterm_blocked(tmp_path, monkeypatch, persistent):
+    for module in (batches, evaluation):
+        monkeypatch.setattr(module, "OutlivesSignals", SignalledAtItsStart)
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent, "max_steps": 5}
+    trainer = trainer_for(tmp_path, **options)
+    trainer.train()
+    assert trainer.state.epoch > 1 and trainer.evaluate()["eval_mean_iou"] >= 0
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+class Signalled(IterableDataset):
+    """A caller's own stream, read by a worker that hears SIGTERM meanwhile."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        os.system(f"kill -TERM {os.getpid()}")
+        while True:
+            yield from self.samples
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on macOS")
+def test_workers_of_a_callers_stream_leave_signals_to_the_main_process(tmp_path):
+    trainer = trainer_for(tmp_path, dataloader_num_workers=1, max_steps=2)
+    trainer.train_dataset = Signalled([trainer.train_dataset[index] for index in range(4)])
+    trainer.train()
+    assert trainer.state.global_step == 2

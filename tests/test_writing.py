@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from denseclip_hf.writing import OutputError, new_directory, write_atomically
+from denseclip_hf.writing import OutputError, complete_or_gone, new_directory, write_atomically
 
 
 @contextmanager
@@ -47,6 +47,22 @@ def test_missing_parents_are_made_and_taken_away_again(tmp_path):
     with new_directory(tmp_path / "p1" / "p2" / "model"):
         pass
     assert (tmp_path / "p1" / "p2" / "model").is_dir()
+
+
+def test_what_is_no_fault_of_the_disk_is_not_blamed_on_it(tmp_path):
+    """torch raises that a data-loader worker died wherever the main process is."""
+    (tmp_path / "part").mkdir()
+    with (
+        pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid 7\) is killed by signal"),
+        complete_or_gone(tmp_path / "part", "the checkpoint", "the others"),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert not (tmp_path / "part").exists()
+    with (
+        pytest.raises(OSError, match="the checkpoint could not be written .no room.: the others are complete"),
+        complete_or_gone(tmp_path / "part", "the checkpoint", "the others"),
+    ):
+        raise RuntimeError("no room")
 
 
 def test_a_link_is_refused_before_anything_is_made(tmp_path):

@@ -15,7 +15,7 @@ from .image_inputs_denseclip import reduce_labels
 from .metrics import confusion_matrix, scores_from_confusion_matrix
 from .open_vocabulary_denseclip import eval_mode
 from .resizing_denseclip import resize_argmax, resize_labels
-from .stopping import OutlivesSignals
+from .stopping import OutlivesSignals, sigterm_blocked
 
 
 Sample = dict[str, Any]
@@ -114,11 +114,13 @@ def evaluate_segmentation(
     loader = torch.utils.data.DataLoader(
         share, batch_size=None, num_workers=0 if length is None else num_workers, worker_init_fn=OutlivesSignals()
     )
+    with sigterm_blocked():
+        loaded = iter(loader)
     bar = tqdm(total=length, desc="Evaluating", disable=not progress or rank > 0, leave=False)
     matrix = torch.zeros(config.num_labels, config.num_labels, dtype=torch.int64, device=device)
     totals = torch.zeros(2, device=device)  # loss, pictures
     with eval_mode(model), torch.inference_mode(), accelerator.autocast() if accelerator else nullcontext():
-        for batch in same_size_batches(loader, batch_size if world == 1 and predict is None else 1):
+        for batch in same_size_batches(loaded, batch_size if world == 1 and predict is None else 1):
             predictions, batch_loss = _predictions(model, batch, device, predict)
             for sample, prediction in zip(batch, predictions, strict=True):
                 if sample["counted"]:

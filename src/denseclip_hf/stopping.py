@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import parent_process
 from typing import Any
 
@@ -27,6 +27,24 @@ class TrainingStopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+@contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """
+    Data-loader workers started meanwhile are born with SIGTERM blocked, for [`OutlivesSignals`] to take over.
+
+    Before that is called, torch has them die of it, unless it comes from the main process. That one still hears it, in
+    another of its threads if not at the end.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # on macOS, see [`OutlivesSignals`]
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class StopCallback(TrainerCallback):
     """
     Ends training at the end of the step in which SIGTERM or Ctrl-C arrives at any of its processes.
@@ -38,17 +56,20 @@ class StopCallback(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0  # a signal's number, 0 while there is none
         self.agreed = 0
+        self._starting = ExitStack()  # workers, from the beginning of an epoch to its first batch
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note signals instead of dying of them (in the main thread; elsewhere Python allows no handlers)."""
         if threading.current_thread() is not threading.main_thread():
-            yield
+            with self._starting:
+                yield
             return
         self.received = self.agreed = 0
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
-            yield
+            with self._starting:
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -57,6 +78,12 @@ class StopCallback(TrainerCallback):
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = self.received or number
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._starting.enter_context(sigterm_blocked())
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._starting.close()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = self.received
@@ -109,4 +136,4 @@ class OutlivesSignals:
                 os._exit(0)
 
 
-__all__ = ["OutlivesSignals", "StopCallback", "TrainingStopped"]
+__all__ = ["OutlivesSignals", "StopCallback", "TrainingStopped", "sigterm_blocked"]

@@ -23,7 +23,7 @@ from .batches import GlobalBatches, collate, training_loader
 from .evaluation import evaluate_segmentation
 from .model_card import CARD, write_model_card
 from .runs import WRITING_DIR
-from .stopping import StopCallback, TrainingStopped
+from .stopping import OutlivesSignals, StopCallback, TrainingStopped
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .training_log import TrainingLog
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
@@ -119,7 +119,9 @@ class DenseCLIPTrainer(Trainer):
         """Batches of this process, see [`GlobalBatches`]; of an [`AugmentedStream`], pass after pass, endlessly."""
         args, dataset = self.args, self.train_dataset
         if not (isinstance(dataset, AugmentedStream) or hasattr(dataset, "__len__")):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            loader.worker_init_fn = OutlivesSignals(loader.worker_init_fn)
+            return loader
         batch_size = self._train_batch_size
         loader, self._batches = training_loader(dataset, args, batch_size, self.data_collator)
         non_blocking = self.accelerator.non_blocking

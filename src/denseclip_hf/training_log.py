@@ -1,9 +1,12 @@
 """What one watches while a model trains: the parts of its loss, accuracy, learning rates, speed and memory."""
 
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +82,9 @@ def peak_memory(device_type: str) -> float:
     """Most bytes in use so far: on the current device if that is "cuda", else of this process."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError):  # Linux, whose `ru_maxrss` starts from the parent's peak
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)

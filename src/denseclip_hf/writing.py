@@ -86,11 +86,14 @@ def complete_or_gone(folder: Path, what: str, kept: str) -> Iterator[None]:
 
     Raises:
         OSError: with one sentence, if it fails.
+        RuntimeError: torch's, if a data-loader worker dies meanwhile.
     """
     try:
         yield
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
         shutil.rmtree(folder, ignore_errors=True)
+        if str(error).startswith("DataLoader worker"):  # one died meanwhile, which torch raises wherever we are
+            raise
         raise OSError(
             f"{what} could not be written ({error}): {kept} are complete; make room and start again with the same "
             "command."

@@ -37,7 +37,8 @@ STUBS = {
 
 def fetch(folder: Path) -> None:
     """Lay out the tests of transformers `VERSION` in `folder`."""
-    with tempfile.TemporaryDirectory() as download:
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as download:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         subprocess.run([*command, "--dest", download, f"transformers=={VERSION}"], check=True)
         (archive,) = Path(download).glob("*.tar.gz")
@@ -48,7 +49,6 @@ def fetch(folder: Path) -> None:
             stub = Path(download) / f"transformers-{VERSION}" / name
             stub.parent.mkdir(parents=True, exist_ok=True)
             stub.write_text(text)
-        folder.parent.mkdir(exist_ok=True)
         (Path(download) / f"transformers-{VERSION}").rename(folder)
 
 
