@@ -7,11 +7,10 @@ text tower, for the Auto classes).
 import argparse
 from pathlib import Path
 
-from PIL import Image
-
 from denseclip_hf.exporting import FILES, check_export, export, export_frozen
 from denseclip_hf.inference import load_model
 from denseclip_hf.original_release import pattern_picture
+from denseclip_hf.prediction_inputs import Source, read_picture
 from denseclip_hf.runs import one_sentence_errors
 from denseclip_hf.writing import new_directory
 
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=[*FILES, "frozen"], default="onnx", help="default: %(default)s")
     parser.add_argument("--image", help="picture that the result is checked on (default: a drawn one)")
     args = parser.parse_args(argv)
-    image = Image.open(args.image).convert("RGB") if args.image else pattern_picture((256, 320))
+    image = read_picture(Source(args.image, "image")) if args.image else pattern_picture((256, 320))
     model, processor = load_model(args.model, "fp32")
     with new_directory(args.output_dir) as directory:
         if args.format == "frozen":

@@ -14,6 +14,7 @@ from denseclip_hf.recipes import DataArguments, ModelArguments, make_trainer, pa
 from denseclip_hf.runs import (
     check_checkpoint,
     finish_run,
+    keep_others_out,
     keep_recipe,
     one_sentence_errors,
     prepare_run,
@@ -32,12 +33,16 @@ def main(argv: list[str] | None = None) -> dict:
     output_dir = Path(args.output_dir)
     with args.main_process_first(desc="looking at the output directory"):
         recipe = recipe_of(model_args, data_args, args)
+        if args.process_index == 0:
+            keep_others_out(output_dir)
         if args.resume_from_checkpoint:
             check_checkpoint(args.resume_from_checkpoint, recipe)
         checkpoint = prepare_run(output_dir, recipe, main_process=args.local_process_index == 0)
     trainer, data = make_trainer(model_args, data_args, args)
     if checkpoint is None and args.local_process_index == 0:
         keep_recipe(output_dir, recipe)
+    if args.process_index == 0:
+        keep_others_out(output_dir)  # which is there now
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     metrics = trainer.evaluate() if data.validation is not None else {}
 

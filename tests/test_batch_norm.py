@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from denseclip_hf.batch_norm import AllReduceBatchNorm2d, synchronise_batch_norms
+from denseclip_hf.batch_norm import AllReduceBatchNorm2d, frozen_batch_norms, synchronise_batch_norms
 
 
 @pytest.mark.parametrize("mean", [1, 300])
@@ -37,5 +37,11 @@ def test_keys_and_values_stay():
     synchronise_batch_norms(model, "cpu")
     assert isinstance(model[1][0], AllReduceBatchNorm2d) and model[1][0].eps == 1e-3
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    frozen = nn.Sequential(nn.BatchNorm2d(2).requires_grad_(False).eval())
+    parameters, buffers = list(frozen.parameters()), list(frozen.buffers())
+    synchronise_batch_norms(frozen, "cpu")
+    assert not frozen[0].training and frozen_batch_norms(frozen) == [frozen[0]]
+    assert all(new is old for new, old in zip(frozen.parameters(), parameters, strict=True))
+    assert all(new is old for new, old in zip(frozen.buffers(), buffers, strict=True))
     synchronise_batch_norms(torch_model := nn.Sequential(nn.BatchNorm2d(2)), "cuda")
     assert isinstance(torch_model[0], nn.SyncBatchNorm)

@@ -208,6 +208,10 @@ BAD = {
     "a timm tower": ({"visual.trunk.x": torch.zeros(1)}, "not a CLIP"),
     "unused key": ({"logit_bias": torch.zeros(())}, "does not know: logit_bias"),
     "misshapen key": ({"ln_final.bias": torch.zeros(3)}, "ln_final|final_layer_norm.bias has shape"),
+    "not finite": (
+        {"ln_final.bias": torch.full((128,), torch.inf)},
+        "final_layer_norm.bias has values that are not finite",
+    ),
     "another vocabulary": ({"token_embedding.weight": torch.zeros(600, 128)}, "the tokenizer has .* tokens"),
 }
 

@@ -54,6 +54,23 @@ def test_data_are_read_as_in_training(arguments, tmp_path, from_recipe):
     assert measure(replace(args, validation_fraction=0.01, ignore_index=100))["num_images"] == 1
 
 
+def test_labels_are_reduced_as_in_training(arguments, tmp_path):
+    """Without a word they would be read as one class too high wherever the last class is missing."""
+    for mask in (tmp_path / "data" / "masks").iterdir():
+        ids = np.array(Image.open(mask))
+        Image.fromarray(np.where(ids == 255, 0, ids + 1).astype(np.uint8)).save(mask)
+    data, training = DataArguments(str(tmp_path / "data"), do_reduce_labels=True), DenseCLIPTrainingArguments("unused")
+    (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe_of(ModelArguments(), data, training)))
+    asked = replace(arguments(), do_reduce_labels=True)
+    assert measure(arguments())["metrics"] == pytest.approx(measure(asked)["metrics"], nan_ok=True)
+
+
+def test_the_same_data_elsewhere_are_pointed_out(arguments, tmp_path, caplog):
+    (tmp_path / "model" / "recipe.json").write_text(json.dumps({"dataset": "/elsewhere/data", "ignore_index": 0}))
+    measure(arguments())
+    assert f"trained on /elsewhere/data, so flags alone say how {tmp_path / 'data'} is read" in caplog.text
+
+
 def test_splits_are_those_of_training(arguments, tmp_path):
     for name, count in (("fold_1", 3), ("fold_2", 2)):
         write_folder(tmp_path / "folds" / name, count)

@@ -1,13 +1,15 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_training import pictures, write_folder
 
-from denseclip_hf import DenseCLIPConfig, DenseCLIPTrainingArguments
+from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation, DenseCLIPTrainingArguments
 from denseclip_hf.recipes import (
     DataArguments,
     ModelArguments,
@@ -188,6 +190,15 @@ def test_a_trained_model_keeps_its_own_config(trained, folder):
     again = ModelArguments(model=trained, config=json.dumps({"gamma_init": 2.0}))
     with pytest.raises(ValueError, match="keeps its own"):
         model_to_train(again, load_data(DataArguments(dataset=str(folder))), 64)
+
+
+def test_a_trained_model_goes_on_in_float32(trained, folder, tmp_path):
+    """Half precision would round most steps of the published rate away."""
+    half = shutil.copytree(trained, tmp_path / "half")
+    DenseCLIPForSemanticSegmentation.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(half)
+    assert DenseCLIPForSemanticSegmentation.from_pretrained(half).dtype == torch.bfloat16
+    model, _ = model_to_train(ModelArguments(model=str(half)), load_data(DataArguments(str(folder))), 64)
+    assert model.dtype == torch.float32
 
 
 def test_fewer_classes_in_the_data_than_in_the_model(trained, tmp_path):

@@ -175,6 +175,37 @@ def test_steps_that_mean_nothing_are_refused(steps):
         DenseCLIPTrainingArguments("unused", max_steps=steps)
 
 
+def test_nothing_is_pushed_while_training(tmp_path):
+    """Trainer would push the pickle of its arguments, with the token in it, and half-written checkpoints."""
+    with pytest.raises(ValueError, match="training does not push, .*: push what it .* `scripts/push_to_hub.py"):
+        DenseCLIPTrainingArguments("unused", push_to_hub=True, hub_token="secret")
+    with pytest.raises(ValueError, match="training does not push"):
+        trainer_for(tmp_path).push_to_hub()
+
+
+def test_without_a_launcher_one_of_several_devices_trains(tmp_path, caplog):
+    """torch's DataParallel would give the contexts no gradient."""
+    trainer = trainer_for(tmp_path)
+    trainer.args._n_gpu = 2
+    again = DenseCLIPTrainer(trainer.model, trainer.args, trainer.train_dataset)
+    assert again.args.n_gpu == 1 and again._train_batch_size == 2
+    assert "One of 2 devices is used: `accelerate launch` uses all" in caplog.text
+
+
+def test_several_sets_are_evaluated_by_name(tmp_path):
+    sets = {"day": pictures(), "night": pictures()[:2]}
+    trainer = trainer_for(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.eval_dataset = sets
+    trainer.train()
+    scores = trainer.evaluate()
+    for name, samples in sets.items():
+        alone = trainer.evaluate(samples)
+        assert scores[f"eval_{name}_mean_iou"] == alone["eval_mean_iou"]
+        assert scores[f"eval_{name}_num_images"] == len(samples)
+    assert scores["eval_mean_iou"] == (scores["eval_day_mean_iou"] + scores["eval_night_mean_iou"]) / 2
+    assert sum("eval_night_loss" in entry for entry in trainer.state.log_history) == 3
+
+
 @pytest.mark.parametrize("name", ["image_encoder_lr_multiplier", "text_encoder_lr_multiplier"])
 def test_rates_below_zero_are_refused(name):
     assert getattr(DenseCLIPTrainingArguments("unused", **{name: 0.0}), name) == 0

@@ -31,7 +31,7 @@ from .example import draw_scene
 logger = logging.getLogger(__name__)
 
 MAX_FILE_SIZE = "20mb"
-KEPT_SECONDS = 3600
+KEPT_SECONDS, CLEARING_SECONDS = 3600, 300  # how old a file becomes, and how often is looked
 OWN_CLASSES, NEW_WORDS = "the model's classes", "words of your own"
 LIMITS = (
     "Every pixel goes to the word it matches best, however poorly, so give words for the rest of the scene too. Words "
@@ -58,7 +58,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
         ValueError, OSError: with one sentence, if the first model can not be loaded.
     """
     first, here = models.names[0], Path(__file__)
-    with gr.Blocks(title="DenseCLIP", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+    with gr.Blocks(title="DenseCLIP", analytics_enabled=False, delete_cache=(CLEARING_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown("# DenseCLIP\nEvery pixel is matched with the names of classes. Point at the result to read them.")
         last = gr.State(time_to_live=KEPT_SECONDS)
         with gr.Row():

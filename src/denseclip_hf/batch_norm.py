@@ -62,8 +62,9 @@ def _synchronised(old: nn.BatchNorm2d, device_type: str) -> nn.Module:
     if device_type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(old)
     new = AllReduceBatchNorm2d(old.num_features, eps=old.eps, momentum=old.momentum)
-    new.load_state_dict(old.state_dict())
-    return new.to(old.weight).train(old.training)
+    for name, value in [*old.named_parameters(), *old.named_buffers()]:  # themselves, which may be frozen
+        setattr(new, name, value)
+    return new.train(old.training)
 
 
 def frozen_batch_norms(model: nn.Module) -> list[nn.Module]:

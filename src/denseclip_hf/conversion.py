@@ -70,6 +70,23 @@ def clip_key_table(image: str, text: str, ours: str = "") -> list[tuple[str, str
     ]
 
 
+def check_saved(loaded: torch.nn.Module, model: torch.nn.Module) -> None:
+    """
+    See that a model came back from disk as it was, with finite weights.
+
+    Raises:
+        ValueError: naming a weight that is not finite or came back different.
+    """
+    expected = model.state_dict()
+    for key, value in loaded.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"{key} has values that are not finite: its run failed, or `dtype` is too small for them."
+            )
+        if not torch.equal(value, expected[key]):
+            raise ValueError(f"{key} came back from disk with other values.")
+
+
 # All keys of the authors' checkpoints; see `clip_key_table` for the towers'.
 ORIGINAL_KEY_TABLE = [
     (r"contexts", "prompts.context_vectors"),

@@ -24,7 +24,7 @@ from .checkpoints import (
     state_dict_of,
 )
 from .configuration_clip_resnet import CLIPResNetConfig
-from .conversion import check_keys, clip_key_table, rename
+from .conversion import check_keys, check_saved, clip_key_table, rename
 from .dtypes import DTYPES
 from .modeling_clip_resnet import CLIPResNetModel
 from .writing import new_directory
@@ -67,8 +67,8 @@ def convert_clip(
         `CLIPModel` or [`CLIPResNetModel`]: the model as it was saved.
 
     Raises:
-        CheckpointError, ValueError: if the file is no CLIP checkpoint, a key does not fit, naming it, or it does not
-            tell its activation or heads.
+        CheckpointError, ValueError: if the file is no CLIP checkpoint, a key does not fit or a weight is not finite in
+            `dtype`, naming it, or it does not tell its activation or heads.
         OutputError: if the directory can't be written.
     """
     if hidden_act not in (None, *ACTIVATIONS):
@@ -96,6 +96,7 @@ def convert_clip(
     with new_directory(output_dir) as directory:
         for part in (model.eval(), processor, tokenizer):
             part.save_pretrained(directory)
+        check_saved(model_class.from_pretrained(directory), model)
     logger.info("Wrote %s: %s with %s.", output_dir, model_class.__name__, hidden_act)
     return model
 

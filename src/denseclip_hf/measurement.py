@@ -4,7 +4,7 @@ import heapq
 import json
 import logging
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from .writing import make_directory, writing_into
 logger = logging.getLogger(__name__)
 
 # Options that are by default those of training on the same data, and what that calls them.
-AS_TRAINED = {"split": "validation_split"} | {k: k for k in ("train_split", "validation_fraction", "ignore_index")}
+AS_TRAINED = {"split": "validation_split"} | {k.name: k.name for k in fields(DatasetArguments) if k.name != "dataset"}
 
 
 @dataclass
@@ -174,11 +174,15 @@ def _as_trained(args: EvaluationArguments) -> EvaluationArguments:
         folder = folder.parent  # the run's
     try:
         recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-        if Path(recipe["dataset"]).resolve() != Path(args.dataset or "").resolve():
+        here, there = Path(args.dataset or "").resolve(), Path(recipe["dataset"]).resolve()
+        if here != there:
+            if here.name == there.name:
+                logger.warning("The model was trained on %s, so flags alone say how %s is read.", there, here)
             return args
     except (OSError, ValueError, TypeError, KeyError):  # no recipe, or not one of ours
         return args
     taken = {name: recipe.get(trained) for name, trained in AS_TRAINED.items() if getattr(args, name) is None}
+    taken = {name: value for name, value in taken.items() if value is not None}
     logger.info("As the model was trained on this data: %s.", taken)
     return replace(args, **taken)
 

@@ -29,6 +29,9 @@ class LonePicture(torch.Tensor):
             result = func(*args, **kwargs)
         return result.as_subclass(cls) if func is torch.Tensor.to else result
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LonePicture":
+        return self.as_subclass(torch.Tensor).clone().as_subclass(LonePicture)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # a saved file needs no class of ours
 

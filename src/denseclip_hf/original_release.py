@@ -25,7 +25,7 @@ from .checkpoints import (
     state_dict_of,
 )
 from .configuration_denseclip import DenseCLIPConfig
-from .conversion import config_from_original, convert_original_state_dict
+from .conversion import check_saved, config_from_original, convert_original_state_dict
 from .data_layouts import ClassTable, ade20k_classes, parse_classes
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .inference import published_image_processor
@@ -271,12 +271,7 @@ def check_directory(directory: Path, model: Any) -> ConversionReport:
         ValueError: if a weight is not finite or came back different, or the logits are not finite.
     """
     loaded = DenseCLIPForSemanticSegmentation.from_pretrained(directory).eval()
-    expected = model.state_dict()
-    for key, value in loaded.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{key} has values that are not finite: the checkpoint is of a run that failed.")
-        if not torch.equal(value, expected[key]):
-            raise ValueError(f"{key} came back from disk with other values.")
+    check_saved(loaded, model)
     processor = DenseCLIPImageProcessorPil.from_pretrained(directory)
     picture = pattern_picture(model.config.crop_size)
     with torch.no_grad():

@@ -249,7 +249,7 @@ def _options(text: str, name: str) -> dict[str, Any]:
 
 
 def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
-    model = load_pretrained(DenseCLIPForSemanticSegmentation, name)
+    model = load_pretrained(DenseCLIPForSemanticSegmentation, name, dtype="float32")
     tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or name)
     if _options(args.config, "config"):
         raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")

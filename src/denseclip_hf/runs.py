@@ -22,7 +22,15 @@ from .training import DenseCLIPTrainingArguments
 from .writing import complete_or_gone, make_directory, write_atomically
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
 logger = logging.getLogger(__name__)
+
+_locks: dict[Path, int] = {}  # file descriptors, by directory
 
 RECIPE_FILE = "recipe.json"
 WRITING_DIR = ".writing"
@@ -97,6 +105,41 @@ def _check_writable(folder: Path) -> None:
     except OSError:  # not even that may be known
         there = folder
     make_directory(there)
+
+
+def keep_others_out(output_dir: str | os.PathLike) -> None:
+    """
+    Let no other process do this with `output_dir` while this one lives; where there is none yet, or no lock: nothing.
+
+    Raises:
+        ValueError: if another process has done so.
+    """
+    folder = Path(output_dir)
+    if fcntl is None or not folder.is_dir() or folder.absolute() in _locks:
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(
+            f"another run is writing into {folder}: wait until it has ended, or name another output directory."
+        ) from error
+    except OSError:  # a file system without locks
+        os.close(lock)
+    else:
+        _locks[folder.absolute()] = lock
+
+
+def _let_go() -> None:
+    """In a worker, which may live a while longer than the process that has the locks."""
+    for lock in _locks.values():
+        os.close(lock)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def keep_recipe(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> None:
@@ -216,6 +259,7 @@ __all__ = [
     "changes_of_recipe",
     "check_checkpoint",
     "finish_run",
+    "keep_others_out",
     "keep_recipe",
     "one_sentence_errors",
     "prepare_run",

@@ -24,7 +24,7 @@ from .evaluation import evaluate_segmentation
 from .model_card import CARD, write_model_card
 from .runs import WRITING_DIR
 from .stopping import OutlivesSignals, StopCallback, TrainingStopped
-from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
+from .training import NO_PUSH, DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .training_log import TrainingLog
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
 from .writing import complete_or_gone
@@ -45,7 +45,8 @@ class DenseCLIPTrainer(Trainer):
         model (`DenseCLIPForSemanticSegmentation`): the model, with or without adapters of `peft`.
         args ([`DenseCLIPTrainingArguments`]): the recipe.
         train_dataset ([`AugmentedDataset`] or [`AugmentedStream`]): augmented samples.
-        eval_dataset (*optional*): samples `{"image", "mask"}`, pictures and raw masks, see [`SegmentationData`].
+        eval_dataset (*optional*): samples `{"image", "mask"}`, pictures and raw masks, see [`SegmentationData`]; or
+            several such sets in a `dict` by name.
         image_processor ([`DenseCLIPImageProcessor`]): used in evaluation and saved with the model.
         tokenizer (*optional*): saved with the model.
         do_reduce_labels (`bool`): of the raw masks in `eval_dataset`.
@@ -67,6 +68,9 @@ class DenseCLIPTrainer(Trainer):
         do_reduce_labels: bool = False,
         **kwargs,
     ):
+        if args.n_gpu > 1:  # torch's DataParallel, whose copies of the model have no parameters to train
+            logger.warning("One of %d devices is used: `accelerate launch` uses all.", args.n_gpu)
+            args._n_gpu = 1
         if args.world_size > 1:
             synchronise_batch_norms(model, args.device.type)
         if args.channels_last:
@@ -269,7 +273,9 @@ class DenseCLIPTrainer(Trainer):
         Scores on `eval_dataset`, or the trainer's own; every picture is counted once, on however many processes.
 
         Args:
-            eval_dataset (sequence or stream of `{"image", "mask"}`, *optional*): pictures and raw masks.
+            eval_dataset (sequence or stream of `{"image", "mask"}`, *optional*): pictures and raw masks. Of a `dict`
+                of such sets each is evaluated, its name after the prefix; `eval_mean_iou` is the mean of all
+                `eval_NAME_mean_iou`.
             ignore_keys: has no effect.
             metric_key_prefix (`str`): what all keys begin with.
 
@@ -283,6 +289,11 @@ class DenseCLIPTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("there is no picture to evaluate on: give the trainer an `eval_dataset`.")
+        if isinstance(rows, dict) and rows:
+            results = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()]
+            scores = {key: value for result in results for key, value in result.items()}
+            best = [scores[f"{metric_key_prefix}_{name}_mean_iou"] for name in rows]
+            return scores | {f"{metric_key_prefix}_mean_iou": sum(best) / len(best)}
         scores = evaluate_segmentation(
             self.model,
             rows,
@@ -320,6 +331,10 @@ class DenseCLIPTrainer(Trainer):
         asked_for = not _internal_call and folder.name != WRITING_DIR  # a run writes its own card at its end
         if asked_for and self.args.should_save and (folder / CONFIG_NAME).is_file() and not (folder / CARD).exists():
             write_model_card(folder, base_model=self.model.config.clip_config.name_or_path or None)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Raises `ValueError`: what is pushed is chosen by `scripts/push_to_hub.py`."""
+        raise ValueError(NO_PUSH)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if getattr(self.model, "_hf_peft_config_loaded", False):

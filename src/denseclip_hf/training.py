@@ -15,6 +15,12 @@ from .adapters import plain_name
 logger = logging.getLogger(__name__)
 
 
+NO_PUSH = (
+    "training does not push, as Trainer would upload optimizer states and half-written checkpoints too: push what it "
+    "leaves with `scripts/push_to_hub.py OUTPUT_DIR USER/NAME --push`."
+)
+
+
 class GroupRow(NamedTuple):
     """One row of the table of parameter groups."""
 
@@ -24,9 +30,9 @@ class GroupRow(NamedTuple):
     decays: bool = True
 
 
+ADAPTERS = GroupRow("adapters", "", "one")  # of `peft`; new, wherever they are
 # The first row whose pattern matches the beginning of a parameter's name has it.
 GROUP_TABLE = [
-    GroupRow("lora", r".*\.lora_", "one"),  # of `peft`; new, wherever it is
     GroupRow("logit_scale", r"clip\.logit_scale$", "zero"),  # only CLIP's contrastive loss trains it
     GroupRow("text_encoder", r"clip\.text_(model|projection)\.", "text_encoder"),
     GroupRow("image_encoder", r"clip\.(vision_model|visual_projection)\.|pyramid\.", "image_encoder"),
@@ -68,8 +74,11 @@ def parameter_groups(
         "zero": 0.0,
     }
     groups: dict[str, dict[str, Any]] = {}
+    adapters = set(getattr(model, "peft_config", None) or ())
     for name, parameter in model.named_parameters():
-        row = next((row for row in GROUP_TABLE if re.match(row.pattern, plain_name(name))), None)
+        plain = plain_name(name)
+        rows = GROUP_TABLE if adapters.isdisjoint(plain.split(".")) else [ADAPTERS]
+        row = next((row for row in rows if re.match(row.pattern, plain)), None)
         if row is None:
             raise ValueError(f"no parameter group covers {name}: add a row for it to `GROUP_TABLE`.")
         exempt = exempt_norms_and_biases and row.decays and parameter.dim() < 2
@@ -182,6 +191,8 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
+        if self.push_to_hub:
+            raise ValueError(NO_PUSH)
         _check_multipliers(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier)
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

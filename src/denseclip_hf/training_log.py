@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.nn import functional as F
 
@@ -85,8 +86,11 @@ def peak_memory(device_type: str) -> float:
     with suppress(OSError):  # Linux, whose `ru_maxrss` starts from the parent's peak
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return 1024 * int(found[1])
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory: Any = psutil.Process().memory_info()
+        return memory.peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
 
 
