@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import tiny_model
 from packaging import version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from test_modeling_denseclip import calls_in_checkpointed_layers
 from test_training import NO_DROPOUT, pictures, trainer_for
 from transformers import AutoModelForSemanticSegmentation
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -79,9 +80,24 @@ def test_every_parameter_is_in_the_group_it_had(base, way):
     plain = AutoModelForSemanticSegmentation.from_pretrained(base)
     before, now = group_names(plain, parameter_groups(plain, 1.0, 0.5)), group_names(model, groups)
     for name, group in now.items():
-        assert group == ("lora" if ".lora_" in name else before[plain_name(name)]), name
+        assert group == ("adapters" if ".lora_" in name else before[plain_name(name)]), name
     rates = {group["name"]: group["lr"] for group in groups}
-    assert rates["lora"] == rates["decoder"] == 1.0 and rates["image_encoder"] == 0.1
+    assert rates["adapters"] == rates["decoder"] == 1.0 and rates["image_encoder"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (LoHaConfig, {"target_modules": ["q_proj"]}),
+        (IA3Config, {"target_modules": ["k_proj"], "feedforward_modules": []}),
+    ],
+)
+def test_adapters_of_any_kind_train_at_the_full_rate(base, config_class, options):
+    """In the frozen text tower too."""
+    model = get_peft_model(AutoModelForSemanticSegmentation.from_pretrained(base), config_class(**options))
+    new = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    group = next(group for group in parameter_groups(model, 1.0, 0.5) if group["name"] == "adapters")
+    assert group["lr"] == 1.0 and {id(p) for p in group["params"]} == {id(p) for p in new} and len(new) > 2
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -165,14 +181,25 @@ def test_an_adapter_without_heads_leaves_their_batch_norms_alone(base, way, tmp_
     assert torch.equal(logits(loaded, images), logits(trainer.model, images))
 
 
+def lora_weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items() if ".lora_" in name}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_adapters_train_with_activation_checkpointing(base, way, tmp_path):
-    losses = []
+    losses, weights, calls = [], [], []
     for checkpointing in (False, True):
-        trainer = trainer_for(tmp_path, adapted(base, way), max_steps=2, activation_checkpointing=checkpointing)
+        options = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-2, "activation_checkpointing": checkpointing}
+        trainer = trainer_for(tmp_path, adapted(base, way), **options)
+        before = lora_weights(trainer.model)
+        calls.append(calls_in_checkpointed_layers(trainer.model))
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        weights.append(lora_weights(trainer.model))
+        assert before and not any(torch.equal(value, before[name]) for name, value in weights[-1].items())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-3)
+    assert len(calls[1]) == 2 * len(calls[0]) > 0
 
 
 @pytest.mark.slow

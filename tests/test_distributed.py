@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_ranks
+from safetensors.torch import load_file
 
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ def assert_same_training(one, two):
         assert len(column(results[0], key)) == 5
         torch.testing.assert_close(column(results[0], key), column(result_of_one, key), atol=2e-4, rtol=1e-3, msg=key)
     for name, value in expected.items():
-        torch.testing.assert_close(weights[0][name], value, atol=3e-4, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(weights[0][name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
@@ -68,3 +69,5 @@ def test_all_processes_end_with_the_best_model(tmp_path):
     best = {result["best"] for result in results}
     assert len(best) == 1 and Path(*best).parent == tmp_path / "two" and Path(*best).name != "checkpoint-5"
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    saved = load_file(Path(*best) / "model.safetensors")
+    assert saved.keys() == weights[0].keys() and all(torch.equal(saved[name], weights[0][name]) for name in saved)

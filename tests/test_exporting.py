@@ -53,6 +53,7 @@ def exported(request, tmp_path_factory):
 def test_programs_agree_at_any_batch_and_size(exported):
     model, files = exported
     assert not model.config.frozen_classes  # it stayed as it was
+    another = tiny_model("resnet" if model.config.has_resnet else "vit", seed=1)
     for kind, tolerance in (("onnx", 1e-4), ("torch_export", 1e-6)):
         for shape in ((1, 3, 64, 64), (3, 3, 96, 160), (2, 3, 256, 64)):
             pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -60,6 +61,7 @@ def test_programs_agree_at_any_batch_and_size(exported):
                 expected = model.window_logits(pixels)
             torch.testing.assert_close(run_exported(files[kind], pixels), expected, atol=tolerance, rtol=1e-4)
         assert check_export(model, PROCESSOR, files[kind], picture()) < tolerance
+        assert check_export(another, PROCESSOR, files[kind], picture()) > 1e-3
     graph = files["onnx"].read_bytes()
     assert b"text_model" not in graph
 

@@ -178,6 +178,23 @@ def small(kind, tmp_path):
         "x.pth",
         ".env",
         "secrets.json",
+        # which one pattern alone refuses
+        "Checkpoint-3/model.safetensors",
+        "optimizer.safetensors",
+        "scheduler.json",
+        "rng_state.json",
+        "scaler.json",
+        "trainer_state.json",
+        "x.pt",
+        "x.bin",
+        "x.pkl",
+        "x.pickle",
+        "x.ckpt",
+        ".netrc",
+        "x.env",
+        "server.pem",
+        "id.key",
+        "credentials.json",
     ],
 )
 def test_training_state_is_refused(small, name):

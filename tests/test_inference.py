@@ -107,9 +107,10 @@ def test_window_sizes_may_be_numpy_integers():
     assert logits.shape == (1, 3, 64, 96) and model.training
 
 
-def test_default_preprocessing_is_the_published_one():
+@pytest.mark.parametrize("size", [(100, 90), (2400, 64)])
+def test_default_preprocessing_is_the_published_one(size):
     model = tiny_model(crop_size=64)
-    image = Image.effect_noise((100, 90), 60).convert("RGB")
+    image = Image.effect_noise(size, 60).convert("RGB")
     processor = DenseCLIPImageProcessor(size={"shortest_edge": 64, "longest_edge": 2048})
     default = multi_scale_probabilities(model, image, (1.0,), False)[0]
     assert torch.equal(default, multi_scale_probabilities(model, image, (1.0,), False, image_processor=processor)[0])

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import trainer_for
+
+from denseclip_hf.training_log import peak_memory
 
 
 def test_tensorboard_receives_every_rate(tmp_path, monkeypatch):
@@ -43,3 +47,12 @@ def test_peak_memory_is_the_process_s_own():
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     before, after = map(int, result.stdout.split())
     assert 2**26 < before < ballast.nbytes and 2**28 <= after - before < 2**30
+
+
+def test_peak_memory_without_what_only_unix_has(monkeypatch):
+    """On Windows, with neither /proc nor the module `resource`."""
+    monkeypatch.setattr("denseclip_hf.training_log.Path", lambda name: Path("/nowhere") / name.lstrip("/"))
+    monkeypatch.setitem(sys.modules, "resource", None)
+    windows = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7))
+    monkeypatch.setattr("denseclip_hf.training_log.psutil.Process", lambda: windows)
+    assert peak_memory("cpu") == 7

@@ -1,8 +1,11 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import EOS, SOS, forward, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSemanticSegmentation
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from denseclip_hf import (
     DenseCLIPForSemanticSegmentation,
@@ -141,18 +144,29 @@ class NeverWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("mode", ["whole", "slide", "training"])
-def test_forward_never_waits_for_the_device(kind, mode, images, labels, monkeypatch):
+def test_forward_never_waits_for_the_device(kind, mode, images, labels, monkeypatch, device):
+    """On "meta" tensors have no values, so that reading them fails however it is done."""
     monkeypatch.setattr(modeling_denseclip, "checked_labels", lambda labels, *args: labels)  # on a CPU it reads them
-    model = tiny_model(kind, inference_mode="slide" if mode == "slide" else "whole")
+    if device == "meta":  # which autocast does not know
+        monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    model = tiny_model(kind, inference_mode="slide" if mode == "slide" else "whole").to(device)
     if mode == "training":
         with NeverWaiting():
-            model.train()(images, labels).loss.backward()
+            model.train()(images.to(device), labels.to(device)).loss.backward()
     else:
         with torch.no_grad(), NeverWaiting():
-            model(torch.randn(2, 3, 96, 160))
+            model(torch.randn(2, 3, 96, 160, device=device))
+
+
+def test_a_value_that_is_read_is_noticed(images):
     with pytest.raises(AssertionError, match="waits for the device"), NeverWaiting():
         images.sum().item()
+    meta = images.to("meta")
+    for read in (meta.tolist, lambda: meta.cpu().numpy(), lambda: meta[meta > 0], meta.nonzero, meta.any().item):
+        with pytest.raises(RuntimeError, match="meta"):
+            read()
 
 
 def test_new_parts_start_as_the_config_says(kind):
@@ -238,18 +252,29 @@ def test_another_class_count_loads_with_ignored_mismatches(tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def calls_in_checkpointed_layers(model):
+    """A list that grows with each run of a layer of the image tower that checkpointing runs twice."""
+    calls = []
+    for layer in model.clip.vision_model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            next(layer.children()).register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_gradient_and_no_statistics(kind, images, labels, reentrant):
     options = {"context_decoder_dropout": 0.0, "decode_head_dropout": 0.0, "drop_path_rate": 0.5}
-    gradients, buffers = [], []
+    gradients, buffers, calls = [], [], []
     for checkpointing in (False, True):
         model = tiny_model(kind, **options).train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        calls.append(calls_in_checkpointed_layers(model))
         torch.manual_seed(3)
         model(images.clone().requires_grad_(), labels=labels).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         buffers.append(dict(model.named_buffers()))
+    assert len(calls[1]) == 2 * len(calls[0]) > 0
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)

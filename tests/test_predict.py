@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import photo, tiny_model
+from conftest import photo, tiny_model, varied
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -166,14 +166,15 @@ def test_nothing_is_overwritten_unasked(photos, tmp_path, existing):
 
 def test_batches_give_what_single_pictures_give(photos, tmp_path):
     sources, _ = find_sources([photos])
-    calls, model = [], tiny_model("resnet")
+    calls, model = [], varied(tiny_model("resnet"), segmenter().preprocess(photo(SIZES["a"]))[None])
     model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     for batch_size in (1, 2):
         predict_sources(segmenter(model), sources, tmp_path / str(batch_size), batch_size=batch_size, progress=False)
     assert calls == [1] * 5 + [2, 1, 1, 1]  # a with c, then what is left
-    for name in SIZES:
-        one, two = (np.asarray(Image.open(tmp_path / n / f"{name}_mask.png")) for n in "12")
+    ones, twos = ([np.asarray(Image.open(tmp_path / n / f"{name}_mask.png")) for name in SIZES] for n in "12")
+    for one, two in zip(ones, twos, strict=True):
         assert (one == two).mean() > 0.999
+    assert (ones[0] == ones[2]).mean() < 0.99  # a and c
 
 
 def test_more_classes_than_a_palette_are_announced(caplog):

@@ -33,7 +33,7 @@ SHARED = (
 )  # fmt: skip
 # What no model repository should have: training state and pickles, hidden files and what is called like a secret.
 REFUSED = (
-    "optimizer*", "scheduler*", "rng_state*", "training_args.bin", "trainer_state.json", "*.pt", "*.pth", "*.bin",
+    "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "*.pt", "*.pth", "*.bin",
     "*.pkl", "*.pickle", "*.ckpt", "scaler*", "checkpoint-*", ".*", "*.env", "*.pem", "*.key", "secret*",
     "credential*",
 )  # fmt: skip
