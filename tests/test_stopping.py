@@ -123,6 +123,7 @@ class Signalled(IterableDataset):
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on macOS")
 def test_workers_of_a_callers_stream_leave_signals_to_the_main_process(tmp_path):
     trainer = trainer_for(tmp_path, dataloader_num_workers=1, max_steps=2)
-    trainer.train_dataset = Signalled([trainer.train_dataset[index] for index in range(4)])
+    samples = [trainer.train_dataset[index] for index in range(4)]
+    trainer.train_dataset = Signalled([{key: sample[key] for key in ("pixel_values", "labels")} for sample in samples])
     trainer.train()
     assert trainer.state.global_step == 2
