@@ -19,7 +19,6 @@ import torch
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["denseclip_hf.recipes", "denseclip_hf.measurement", "denseclip_hf.training_card"])
 
-PATIENCE = 600  # seconds; what takes longer hangs
 PORTS = itertools.count(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 
 
@@ -78,7 +77,7 @@ def run_script(*command, **options):
     """Exit code and all that a script said."""
     script = Forked(command, **options)
     try:
-        said = script.communicate(timeout=PATIENCE)[0]
+        said = script.communicate(timeout=300)[0]
     finally:
         script.kill()
     return script.returncode, said
@@ -94,7 +93,7 @@ def run_ranks(processes, *command, **environment):
         ranks = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
         started.append(Forked(command, environment | ranks))
     try:
-        said = [script.communicate(timeout=PATIENCE)[0] for script in started]
+        said = [script.communicate(timeout=150)[0] for script in started]
     finally:
         for script in started:
             script.kill()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import torch
-from forked import PATIENCE, Forked
+from forked import Forked
 from safetensors.torch import load_file
 from test_recipes import TINY, TINY_CLIP
 from test_training import write_folder
@@ -57,7 +57,7 @@ class Run:
         script = [self.script] if fault is None else [str(FAULTY), fault]
         done = self._start([*script, *self.arguments])
         try:
-            said = done.communicate(timeout=PATIENCE)[0]
+            said = done.communicate(timeout=500)[0]
         finally:
             done.kill()
         self.ended = time.time()
@@ -67,7 +67,7 @@ class Run:
     def begin(self, wanted="checkpoint-2"):
         """Start it in a process group of its own and wait for a checkpoint."""
         process = self._start([self.script, *self.arguments])
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + 500
         while not (self.folder / wanted).exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from forked import PATIENCE
 from test_recipes import KINDS
 
 from denseclip_hf.ablations import ROWS, VARIANTS, ablation_json, ablation_tables, mean_and_spread, read_measurements
@@ -167,7 +166,7 @@ def test_a_failure_is_said_at_once_and_starts_nothing_else(tmp_path):
             assert process.poll() is None
         assert not (tmp_path / "seed-1 ended").exists()
         (tmp_path / "go").touch()
-        assert process.wait(PATIENCE) == 1 and "error: final with seed 0 failed" in process.stderr.read()
+        assert process.wait(60) == 1 and "error: final with seed 0 failed" in process.stderr.read()
     finally:
         process.kill()
     assert {file.name for file in tmp_path.glob("seed*")} == {"seed-0 started", "seed-1 started", "seed-1 ended"}
@@ -188,7 +187,7 @@ def test_after_a_signal_the_runs_in_progress_end_and_nothing_else_starts(tmp_pat
     try:
         wait_for(tmp_path / "seed-0 started", process)
         send(process.pid, number)
-        said = process.communicate(timeout=PATIENCE)[1]
+        said = process.communicate(timeout=60)[1]
     finally:
         process.kill()
     assert process.returncode == 128 + number and "Traceback" not in said

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from conftest import photo
-from forked import PATIENCE, run_script
+from forked import run_script
 from PIL import Image
 from test_app_answers import CLASSES, WORDS
 
@@ -24,6 +24,7 @@ from denseclip_hf.app_answers import segment
 APP = Path(__file__).parent.parent / "app.py"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # The machine may be busy with many other things.
+PATIENCE = 600
 
 
 @pytest.fixture(scope="module")

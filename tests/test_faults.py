@@ -6,7 +6,6 @@ import signal
 import sys
 
 import pytest
-from forked import PATIENCE
 from running import Run, one_sentence, training_recipe
 
 
@@ -70,7 +69,7 @@ def test_a_file_that_turns_corrupt_is_named(whole, tmp_path):
     pictures = {picture: picture.read_bytes() for picture in (tmp_path / "data" / "images").iterdir()}
     for picture, content in pictures.items():
         picture.write_bytes(content[:100])
-    said = one_sentence(process.communicate(timeout=PATIENCE)[0])
+    said = one_sentence(process.communicate(timeout=100)[0])
     assert process.returncode == 1
     assert re.fullmatch(r"error: \S+/images/\d.png cannot be read as a picture .*", said)
     assert 2 in run.checkpoints()
@@ -86,7 +85,7 @@ def test_signals_save_a_checkpoint_and_end_training(recipe, whole, tmp_path, num
     run = Run(tmp_path / "run", [recipe])
     process = run.begin()
     os.killpg(process.pid, number)
-    said = one_sentence(process.communicate(timeout=PATIENCE)[0])
+    said = one_sentence(process.communicate(timeout=100)[0])
     assert process.returncode == 128 + number
     step = re.fullmatch(rf"stopped at step (\d+) \({number.name}\): the checkpoint is complete, .*", said)[1]
     assert run.checkpoints()[-1] == int(step)
@@ -112,7 +111,7 @@ def test_a_second_start_is_refused_and_the_first_goes_on(recipe, whole, tmp_path
     process = run.begin()
     said = one_sentence(Run(tmp_path / "run", [recipe]).end(code=1))
     assert "another run is writing into" in said and "wait until it has ended, or name another" in said
-    assert "The model is in" in process.communicate(timeout=PATIENCE)[0]
+    assert "The model is in" in process.communicate(timeout=100)[0]
     assert process.returncode == 0 and run.ends_as(whole)
 
 
@@ -122,7 +121,7 @@ def test_a_disk_that_fills_up(recipe, whole, small_disk):
     process, filler = run.begin(), disk / "filler"
     with pytest.raises(OSError, match="No space left"):
         filler.write_bytes(bytes(20_000_000))
-    said = one_sentence(process.communicate(timeout=PATIENCE)[0])
+    said = one_sentence(process.communicate(timeout=100)[0])
     assert process.returncode == 1 and "could not be written" in said
     filler.unlink()
     assert 2 in run.checkpoints() and not (run.folder / ".writing").exists()

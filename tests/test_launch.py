@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
-from forked import PATIENCE, free_port
+from forked import free_port
 from running import TRAIN, Run, one_sentence, training_recipe
 from test_recipes import TINY
 from test_training import NO_DROPOUT
@@ -102,7 +102,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(launched, recipe, tm
     run = Run(tmp_path / "run", [recipe], launcher())
     process = run.begin()
     psutil.Process(process.pid).children()[-1].terminate()
-    said = process.communicate(timeout=PATIENCE)[0]
+    said = process.communicate(timeout=100)[0]
     step = int(re.search(r"stopped at step (\d+) \(SIGTERM\): the checkpoint is complete", said)[1])
     assert process.returncode == 1 and run.checkpoints()[-1] == step
     run.end()

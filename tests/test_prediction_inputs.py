@@ -117,7 +117,7 @@ def test_addresses(server, tmp_path, path, timeout, sentence):
     asked, start = segmenter(), time.monotonic()
     summary = predict_sources(asked, sources, tmp_path, timeout=timeout, progress=False)
     assert summary.done == (sentence is None) and all(sentence in problem for problem in summary.problems)
-    assert time.monotonic() - start < 10  # not until the server is done, a minute later
+    assert sentence is None or time.monotonic() - start < 1  # the server is done a minute later
 
 
 def test_downloads_are_bounded(server, tmp_path, monkeypatch):

@@ -12,11 +12,13 @@ import torch
 from running import Run, one_sentence, training_recipe
 from test_recipes import KINDS
 from test_refusals import main_of
-from test_training import write_folder
+from test_training import trainer_for, write_folder
 
 from denseclip_hf.recipes import parse_arguments
 from denseclip_hf.runs import (
     check_checkpoint,
+    finish_run,
+    keep_others_out,
     keep_recipe,
     one_sentence_errors,
     prepare_run,
@@ -238,3 +240,17 @@ def test_killed_training_goes_on_to_the_same_weights(tmp_path):
     killed.end()
     assert killed.ends_as(whole) and killed.losses() == whole.losses()
     assert "holds a finished run" in one_sentence(killed.end(code=1))
+
+
+def test_a_directory_is_free_again_when_its_run_has_ended(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    keep_others_out(tmp_path)
+    keep_others_out(tmp_path)  # as a script does that is started again in the same process
+    other = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finish_run(trainer_for(tmp_path))
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(ValueError, match="another run is writing into"):
+        keep_others_out(tmp_path)
+    os.close(other)

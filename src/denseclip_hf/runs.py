@@ -109,7 +109,7 @@ def _check_writable(folder: Path) -> None:
 
 def keep_others_out(output_dir: str | os.PathLike) -> None:
     """
-    Let no other process do this with `output_dir` while this one lives; where there is none yet, or no lock: nothing.
+    Let no other process do this with `output_dir` until [`finish_run`]; where there is none yet, or no lock: nothing.
 
     Raises:
         ValueError: if another process has done so.
@@ -117,7 +117,10 @@ def keep_others_out(output_dir: str | os.PathLike) -> None:
     folder = Path(output_dir)
     if fcntl is None or not folder.is_dir() or folder.absolute() in _locks:
         return
-    lock = os.open(folder, os.O_RDONLY)
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # of which `prepare_run` has more to say
+        return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -132,7 +135,7 @@ def keep_others_out(output_dir: str | os.PathLike) -> None:
 
 
 def _let_go() -> None:
-    """In a worker, which may live a while longer than the process that has the locks."""
+    """At the end of a run, and in a worker, which may live a while longer than the process that has the locks."""
     for lock in _locks.values():
         os.close(lock)
     _locks.clear()
@@ -208,6 +211,7 @@ def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> N
         for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
             os.replace(file, folder / file.name)
         writing.rmdir()
+    _let_go()
 
 
 def results_json(metrics: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ class GroupRow(NamedTuple):
     decays: bool = True
 
 
-ADAPTERS = GroupRow("adapters", "", "one")  # of `peft`; new, wherever they are
+ADAPTERS = GroupRow("adapters", "", "one")  # of `peft`; new, wherever they are and whatever their names
 # The first row whose pattern matches the beginning of a parameter's name has it.
 GROUP_TABLE = [
     GroupRow("logit_scale", r"clip\.logit_scale$", "zero"),  # only CLIP's contrastive loss trains it
@@ -77,8 +77,8 @@ def parameter_groups(
     adapters = set(getattr(model, "peft_config", None) or ())
     for name, parameter in model.named_parameters():
         plain = plain_name(name)
-        rows = GROUP_TABLE if adapters.isdisjoint(plain.split(".")) else [ADAPTERS]
-        row = next((row for row in rows if re.match(row.pattern, plain)), None)
+        row = next((row for row in GROUP_TABLE if re.match(row.pattern, plain)), None)
+        row = row if adapters.isdisjoint(plain.split(".")) else ADAPTERS
         if row is None:
             raise ValueError(f"no parameter group covers {name}: add a row for it to `GROUP_TABLE`.")
         exempt = exempt_norms_and_biases and row.decays and parameter.dim() < 2
