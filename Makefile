@@ -30,8 +30,8 @@ test: $(STAMP)  ## run every test
 test-fast: $(STAMP)  ## run the tests that take under two minutes together
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow'
 
-# Python 3.11, the oldest that pyproject.toml allows, where there is one.
-MIN_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+# Python 3.10, the oldest that pyproject.toml allows, where there is one.
+MIN_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 
 test-min:  ## run every test with the oldest versions that pyproject.toml allows, in .venv-min
 	$(MAKE) test VENV=.venv-min PYTHON=$(MIN_PYTHON) CONSTRAINTS=constraints-min.txt

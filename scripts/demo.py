@@ -26,7 +26,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer, pipeline
+from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import denseclip_hf
 from denseclip_hf.inference import colorize, comparison_picture, overlay
 

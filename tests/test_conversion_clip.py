@@ -10,7 +10,8 @@ import torch
 from clip_reference import reference_clip
 from forked import run_script
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+from transformers import AutoModel, AutoTokenizer, CLIPModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
 from denseclip_hf.checkpoints import CheckpointError, _ScriptObject, _tensors, _view, read_torchscript

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from denseclip_hf.example import CLASSES, IGNORE_INDEX, PALETTE, draw_scene, make_example_dataset
 from denseclip_hf.example_captions import caption, crops, subject

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor
 from transformers.image_utils import PILImageResampling
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from denseclip_hf.image_inputs_denseclip import reduce_labels

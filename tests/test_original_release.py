@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import FIXTURES, golden_case
 from forked import run_script
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoTokenizer, CLIPTokenizer
+from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from denseclip_hf.checkpoints import CheckpointError, read_checkpoint
 from denseclip_hf.conversion import config_from_original, convert_original_state_dict

@@ -9,7 +9,8 @@ from conftest import tiny_model, varied
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import NO_DROPOUT, pictures, trainer_for
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, TrainerCallback
+from transformers import AutoModelForSemanticSegmentation, TrainerCallback
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from denseclip_hf.trainer import NonFiniteLossError
 from denseclip_hf.training import poly_learning_rate

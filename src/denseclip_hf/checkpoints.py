@@ -292,8 +292,11 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, to
 
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 __all__ = [

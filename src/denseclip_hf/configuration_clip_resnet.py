@@ -7,6 +7,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPTextConfig, PreTrainedConfig
 
 
+try:
+    from transformers.configuration_utils import SubConfigSpec
+except ImportError:  # before transformers 5.20, which reads `sub_configs` alone
+
+    def SubConfigSpec(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:  # type: ignore[no-redef]
+        """The class itself."""
+        return config_class
+
+
 # What PreTrainedConfig itself understands beside the declared fields; everything else is a misspelt option.
 _BASE_OPTIONS = {
     "model_type", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "auto_map",
@@ -110,16 +119,23 @@ class CLIPResNetConfig(CLIPConfig):
     """
 
     model_type = "clip_resnet"
-    sub_configs_defaults = {"vision_config": CLIPResNetVisionConfig, "text_config": CLIPTextConfig}
+    sub_configs = {"vision_config": CLIPResNetVisionConfig, "text_config": CLIPTextConfig}
+    sub_configs_defaults = {name: SubConfigSpec(part) for name, part in sub_configs.items()}
 
     vision_config: dict | PreTrainedConfig | None = None
     projection_dim: int | None = None
 
     def __post_init__(self, **kwargs):
+        refuse_unknown_options(self, kwargs)
         vision = self.vision_config
         if isinstance(vision, PreTrainedConfig) and vision.model_type != CLIPResNetVisionConfig.model_type:
             raise ValueError(f"`vision_config` must be a ResNet's, got a {type(vision).__name__}: use `CLIPConfig`.")
-        super().__post_init__(**kwargs)
+        for name, config_class in self.sub_configs.items():
+            part = getattr(self, name)
+            if not isinstance(part, PreTrainedConfig):
+                setattr(self, name, config_class(**(part or {})))
+        # Not CLIPConfig's, which before transformers 5.20 makes the image tower a ViT.
+        super(CLIPConfig, self).__post_init__(**kwargs)
         if self.projection_dim is None:
             self.projection_dim = self.vision_config.projection_dim
         if self.projection_dim != self.vision_config.projection_dim:

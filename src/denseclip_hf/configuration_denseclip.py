@@ -11,6 +11,7 @@ from transformers import CLIPConfig, PreTrainedConfig
 from .configuration_clip_resnet import (
     CLIPResNetConfig,
     CLIPResNetVisionConfig,
+    SubConfigSpec,
     clip_config_class,
     refuse_below_one,
     refuse_misspelt_options,
@@ -107,7 +108,8 @@ class DenseCLIPConfig(PreTrainedConfig):
     """
 
     model_type = "denseclip"
-    sub_configs_defaults = {"clip_config": CLIPConfig}
+    sub_configs = {"clip_config": CLIPConfig}
+    sub_configs_defaults = {"clip_config": SubConfigSpec(CLIPConfig)}
     keys_to_ignore_at_inference = ["decode_loss", "auxiliary_loss", "score_maps", "text_embeds", "hidden_states"]
 
     clip_config: dict | CLIPConfig | None = None

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one since Python 3.11
 from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import islice
@@ -110,9 +111,9 @@ def _fetched(source: Source, timeout: float) -> bytes:
     threading.Thread(target=_download, args=(source.address, timeout, answer), daemon=True).start()
     try:
         return answer.result(timeout)
-    except (OSError, ValueError, HTTPException) as error:
+    except (OSError, ValueError, HTTPException, FutureTimeoutError) as error:
         reason = getattr(error, "reason", None) or error
-        if isinstance(reason, TimeoutError):
+        if isinstance(reason, (TimeoutError, FutureTimeoutError)):
             reason = f"it takes longer than {timeout:g} seconds"
         reason = str(reason) or type(reason).__name__
         raise OSError(

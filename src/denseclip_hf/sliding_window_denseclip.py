@@ -68,11 +68,12 @@ def sliding_window_logits(
         if total is None:
             total = torch.zeros(len(pixel_values), logits.shape[1], height, width, device=logits.device)
         for (image, top, left), window in zip(batch, logits, strict=True):
-            place = (slice(top, top + h), slice(left, left + w))
+            rows, columns = slice(top, top + h), slice(left, left + w)
             # A few classes at a time: what is resized stays in the cache, and is never there whole.
             for start in range(0, len(window), max(1, _CHUNK_ELEMENTS // (h * w))):
                 some = slice(start, start + max(1, _CHUNK_ELEMENTS // (h * w)))
-                total[(image, some, *place)] += resize_bilinear(window[None, some].float(), (h, w))[0] * weights[place]
+                resized = resize_bilinear(window[None, some].float(), (h, w))[0]
+                total[image, some, rows, columns] += resized * weights[rows, columns]
     if total is None:
         raise ValueError("`pixel_values` holds no image: give at least one.")
     return total

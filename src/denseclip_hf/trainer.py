@@ -117,7 +117,7 @@ class DenseCLIPTrainer(Trainer):
         """[`Trainer.end`]; what wraps the model goes first, as freed after the processes part it can hang."""
         self.model_wrapped = self.model
         self.accelerator.free_memory()
-        super().end()
+        self.accelerator.end_training()
 
     def get_train_dataloader(self):
         """Batches of this process, see [`GlobalBatches`]; of an [`AugmentedStream`], pass after pass, endlessly."""

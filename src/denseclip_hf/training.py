@@ -176,6 +176,10 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Keep convolutions' tensors channels-last: faster with bf16 and ResNets."}
     )
     exempt_norms_and_biases: bool = field(default=False, metadata={"help": "No weight decay on norms and biases."})
+    if not hasattr(TrainingArguments, "activation_checkpointing"):  # the name since transformers 5.23
+        activation_checkpointing: bool = field(
+            default=False, metadata={"help": "Compute activations again in the backward pass, to need less memory."}
+        )
 
     def __post_init__(self):
         if self.max_steps is None:
@@ -196,6 +200,8 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         _check_multipliers(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier)
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not hasattr(TrainingArguments, "activation_checkpointing"):
+            self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
         super().__post_init__()
 
 
