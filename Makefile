@@ -5,6 +5,7 @@ OUTPUT ?= outputs/demo
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-min conformance fuzz docs quality style clean
@@ -18,7 +19,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(STAMP)  ## train on the built-in example, evaluate, draw a picture (under 5 minutes on two cores)
@@ -34,7 +35,7 @@ test-fast: $(STAMP)  ## run the tests that take under two minutes together
 MIN_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 
 test-min:  ## run every test with the oldest versions that pyproject.toml allows, in .venv-min
-	$(MAKE) test VENV=.venv-min PYTHON=$(MIN_PYTHON) CONSTRAINTS=constraints-min.txt
+	$(MAKE) test VENV=.venv-min PYTHON=$(MIN_PYTHON) CONSTRAINTS=constraints-min.txt EXTRAS=dev,torchvision
 
 conformance: $(STAMP)  ## run transformers' own common tests on our classes; pip fetches them once
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/conformance:tests $(PY) -m pytest -n 2 -o addopts=-q -p transformers_suite \

@@ -1,7 +1,7 @@
 """DenseCLIP (Rao et al. 2022) for transformers. Importing the package registers its classes with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.utils import is_torchvision_available
 
 from .configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig

@@ -181,6 +181,12 @@ class DenseCLIPTrainingArguments(TrainingArguments):
             default=False, metadata={"help": "Compute activations again in the backward pass, to need less memory."}
         )
 
+    @property
+    def device(self) -> torch.device:
+        """[`TrainingArguments.device`]; a CPU without the number that `torch.load` knows no CPU by (older Trainers do)."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def __post_init__(self):
         if self.max_steps is None:
             self.max_steps = 80_000 if self.num_train_epochs is None else -1
