@@ -183,7 +183,7 @@ class DenseCLIPTrainingArguments(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        """[`TrainingArguments.device`]; a CPU without the number that `torch.load` knows no CPU by (older Trainers do)."""
+        """[`TrainingArguments.device`]; a CPU without its number, which older Trainers ask `torch.load` for in vain."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
