@@ -183,7 +183,7 @@ class DenseCLIPTrainingArguments(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        """[`TrainingArguments.device`]; a CPU without its number, which older Trainers ask `torch.load` for in vain."""
+        """[`TrainingArguments.device`]; a CPU without its number, which older Trainers ask `torch.load` for vainly."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
