@@ -127,6 +127,11 @@ def test_resnet_clip_takes_no_vit():
         CLIPResNetConfig(vision_config=CLIPVisionConfig())
 
 
+def test_unknown_options_of_a_resnet_clip_are_refused():
+    with pytest.raises(ValueError, match="`CLIPResNetConfig` has no option `vission_config`: did you mean"):
+        CLIPResNetConfig(vission_config={})
+
+
 def test_resnet_clip_has_one_embedding_size():
     with pytest.raises(ValueError, match="must equal `vision_config.projection_dim`"):
         CLIPResNetConfig(projection_dim=7, vision_config={"projection_dim": 8})
