@@ -113,6 +113,7 @@ class DenseCLIPConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["decode_loss", "auxiliary_loss", "score_maps", "text_embeds", "hidden_states"]
 
     clip_config: dict | CLIPConfig | None = None
+    id2label: Any = None  # whose type `check_ids` tells; before transformers 5.20 a check of its own came first
     class_token_ids: list[list[int]] | None = None
     num_context_tokens: int = 8
     prompt_template: str | None = None
