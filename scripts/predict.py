@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.data_layouts import read_names
 from denseclip_hf.inference import LOADING_DTYPES, load_model
+from denseclip_hf.loading_denseclip import load_pretrained
 from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
 from denseclip_hf.prediction import Segmenter, predict_sources
 from denseclip_hf.prediction_inputs import find_sources
@@ -69,7 +70,7 @@ def load_segmenter(args: argparse.Namespace) -> Segmenter:
     if args.inference_mode:
         model.config.inference_mode = args.inference_mode
     new_words = set(args.words + args.score_maps) - (set() if args.words else set(model.config.label2id))
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model) if new_words else None
+    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or args.model) if new_words else None
     templates = ZERO_SHOT_TEMPLATES if args.templates else None
     return Segmenter(model, image_processor, tokenizer, args.words, args.score_maps, templates)
 

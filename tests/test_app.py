@@ -1,5 +1,6 @@
 """The app: the page in a process of its own, as a visitor and a browser find it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -59,10 +60,19 @@ def app_url(word_model_dir, tmp_path_factory):
             process.wait()
 
 
-def status(url, data=None, headers=None):
+def asked(url, data=None, headers=None):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(urllib.request.Request(url, data, headers or {}), timeout=PATIENCE)
+
+
+def contents(*question):
+    with asked(*question) as answer:
+        return answer.read().decode()
+
+
+def status(*question):
     try:
-        with opener.open(urllib.request.Request(url, data, headers or {}), timeout=PATIENCE) as answer:
+        with asked(*question) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -85,6 +95,21 @@ def test_uploads_are_limited(app_url):
 
     assert upload(1000) == 200
     assert upload(21 * 2**20) == 413
+
+
+@pytest.mark.slow
+def test_addresses_are_not_fetched(app_url):
+    """A picture by its address would come without a limit, from wherever a visitor says."""
+    page = json.loads(contents(f"{app_url}/config"))
+    number = next(i for i, event in enumerate(page["dependencies"]) if event["api_name"] == "on_segment")
+    head = {"Content-Type": "application/json"}
+    for place in range(5):  # whichever part of the page it pretends to be for
+        data = [None, "random", "the model's classes", "", False, 0.6]
+        data[place] = {"path": "https://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
+        question = {"data": data, "fn_index": number, "session_hash": f"s{place}"}
+        contents(f"{app_url}/gradio_api/queue/join", json.dumps(question).encode(), head)
+        answer = contents(f"{app_url}/gradio_api/queue/data?session_hash=s{place}")
+        assert "an address is not fetched" in answer, answer
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from denseclip_hf import (
     CLIPResNetModel,
     DenseCLIPForSemanticSegmentation,
 )
+from denseclip_hf.example_clip import make_example_clip
+from denseclip_hf.loading_denseclip import load_clip
 from denseclip_hf.modeling_clip_resnet import resize_position_grid
 
 
@@ -168,3 +170,20 @@ def test_set_classes_takes_a_mapping():
 def test_what_is_no_clip_is_refused(clip, error, sentence):
     with pytest.raises(error, match=sentence):
         DenseCLIPForSemanticSegmentation.from_clip(clip, ["sky"], Tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("model.safetensors", b"", "the model in .* can not be loaded .*download or save it anew"),
+        ("config.json", b'{"model_type": "clip", "vision_config": 5}', "the model in .* can not be loaded"),
+        ("tokenizer.json", b"{}", "the tokenizer in .* can not be loaded"),
+        ("tokenizer.json", b'{"model":', "the tokenizer in .* can not be loaded"),
+    ],
+)
+def test_a_damaged_clip_is_refused_by_name(tmp_path, file, content, sentence):
+    make_example_clip(tmp_path / "clip")
+    (tmp_path / "clip" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_clip(tmp_path / "clip")
+    assert str(tmp_path / "clip") in str(caught.value) and "\n" not in str(caught.value)

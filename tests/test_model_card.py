@@ -11,12 +11,14 @@ import yaml
 from conftest import tiny_model
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_fuzz import result_or_sentence
 from test_model_card_results import RESULTS
 
 from denseclip_hf import DenseCLIPImageProcessor
 from denseclip_hf.example_clip import make_example_tokenizer
 from denseclip_hf.hub import add_code
 from denseclip_hf.model_card import (
+    MAX_BYTES,
     card_to_push,
     update_results,
     write_frozen_card,
@@ -213,6 +215,21 @@ def test_a_byte_order_mark_makes_no_second_front_matter(directory):
     )  # once in the record
 
 
+INDEX = b"""---
+model-index:
+- name: x
+  results:
+  - task: {type: image-segmentation}
+    dataset: {type: a, name: a}
+    metrics: [{type: mean_iou, value: 0.5, args: %s}]
+---
+"""
+ODD_ARGUMENTS = (
+    b"{inference_mode: slide, crop_size: 5}", b"{inference_mode: slide, stride: [1, 2, 3]}", b"[1, 2]", b"{scales: 3}",
+    b"{scales: [a]}",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -220,6 +237,7 @@ def test_a_byte_order_mark_makes_no_second_front_matter(directory):
         (b"---\n- a\n---\n", "must be YAML of keys and values"),
         (b"---\nmodel-index: 5\n---\n", "`model-index` of .*README.md is not as the Hub defines it"),
         (b"---\nmodel-index:\n- name: x\n---\n", "`model-index` of .*README.md is not as the Hub defines it"),
+        *((INDEX % args, "`model-index` of .*README.md is not as the Hub defines it") for args in ODD_ARGUMENTS),
         (b"\xff\xfe", "README.md is no text in UTF-8"),
     ],
 )
@@ -280,3 +298,18 @@ def test_a_frozen_models_card_is_that_of_its_model(directory, tmp_path):
     assert text.index("end of generated: about") < text.index(note) < text.index("## How to use")
     bare = write_frozen_card(frozen, None, "`me/streets`", "Streets").read_text()
     assert note in bare and bare.count("## For inference alone") == 1
+
+
+def test_many_aliases_in_a_model_card_are_refused(directory):
+    lines = ["a0: &a0 [lol, lol]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
+    (directory / "README.md").write_text("---\n" + "\n".join(lines) + "\n---\n")
+    with pytest.raises(ValueError, match="front matter of .*README.md is no YAML .anchors and aliases"):
+        update_results(directory, RESULTS)
+
+
+@pytest.mark.parametrize("line", ["<!-- generated: a -->\n", "<!-- generated front matter: ", "---\n", "x"])
+def test_long_model_cards_end_in_a_result_or_a_sentence(directory, line):
+    for size in (MAX_BYTES, MAX_BYTES + len(line)):
+        (directory / "README.md").write_text(line * (size // len(line)))
+        with result_or_sentence():
+            update_results(directory, RESULTS)

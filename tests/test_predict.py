@@ -147,7 +147,7 @@ def test_a_model_that_is_not_there_is_one_sentence(script, photos, tmp_path, cap
     with pytest.raises(SystemExit, match="^1$"):
         script.main([str(photos), "--model", model, "--output_dir", str(tmp_path / "out")])
     said = capsys.readouterr().err
-    assert f"{model} is neither a folder here nor a model on the Hub" in said and "or a folder with what" in said
+    assert f"{model} is neither a folder here nor a name on the Hub" in said and "or a folder with what" in said
 
 
 # From sources to files

@@ -32,9 +32,14 @@ from denseclip_hf.writing import OutputError
 RECIPE = {"learning_rate": 1.0, "seed": 1}
 
 
+def make_checkpoint(folder):
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+
+
 def test_processes_after_the_main_one_remove_nothing(tmp_path):
     keep_recipe(tmp_path / "run", RECIPE)
-    (tmp_path / "run" / "checkpoint-2").mkdir()
+    make_checkpoint(tmp_path / "run" / "checkpoint-2")
     (tmp_path / "run" / ".writing").mkdir()
     assert prepare_run(tmp_path / "run", RECIPE, main_process=False).endswith("checkpoint-2")
     assert (tmp_path / "run" / ".writing").exists()
@@ -66,7 +71,7 @@ def test_training_without_a_directory_is_refused(capsys):
 def test_a_broken_off_run_goes_on_from_its_last_checkpoint(tmp_path):
     keep_recipe(tmp_path, RECIPE)
     for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
     (tmp_path / ".writing" / "checkpoint-12").mkdir(parents=True)
     assert prepare_run(tmp_path, RECIPE) == str(tmp_path / "checkpoint-10")
     assert not (tmp_path / ".writing").exists()
@@ -79,7 +84,7 @@ def test_a_run_that_ended_before_it_trained_is_in_nobodys_way(tmp_path):
 
 def test_another_recipe_is_refused(tmp_path):
     keep_recipe(tmp_path, RECIPE)
-    (tmp_path / "checkpoint-2").mkdir()
+    make_checkpoint(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="another recipe .seed 1 -> 2.: name a new output directory"):
         prepare_run(tmp_path, {**RECIPE, "seed": 2})
 
@@ -87,14 +92,26 @@ def test_another_recipe_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b'{"seed": ', b"5", b'"text"', b"\xff"])
 def test_a_damaged_recipe_is_refused_by_name(tmp_path, content):
     (tmp_path / "recipe.json").write_bytes(content)
-    (tmp_path / "checkpoint-2").mkdir()
+    make_checkpoint(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="recipe.json is damaged .*: name a new output directory"):
         prepare_run(tmp_path, RECIPE)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"epoch": ', b"\xff"])
+def test_a_checkpoint_whose_state_is_damaged_is_refused_by_name(tmp_path, content):
+    keep_recipe(tmp_path, RECIPE)
+    make_checkpoint(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_bytes(content)
+    sentence = "checkpoint-2 can not be gone on from .*: if it is damaged, remove it, and go on from the one before"
+    with pytest.raises(ValueError, match=sentence):
+        prepare_run(tmp_path, RECIPE)
+    with pytest.raises(ValueError, match=sentence):
+        check_checkpoint(tmp_path / "checkpoint-2", RECIPE)
+
+
 def test_what_an_earlier_version_did_not_write_down_is_no_other_recipe(tmp_path):
     keep_recipe(tmp_path, RECIPE)
-    (tmp_path / "checkpoint-2").mkdir()
+    make_checkpoint(tmp_path / "checkpoint-2")
     assert prepare_run(tmp_path, {"learning_rate": 1.0, "new": True}) == str(tmp_path / "checkpoint-2")
 
 
@@ -254,3 +271,14 @@ def test_a_directory_is_free_again_when_its_run_has_ended(tmp_path):
     with pytest.raises(ValueError, match="another run is writing into"):
         keep_others_out(tmp_path)
     os.close(other)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_to_resume_from_is_named(tmp_path, file):
+    trainer_for(tmp_path / "run", save_strategy="steps", save_steps=2, evaluate=False).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    whole = (checkpoint / file).read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        (checkpoint / file).write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint-2 can not be gone on from .*: if it is damaged, remove it"):
+            trainer_for(tmp_path / "run", evaluate=False).train(resume_from_checkpoint=str(checkpoint))

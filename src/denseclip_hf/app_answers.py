@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from .data_files import file_stem
 from .inference import load_model
+from .loading_denseclip import load_pretrained
 from .open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES, check_words, score_maps_of
 from .pictures import heat_map, indexed_picture, overlay_with_legend
 from .prediction import Segmenter
@@ -73,7 +74,7 @@ class AppModels:
         if name not in self._loaded:
             model, image_processor = load_model(self.addresses[name], self.dtype)
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.addresses[name])
+                tokenizer = load_pretrained(AutoTokenizer, self.addresses[name])
             except (OSError, ValueError):  # its own classes can be segmented all the same
                 tokenizer = None
             self._loaded[name] = model.to(self.device).eval(), image_processor, tokenizer

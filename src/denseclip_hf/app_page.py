@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio_client import utils as client_utils
 from PIL import Image
 
 from .app_answers import (
@@ -46,6 +47,15 @@ OVERLAY = """
 OPACITY_JS = "(value) => document.querySelector('#overlay').style.setProperty('--opacity', value)"
 
 
+class Page(gr.Blocks):
+    """A page that takes no address in place of a file: Gradio would fetch it, whole and however large."""
+
+    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+        """[`gradio.Blocks.preprocess_data`]; raises `gradio.Error` for an address."""
+        client_utils.traverse(inputs, _refuse_address, client_utils.is_file_obj_with_meta)
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
 def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blocks:
     """
     The page for `models`, the first of which is loaded at once.
@@ -58,7 +68,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
         ValueError, OSError: with one sentence, if the first model can not be loaded.
     """
     first, here = models.names[0], Path(__file__)
-    with gr.Blocks(title="DenseCLIP", analytics_enabled=False, delete_cache=(CLEARING_SECONDS, KEPT_SECONDS)) as page:
+    with Page(title="DenseCLIP", analytics_enabled=False, delete_cache=(CLEARING_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown("# DenseCLIP\nEvery pixel is matched with the names of classes. Point at the result to read them.")
         last = gr.State(time_to_live=KEPT_SECONDS)
         with gr.Row():
@@ -208,6 +218,11 @@ def drawn_examples(count: int = 4, size: tuple[int, int] = (384, 288)) -> list[P
     for index, file in enumerate(files):
         draw_scene(index, split="val", size=size).image.save(file)
     return files
+
+
+def _refuse_address(file: dict[str, Any]) -> None:
+    if client_utils.is_http_url_like(file["path"]):
+        raise gr.Error("an address is not fetched: upload the picture.", print_exception=False)
 
 
 def _path_of(upload: Any) -> str | None:

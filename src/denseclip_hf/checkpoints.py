@@ -17,6 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from .loading_denseclip import reason_of
+
 
 StateDict = dict[str, torch.Tensor]
 
@@ -48,7 +50,7 @@ def looking_into(subject: str) -> Iterator[None]:
     except KeyError as error:
         raise CheckpointError(f"{subject} has no {error.args[0] if error.args else 'such key'}.") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise CheckpointError(f"{subject} holds something of an unexpected type or shape ({reason}).") from error
 
 
@@ -99,7 +101,8 @@ def _names_in(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            data = [part for part in archive.infolist() if "/code/" not in part.filename]  # TorchScript's, never read
+            # A TorchScript's program is compressed, and never read.
+            data = [part for part in archive.infolist() if part.filename.split("/")[1:2] != ["code"]]
     except Exception as error:  # of a damaged directory, in any of many ways
         raise CheckpointError(
             f"{path} is cut off or damaged ({path.stat().st_size} bytes): download it again."
@@ -204,7 +207,7 @@ def load_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # transformers fails in any of many ways on files that are no tokenizer
             raise ValueError(
                 f"the tokenizer {tokenizer} can't be loaded: name a directory or Hub repository that has CLIP's."
             ) from error
@@ -270,7 +273,7 @@ def read_torchscript(path: str | os.PathLike) -> StateDict:
     names = _names_in(Path(path))
     try:
         with zipfile.ZipFile(path) as archive:
-            root = next(name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl"))
+            root = names[0].split("/")[0]  # so does PyTorch
             if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
                 raise CheckpointError("it was written on a big-endian machine.")
             top = _ScriptReader(archive, root).load()

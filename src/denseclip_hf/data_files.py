@@ -37,11 +37,17 @@ SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def name_of(source: Any) -> str:
-    """What to call a picture or mask in a message: its path where it has one."""
-    if isinstance(source, (str, Path)):
-        return str(source)
-    path = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", None)
-    return str(path) if path else NAMELESS
+    """What to call a picture or mask in a message: its path where it has one, without an address's secrets."""
+    if not isinstance(source, (str, Path)):
+        source = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", None)
+    return without_secrets(str(source)) if source else NAMELESS
+
+
+def without_secrets(text: str) -> str:
+    """`text` whose addresses lack the user, password, query and fragment that may hold a key."""
+    if "://" not in text:
+        return text
+    return re.sub(r"(https?://[^?#\n]*)[?#]\S*", r"\1", re.sub(r"://[^/?#\s]*@", "://", text))
 
 
 def file_stem(name: str) -> str:
@@ -62,10 +68,11 @@ def _open(source: Any) -> Image.Image:
     try:
         content = source["bytes"]
         if content is None:
-            content = _content(name)
+            content = _content(str(source["path"]))
         image = Image.open(BytesIO(content), formats=_formats())
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} is missing; restore the file or remove the sample.") from error
+        kind = "missing, or its server does not answer" if "://" in name else "missing"
+        raise FileNotFoundError(f"{name} is {kind}; restore the file or remove the sample.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{name} has more pixels than are decoded ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if "
@@ -74,7 +81,7 @@ def _open(source: Any) -> Image.Image:
     except UnidentifiedImageError as error:  # which calls the file by where it lies in memory
         raise _broken(name, f"it is none of {', '.join(_formats())}") from error
     except Exception as error:  # a damaged file fails in any of many ways
-        raise _broken(name, error) from error
+        raise _broken(name, without_secrets(str(error))) from error
     image.filename = name  # type: ignore[attr-defined]
     return image
 

@@ -4,6 +4,7 @@ import colorsys
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -149,7 +150,7 @@ def _numbered(names: Any, source: str) -> dict[int, str]:
     if any("\ud800" <= character <= "\udfff" for name in id2label.values() for character in name):
         raise ValueError(f"{message}; one holds half a character (a lone surrogate), which no file can.")
     if len(set(id2label.values())) < len(id2label):
-        double = next(name for name in id2label.values() if list(id2label.values()).count(name) > 1)
+        double = Counter(id2label.values()).most_common(1)[0][0]
         raise ValueError(f"{message}; {double!r} stands there twice.")
     return id2label
 

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from .loading_denseclip import load_pretrained
 from .model_card import CARD, write_frozen_card
 from .model_card_sections import shown_name, shown_pictures
 
@@ -103,7 +104,7 @@ def export_frozen(model: Any, processor: Any, source: str, directory: str | os.P
         name (`str`): title of a new card.
     """
     model.freeze_classes()
-    for part in (model, processor, AutoTokenizer.from_pretrained(source)):
+    for part in (model, processor, load_pretrained(AutoTokenizer, source)):
         part.save_pretrained(directory)
     card = _file_of(source, CARD)
     write_frozen_card(directory, card, f"`{shown_name(source)}`", name)

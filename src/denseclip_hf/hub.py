@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_denseclip import DenseCLIPConfig
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .loading_denseclip import reason_of
 from .model_card import CARD, card_to_push
 from .model_card_sections import shown_pictures
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
@@ -201,7 +202,7 @@ def _one_sentence(repo_id: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client's, its HTTP library's and the network's come from many families
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = reason_of(error)
         raise OSError(
             f"pushing to {repo_id} failed ({reason}): look at the network, the name and `hf auth login`."
         ) from error

@@ -320,6 +320,8 @@ def _pad(data: dict[str, list[torch.Tensor]], pad_size: SizeDict | None) -> dict
             f"pad_size must have a height and a width of at least {largest[0]}×{largest[1]}, the largest resized "
             f"picture, got {dict(pad_size) if pad_size is not None else {}}."
         )
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"The padded picture would have {height}×{width} pixels, above {MAX_PIXELS}: lower pad_size.")
     return {
         name: [
             F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=LABEL_PADDING * (name == "labels"))

@@ -6,7 +6,6 @@ Shapes: B images, K classes, H x W pixels.
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from .dtypes import DTYPES
 from .fpn_denseclip import resize_bilinear
 from .image_inputs_denseclip import flatten_images, picture_to_tensor
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
+from .loading_denseclip import load_pretrained
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .open_vocabulary_denseclip import eval_mode
 from .resizing_denseclip import resize_argmax, resized_rows
@@ -47,17 +47,8 @@ def load_model(name: str, dtype: str = "auto"):
     Raises:
         OSError, ValueError: with one sentence, if there is none, or its files are broken.
     """
-    try:
-        model = DenseCLIPForSemanticSegmentation.from_pretrained(name, dtype=LOADING_DTYPES[dtype])
-        return model, AutoImageProcessor.from_pretrained(name)
-    except Exception as error:  # transformers fails in any of many ways on files that are no model
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(name).is_dir():
-            raise ValueError(f"the model {name} can not be loaded: {reason}") from error
-        raise OSError(
-            f"{name} is neither a folder here nor a model on the Hub that can be read ({reason.rstrip('.')}): give "
-            "another, or a folder with what was downloaded elsewhere."
-        ) from error
+    model = load_pretrained(DenseCLIPForSemanticSegmentation, name, dtype=LOADING_DTYPES[dtype])
+    return model, load_pretrained(AutoImageProcessor, name)
 
 
 def sliding_window_logits(

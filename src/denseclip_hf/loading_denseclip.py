@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
 
@@ -20,19 +19,30 @@ POSITION_KEYS = ("vision_model.embeddings.position_embedding.weight", "vision_mo
 
 def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
     """
-    `kind.from_pretrained(name, **options)`, whose failure says what was asked for.
+    `kind.from_pretrained(name, **options)`, whose failure says in one sentence what was asked for.
 
     Raises:
         OSError: if there is nothing of that name.
+        ValueError: if it is a folder whose files are missing or damaged.
     """
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers fails in any of many ways on files that are no model
+        reason = reason_of(error)
+        if os.path.isdir(name):
+            part = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}.get(kind.__name__, "model")
+            raise ValueError(
+                f"the {part} in {name} can not be loaded ({reason}): give another, or download or save it anew."
+            ) from error
         raise OSError(
-            f"{name} is neither a folder here nor a name on the Hub that can be read ({reason.rstrip('.')}): "
-            "give another, or a folder with what was downloaded elsewhere."
+            f"{name} is neither a folder here nor a name on the Hub that can be read ({reason}): give another, or a "
+            "folder with what was downloaded elsewhere."
         ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none, to stand inside a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
@@ -40,7 +50,7 @@ def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
     A CLIP model in float32 and its tokenizer, each loaded if it is given by name.
 
     Raises:
-        ValueError: if the checkpoint is not a CLIP.
+        OSError, ValueError: if the checkpoint is not a CLIP, and as [`load_pretrained`] does.
     """
     if isinstance(clip, (str, os.PathLike)):
         tokenizer = clip if tokenizer is None else tokenizer
@@ -152,4 +162,12 @@ def _resized_convolution(
     return new.requires_grad_(old.weight.requires_grad)
 
 
-__all__ = ["class_names", "clip_report", "load_clip", "load_clip_weights", "load_pretrained", "replace_classes"]
+__all__ = [
+    "class_names",
+    "clip_report",
+    "load_clip",
+    "load_clip_weights",
+    "load_pretrained",
+    "reason_of",
+    "replace_classes",
+]

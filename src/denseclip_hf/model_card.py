@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.utils import yaml_dump
 from safetensors import safe_open
 
 from .configuration_denseclip import DenseCLIPConfig
+from .loading_denseclip import reason_of
 from .model_card_results import PIPELINE, add_to_model_index, check_results
 from .model_card_sections import (
     MODEL,
@@ -34,12 +34,14 @@ from .model_card_sections import (
     training_table,
     usage,
 )
+from .plain_yaml import load_plain_yaml
 from .writing import write_atomically
 
 
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+MAX_BYTES = 2 << 20
 LIBRARY = "transformers"
 TAGS = ["denseclip", "clip", "semantic-segmentation", "image-segmentation", "vision"]
 # Sections that are added to a README which nothing was generated in yet.
@@ -196,12 +198,17 @@ def _write(
 
 
 _HINT = "<!-- Edit freely: what is changed or taken out by hand stays so when the card is written again. -->"
-_WRITTEN = re.compile(r"<!-- generated front matter: (.*?) -->")
+_WRITTEN = re.compile(r"<!-- generated front matter: ([\w ]*) -->")
 _FRONT_MATTER = re.compile(r"\s*---[ ]*\n(.*?)^---[ ]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
-_SECTION = re.compile(r"<!-- generated: (\w+)(?: (\w+))? -->\n(.*?)<!-- end of generated: \1 -->", re.DOTALL)
+# No other section begins inside one: a search from every beginning to the end of the file would take for ever.
+_SECTION = re.compile(
+    r"<!-- generated: (\w+)(?: (\w+))? -->\n((?:(?!<!-- generated: ).)*?)<!-- end of generated: \1 -->", re.DOTALL
+)
 
 
 def _text_of(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MiB, which no card needs: shorten or remove it.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -214,11 +221,11 @@ def _split(text: str, path: Path) -> tuple[dict[str, Any], str, str]:
     if found is None:
         return {}, "", text
     try:
-        front = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 2})" if mark else ""
-        raise ValueError(f"the front matter of {path} is no YAML{line}: correct it, or remove it.") from error
+        front = load_plain_yaml(found[1])
+    except ValueError as error:
+        mark = getattr(error.__cause__, "problem_mark", None)
+        reason = f"line {mark.line + 2}" if mark else reason_of(error)
+        raise ValueError(f"the front matter of {path} is no YAML ({reason}): correct it, or remove it.") from error
     if not isinstance(front, (dict, type(None))):
         raise ValueError(f"the front matter of {path} must be YAML of keys and values: correct it, or remove it.")
     return front or {}, f"{found[0].rstrip()}\n\n", text[found.end() :].lstrip("\n")

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from .model_card_sections import is_hub_name, shown_name
+from .model_card_sections import is_hub_name, protocol_words, shown_name
 
 
 PIPELINE = "image-segmentation"
@@ -106,6 +106,8 @@ def add_to_model_index(front: dict[str, Any], name: str, results: Mapping[str, A
         entries = list(front.get("model-index") or [])
         place = next((index for index, entry in enumerate(entries) if entry["name"] == name), 0)
         found = [model_index_to_eval_results([entry]) for entry in entries[place : place + 1]]
+        for result in found[0][1] if found else ():
+            protocol_words(result.metric_args or {})  # with which it will stand in the table
     except (TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"the `model-index` of {path} is not as the Hub defines it: correct it.") from error
     name, old = found[0] if found else (name, [])

@@ -10,6 +10,7 @@ from typing import Any
 
 # Far above what a config needs, and far below what exhausts memory.
 MAX_VALUES = 10_000
+MAX_CHARACTERS = 100_000  # of a file, whose tree takes hundreds of bytes for each
 MAX_NUMBER = 1e15
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -90,6 +91,8 @@ def read_original_config(path: str | os.PathLike) -> dict[str, Any]:
 
 def parse_original_config(text: str, source: str = "the config") -> dict[str, Any]:
     """As [`read_original_config`], for a file's text (a checkpoint's `meta` has it); `_base_` stays a name."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{source} has more than {MAX_CHARACTERS} characters, which no config needs: shorten it.")
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

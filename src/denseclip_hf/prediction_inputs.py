@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 from PIL import Image
 
-from .data_files import file_stem, read_image
+from .data_files import file_stem, read_image, without_secrets
 from .data_layouts import IMAGE_SUFFIXES
 
 
@@ -38,10 +38,7 @@ class Source:
     @property
     def shown(self) -> str:
         """The address for messages: without the password or key that it may hold."""
-        if not _is_url(self.address):
-            return self.address
-        parts = urlsplit(self.address)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return without_secrets(self.address)
 
     @property
     def is_video(self) -> bool:

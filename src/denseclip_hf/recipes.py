@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
 
 from .command_line import DataclassParser
@@ -25,6 +24,7 @@ from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .loading_denseclip import load_pretrained
 from .modeling_clip_resnet import CLIPResNetModel
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .plain_yaml import load_plain_yaml
 from .trainer import DenseCLIPTrainer
 from .training import DenseCLIPTrainingArguments
 from .transforms import AugmentedDataset, AugmentedStream, TrainTransform
@@ -156,15 +156,6 @@ def _as_flag(action: argparse.Action, value: Any) -> Any:
         raise ValueError(f"the recipe's value of `{action.dest}` can't be used: {error}.") from error
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a few lines can stand for billions of values."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("anchors and aliases (&, *) are not read")
-        return super().compose_node(parent, index)
-
-
 def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]:
     """The mapping in a YAML or JSON file, read without executing anything; its options must be among `known`."""
     file = Path(path)
@@ -173,8 +164,8 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
     if file.stat().st_size > MAX_RECIPE_BYTES:
         raise ValueError(f"the recipe {file} has more than {MAX_RECIPE_BYTES} bytes, which no recipe needs.")
     try:
-        recipe = yaml.load(file.read_text(encoding="utf-8"), _PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        recipe = load_plain_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must be a mapping from options to values.")

@@ -8,14 +8,17 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import distributed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from .loading_denseclip import reason_of
 from .reports import without_nan
 from .stopping import TrainingStopped
 from .training import DenseCLIPTrainingArguments
@@ -94,6 +97,7 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
     if (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds a finished run of this recipe: name a new output directory to train again.")
     if checkpoint := get_last_checkpoint(str(folder)):
+        _check_state(checkpoint)
         logger.info("Going on from %s.", checkpoint)
     return checkpoint
 
@@ -174,8 +178,9 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
         ValueError: if there is none, or it is of a run of another recipe or of none that is known.
     """
     folder = Path(checkpoint).absolute()
-    if not (folder / "trainer_state.json").is_file():
+    if not (folder / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"{checkpoint} is no checkpoint: give a directory such as outputs/run/checkpoint-500.")
+    _check_state(checkpoint)
     if not (folder.parent / RECIPE_FILE).is_file():
         raise ValueError(
             f"{checkpoint} lies in no run with a {RECIPE_FILE}, so whether it is of this recipe can't be told: start "
@@ -186,6 +191,25 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
             f"{checkpoint} is of another recipe ({changes}): run that recipe, or start from its weights with `--model "
             f"{checkpoint}`."
         )
+
+
+def _check_state(checkpoint: str | os.PathLike) -> None:
+    with reading_checkpoint(checkpoint):
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def reading_checkpoint(checkpoint: str | os.PathLike) -> Iterator[None]:
+    """Turn whatever fails while a checkpoint of a run is read into one sentence, a `ValueError`."""
+    try:
+        yield
+    except Exception as error:  # damaged files fail in any of many ways
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"its pickle asks for {wanted[1]}" if wanted else reason_of(error)
+        raise ValueError(
+            f"{checkpoint} can not be gone on from ({reason}): if it is damaged, remove it, and go on from "
+            "the one before."
+        ) from error
 
 
 def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> None:
@@ -267,6 +291,7 @@ __all__ = [
     "keep_recipe",
     "one_sentence_errors",
     "prepare_run",
+    "reading_checkpoint",
     "recipe_of",
     "results_json",
     "sentence_of",

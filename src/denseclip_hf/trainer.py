@@ -22,7 +22,7 @@ from .batch_norm import frozen_batch_norms, synchronise_batch_norms
 from .batches import GlobalBatches, collate, training_loader
 from .evaluation import evaluate_segmentation
 from .model_card import CARD, write_model_card
-from .runs import WRITING_DIR
+from .runs import WRITING_DIR, reading_checkpoint
 from .stopping import OutlivesSignals, StopCallback, TrainingStopped
 from .training import NO_PUSH, DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .training_log import TrainingLog
@@ -337,10 +337,19 @@ class DenseCLIPTrainer(Trainer):
         raise ValueError(NO_PUSH)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if getattr(self.model, "_hf_peft_config_loaded", False):
-            load_added_adapter(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading_checkpoint(resume_from_checkpoint):
+            if getattr(self.model, "_hf_peft_config_loaded", False):
+                load_added_adapter(self.model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self):
         if getattr(self.model, "_hf_peft_config_loaded", False):
