@@ -1,6 +1,7 @@
 """Imports run one way: what a Hub repository carries is flat and imports nothing of the library around it."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -59,6 +60,33 @@ def test_hub_set_imports_only_itself_and_what_the_hub_has(module):
     absolute, relative = imports(PACKAGE / f"{module}.py")
     assert absolute <= HUB_PACKAGES | STANDARD, f"{module} imports {absolute - HUB_PACKAGES - STANDARD}"
     assert relative <= HUB_SET, f"{module} imports {relative - HUB_SET} of the library around it"
+
+
+def raises(function):
+    """Whether a function, without those inside it, has a `raise` of its own."""
+    nodes = list(function.body)
+    for node in nodes:
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            nodes += ast.iter_child_nodes(node)
+    return any(isinstance(node, ast.Raise) and node.exc for node in nodes)
+
+
+def public_functions(tree):
+    """Name and docstring, with a constructor's class's, of public functions and methods that raise."""
+    for owner in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))):
+        for function in (n for n in owner.body if isinstance(n, ast.FunctionDef) and raises(n)):
+            told = ast.get_docstring(function) or ""
+            if function.name in ("__init__", "__post_init__", "__call__"):
+                yield function.name, f"{told} {ast.get_docstring(owner)}"
+            elif not function.name.startswith("_"):
+                yield function.name, told
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_docstrings_tell_what_is_raised(path):
+    for name, told in public_functions(ast.parse(path.read_text())):
+        elsewhere = re.search(r"\[`|Do what|See ", told)
+        assert "aise" in told or elsewhere, f"{path.name}: the docstring of {name} does not tell what it raises"
 
 
 @pytest.mark.parametrize("level", range(len(LAYERS)))

@@ -101,3 +101,8 @@ def test_scores_that_are_not_finite_end_it(arguments, tmp_path, options):
     with pytest.raises(ValueError, match=words):
         measure(arguments(**options))
     assert not (tmp_path / "output_dir" / "evaluation.json").exists()
+
+
+def test_data_without_a_validation_split_are_refused(arguments):
+    with pytest.raises(ValueError, match="data has no validation split: name one with `--split`"):
+        measure(arguments(validation_fraction=0.0))

@@ -180,6 +180,7 @@ class DenseCLIPConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """[`PreTrainedConfig.from_dict`]; raises `ValueError` for a CLIP's, and as the class does for odd options."""
         if config_dict.get("model_type") in (CLIPConfig.model_type, CLIPResNetConfig.model_type):
             raise ValueError(
                 "this is a CLIP, not a segmenter yet: build one with "
@@ -190,7 +191,12 @@ class DenseCLIPConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **options) -> "DenseCLIPConfig":
-        """A published model (`denseclip-rn50`, `denseclip-rn101`, `denseclip-vit-b16`) with `options` on top."""
+        """
+        A published model (`denseclip-rn50`, `denseclip-rn101`, `denseclip-vit-b16`) with `options` on top.
+
+        Raises:
+            ValueError: for another name.
+        """
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **options})

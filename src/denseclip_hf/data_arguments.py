@@ -34,7 +34,12 @@ class DatasetArguments:
     )
 
     def load(self, **options: Any) -> SegmentationData:
-        """The data set, with further `options` of [`load_segmentation_dataset`]."""
+        """
+        The data set, with further `options` of [`load_segmentation_dataset`].
+
+        Raises:
+            ValueError: if none is named, and as [`load_segmentation_dataset`] does.
+        """
         if not self.dataset:
             raise ValueError("name a data set: `--dataset FOLDER_OR_HUB_NAME`.")
         return load_segmentation_dataset(

@@ -257,7 +257,12 @@ def _by_key(files: dict[Path, str]) -> dict[str, Path]:
 
 
 def pick_split(names: Iterable[str], wanted: str | None, usual: Sequence[str]) -> str | None:
-    """`wanted`, which must be in `names`, or else the first of the `usual` names that is there."""
+    """
+    `wanted`, or if that is `None` the first of the `usual` names that is in `names`, if any is.
+
+    Raises:
+        ValueError: if `wanted` is not in `names`.
+    """
     names = list(names)
     if wanted is not None and wanted not in names:
         raise ValueError(f"There is no split {wanted!r}; the data set has {', '.join(map(str, names))}.")

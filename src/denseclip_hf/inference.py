@@ -99,6 +99,9 @@ def multi_scale_probabilities(
 
     Returns:
         `list[torch.Tensor]`: one `(K, H, W)` float32 tensor per image, on the model's device; sums to 1 over K.
+
+    Raises:
+        ValueError: if `scales` is empty, or the image processor has no size that can be scaled.
     """
     pictures = [picture_to_tensor(image) for image in flatten_images(images, 3)]
     return [

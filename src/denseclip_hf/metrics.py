@@ -334,6 +334,9 @@ class MeanBoundaryIoU(_CountingMetric):
             one pixel.
 
     `compute` returns `mean_boundary_iou` and `per_category_boundary_iou` (K floats, NaN where the class is absent).
+
+    Raises:
+        ValueError: if `boundary_width` is not positive.
     """
 
     def __init__(

@@ -140,6 +140,9 @@ def score_maps_of(
     Cosines `(B, K, h, w)` of `pixel_values` `(B, 3, H, W)` with `text_embeds` `(K, D)`.
 
     If the model slides, `(B, K, H, W)`: averaged where windows overlap.
+
+    Raises:
+        ValueError: if the model has no text guidance, or `text_embeds` another shape.
     """
     config = model.config
     if not config.use_text_guidance:

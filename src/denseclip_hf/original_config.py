@@ -90,7 +90,12 @@ def read_original_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_original_config(text: str, source: str = "the config") -> dict[str, Any]:
-    """As [`read_original_config`], for a file's text (a checkpoint's `meta` has it); `_base_` stays a name."""
+    """
+    As [`read_original_config`], for a file's text (a checkpoint's `meta` has it); `_base_` stays a name.
+
+    Raises:
+        ValueError: if it is no Python, longer than `MAX_CHARACTERS`, or its `model` can't be read.
+    """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{source} has more than {MAX_CHARACTERS} characters, which no config needs: shorten it.")
     try:

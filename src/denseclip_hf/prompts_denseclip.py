@@ -114,7 +114,12 @@ class ContextPrompts(nn.Module):
         return mask[:, None]
 
     def forward(self, clip: CLIPModel) -> torch.Tensor:
-        """Class embeddings t `(K, D)`: the prompts through `clip`'s text tower, read at EOS and projected."""
+        """
+        Class embeddings t `(K, D)`: the prompts through `clip`'s text tower, read at EOS and projected.
+
+        Raises:
+            ValueError: if there are no class names yet.
+        """
         if self.token_ids is None:
             raise ValueError(
                 "this model has no class names yet that its text tower could read: call "

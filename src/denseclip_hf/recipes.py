@@ -157,7 +157,12 @@ def _as_flag(action: argparse.Action, value: Any) -> Any:
 
 
 def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file, read without executing anything; its options must be among `known`."""
+    """
+    The mapping in a YAML or JSON file, read without executing anything.
+
+    Raises:
+        ValueError: if there is no such file, it is too large or no mapping, or an option is not among `known`.
+    """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"there is no recipe {file}.")
@@ -178,7 +183,12 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
 
 
 def load_data(args: DataArguments) -> SegmentationData:
-    """The data set of `args`, checked on a sample of its files unless that is switched off."""
+    """
+    The data set of `args`, checked on a sample of its files unless that is switched off.
+
+    Raises:
+        ValueError: with the first problem that the check found, and as [`load_segmentation_dataset`] does.
+    """
     data = args.load(
         validation_split=args.validation_split,
         streaming=args.streaming,
@@ -283,7 +293,12 @@ def _tokenizer_for(args: ModelArguments, data: SegmentationData):
 def make_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: DenseCLIPTrainingArguments, **kwargs
 ) -> tuple[DenseCLIPTrainer, SegmentationData]:
-    """Data, model, augmentation and image processor of a recipe, put together."""
+    """
+    Data, model, augmentation and image processor of a recipe, put together.
+
+    Raises:
+        OSError, ValueError: with one sentence, for a model, data or options that can't be used.
+    """
     set_seed(args.seed)
     known, given = DenseCLIPConfig(), _options(model_args.config, "config")  # before the data, which may take long
     refuse_unknown_options(known, {name: value for name, value in given.items() if name not in known.to_dict()})

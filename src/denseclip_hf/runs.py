@@ -200,7 +200,7 @@ def _check_state(checkpoint: str | os.PathLike) -> None:
 
 @contextmanager
 def reading_checkpoint(checkpoint: str | os.PathLike) -> Iterator[None]:
-    """Turn whatever fails while a checkpoint of a run is read into one sentence, a `ValueError`."""
+    """Whatever fails while a checkpoint of a run is read raises a `ValueError` of one sentence instead."""
     try:
         yield
     except Exception as error:  # damaged files fail in any of many ways

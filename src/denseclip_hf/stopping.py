@@ -95,6 +95,7 @@ class StopCallback(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
+        """Once the checkpoint that was asked for is there: raises [`TrainingStopped`]."""
         if self.agreed:
             name = signal.Signals(self.agreed).name
             message = (

@@ -125,6 +125,9 @@ def poly_learning_rate(
         power (`float`): exponent of the decay.
         warmup_steps (`int`): steps of the warm-up, during which the decay already runs.
         warmup_ratio (`float`): share of the rate at step 0.
+
+    Raises:
+        ZeroDivisionError: if `total_steps` is 0.
     """
     progress = min(step / total_steps, 1.0)
     rate = (base_lr - min_lr) * (1 - progress) ** power + min_lr
@@ -139,6 +142,9 @@ class DenseCLIPTrainingArguments(TrainingArguments):
     How it is trained: transformers' `TrainingArguments`, by default the published recipe, and its learning rates.
 
     Batch 32 is part of the recipe: devices x `per_device_train_batch_size` x `gradient_accumulation_steps`.
+
+    Raises:
+        ValueError: for values without a meaning, or that contradict each other.
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "Needed: the directory of the run."})
