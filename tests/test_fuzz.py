@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import signal
+import tempfile
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from clip_reference import reference_clip
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from damage import HEADERS, JSON, changed, damaged, invented_png, odd_weights, picture_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,14 +25,18 @@ from test_conversion_clip import FORMATS
 from test_conversion_clip import tokenizer as clip_tokenizer
 from test_original_release import release, tokenizer
 from test_recipes import CONFIGS, KINDS
+from transformers import CLIPModel
 
+from denseclip_hf import CLIPResNetModel
 from denseclip_hf.checkpoints import read_checkpoint, state_dict_of
 from denseclip_hf.conversion import config_from_original
 from denseclip_hf.conversion_clip import convert_clip
 from denseclip_hf.data_files import SampleReader, read_image
 from denseclip_hf.data_layouts import parse_classes
+from denseclip_hf.example_clip import make_example_tokenizer
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.inference import load_model
+from denseclip_hf.loading_denseclip import load_clip
 from denseclip_hf.original_config import parse_original_config
 from denseclip_hf.original_release import convert_release
 from denseclip_hf.recipes import parse_arguments
@@ -226,15 +231,46 @@ class _Holder:
         return self.weights
 
 
+def files_of(*parts):
+    """Name to content of a directory that the parts of a model were saved into."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            part.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 @cache
 def model_files(kind):
-    """Name to content of a saved model directory."""
-    import tempfile
+    return files_of(tiny_model(kind), PROCESSOR)
 
-    with tempfile.TemporaryDirectory() as folder:
-        tiny_model(kind).save_pretrained(folder)
-        PROCESSOR.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+@cache
+def clip_files(kind):
+    config = tiny_config(kind).clip_config
+    model = CLIPModel(config) if kind == "vit" else CLIPResNetModel(config)
+    return files_of(model, make_example_tokenizer(["sky road car"], vocab_size=600))
+
+
+def write_damaged(folder, files, data):
+    """`files` in `folder`, one of them damaged or changed."""
+    name = data.draw(st.sampled_from(sorted(files)))
+    if name.endswith(".json") and data.draw(st.booleans()):
+        content = json.dumps(data.draw(changed(json.loads(files[name])))).encode()
+    else:
+        content = data.draw(damaged([files[name]]))
+    folder.mkdir(exist_ok=True)
+    for file, whole in files.items():
+        (folder / file).write_bytes(content if file == name else whole)
+
+
+@SHARED_FOLDER
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@given(data=st.data())
+def test_clip_directories(tmp_path, kind, data):
+    write_damaged(tmp_path / "clip", clip_files(kind), data)
+    with result_or_sentence():
+        load_clip(tmp_path / "clip")
 
 
 @SHARED_FOLDER
@@ -242,16 +278,7 @@ def model_files(kind):
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @given(data=st.data())
 def test_model_directories(tmp_path, kind, data):
-    files = dict(model_files(kind))
-    name = data.draw(st.sampled_from(sorted(files)))
-    content = files[name]
-    if name.endswith(".json") and data.draw(st.booleans()):
-        files[name] = json.dumps(data.draw(changed(json.loads(content)))).encode()
-    else:
-        files[name] = data.draw(damaged([content]))
     folder = tmp_path / "model"
-    folder.mkdir(exist_ok=True)
-    for file, content in files.items():
-        (folder / file).write_bytes(content)
+    write_damaged(folder, model_files(kind), data)
     with result_or_sentence():
         model, processor = load_model(str(folder))
