@@ -18,6 +18,7 @@ import transformers
 
 from denseclip_hf.benchmark_tasks import IMAGE_SIZES, TASKS, Settings
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
+from denseclip_hf.dtypes import device_of
 from denseclip_hf.runs import one_sentence_errors
 from denseclip_hf.writing import write_atomically
 
@@ -45,11 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     presets = ["denseclip-rn50", "denseclip-vit-b16"]
     parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=presets, help="models")
     parser.add_argument("--rounds", type=int, default=7, help="times every case is run, in turn")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes on a CPU)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"), help="where tables go")
     args = parser.parse_args(argv)
     log_to_terminal()
+    args.device = device_of(args.device)
     settings = Settings(args.presets, args.rounds, args.device, args.compile)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"hardware": hardware(args.device), "rounds": args.rounds, "tasks": {}}

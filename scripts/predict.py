@@ -8,11 +8,11 @@ address. A video's frames are pictures too (needs `pip install av`).
 import argparse
 import sys
 
-import torch
 from transformers import AutoTokenizer
 
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.data_layouts import read_names
+from denseclip_hf.dtypes import device_of
 from denseclip_hf.inference import LOADING_DTYPES, load_model
 from denseclip_hf.loading_denseclip import load_pretrained
 from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--inference_mode", choices=["whole", "slide"], help="by default what the model's config says")
     parser.add_argument("--batch_size", type=int, default=1, help="pictures of one size run together")
     parser.add_argument("--dtype", choices=list(LOADING_DTYPES), default="auto", help="of the model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--opacity", type=float, default=0.6, help="of the colours over pictures, 0 to 1")
     parser.add_argument("--every", type=int, default=1, help="of videos, take every Nth frame")
     parser.add_argument("--max_frames", type=int, help="of videos, take at most so many frames")
@@ -65,8 +65,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_segmenter(args: argparse.Namespace) -> Segmenter:
+    device = device_of(args.device)
     model, image_processor = load_model(args.model, args.dtype)
-    model.to(args.device)
+    model.to(device)
     if args.inference_mode:
         model.config.inference_mode = args.inference_mode
     new_words = set(args.words + args.score_maps) - (set() if args.words else set(model.config.label2id))

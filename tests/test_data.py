@@ -214,6 +214,7 @@ def test_refusals_about_datasets(rows, options, words):
         (lambda f: (f / "classes.json").write_text("{"), "classes.json is not a JSON file"),
         (lambda f: write_classes(f, id2label={"0": "sky", "2": "car"}), r"ids \[1\] are missing"),
         (lambda f: write_classes(f, id2label=["a", "b", "a"]), "'a' stands there twice"),
+        (lambda f: write_classes(f, id2label=["a", "B", "b "]), "'b' stands there twice .capital letters and blanks"),
         (lambda f: write_classes(f, id2label=["a", "", "b"]), "one is empty"),
         (lambda f: write_classes(f, id2label=["a", "\ud800", "b"]), "holds half a character"),
         (lambda f: write_classes(f, id2label=7), "must name the classes"),

@@ -144,15 +144,22 @@ def save_mask(array, path):
             r"image.png is 8x6 pixels but its mask .*mask.png is 6x8; save both at the same size",
         ),
         (
+            lambda p: save_mask(np.full((8, 6), 77, np.uint8), p),  # ids that smoothing made
+            r"image.png is 8x6 pixels but its mask .*mask.png is 6x8; save both at the same size",
+        ),
+        (
             lambda p: Image.new("LA", SIZE).save(p),
             "mask.png has mode LA; save it as a PNG with one integer id per pixel",
         ),
-        (lambda p: truncated(p, "PNG"), "mask.png cannot be read as a picture"),
+        (
+            lambda p: (Image.new("L", (64, 64)).save(p.parent / "image.png"), truncated(p, "PNG")),
+            "mask.png cannot be read as a picture",
+        ),
         (lambda p: p.write_bytes(b"no picture"), "mask.png cannot be read as a picture"),
         (lambda p: Image.new("L", SIZE).save(p, "JPEG"), "mask.png is a JPEG, .*; save masks as PNG"),
         (lambda p: None, "mask.png is missing"),
     ],
-    ids=["ids", "colour", "size", "mode", "truncated", "no picture", "jpeg", "missing"],
+    ids=["ids", "colour", "size", "smoothed", "mode", "truncated", "no picture", "jpeg", "missing"],
 )
 def test_masks_that_are_refused(tmp_path, make, words):
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"

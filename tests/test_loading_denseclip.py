@@ -13,7 +13,7 @@ from denseclip_hf import (
     DenseCLIPForSemanticSegmentation,
 )
 from denseclip_hf.example_clip import make_example_clip
-from denseclip_hf.loading_denseclip import load_clip
+from denseclip_hf.loading_denseclip import load_clip, load_pretrained
 from denseclip_hf.modeling_clip_resnet import resize_position_grid
 
 
@@ -124,7 +124,7 @@ def test_set_classes_round_trips_through_disk(images, tmp_path):
     [
         ([], "at least one"),
         ({}, "at least one"),
-        (["sky", ""], "none of them empty"),
+        (["sky", ""], "none of them empty .the 2. of 2 is"),
         (["sky", "sky"], "'sky' is given twice"),
         ("sky", "must be a list of texts"),
         ([["sky", "heaven"], "road"], "a class has one name"),
@@ -187,3 +187,15 @@ def test_a_damaged_clip_is_refused_by_name(tmp_path, file, content, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         load_clip(tmp_path / "clip")
     assert str(tmp_path / "clip") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_clip_without_a_tokenizer_is_told_so(tmp_path):
+    tiny_clip("vit").save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="the folder .*clip has no tokenizer: give one with a tokenizer.json"):
+        load_clip(tmp_path / "clip")
+
+
+def test_a_run_that_has_not_ended_is_told_so(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match="can not be loaded .*: give its last checkpoint, .*checkpoint-6, or finish"):
+        load_pretrained(DenseCLIPForSemanticSegmentation, tmp_path)

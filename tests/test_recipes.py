@@ -192,6 +192,14 @@ def test_a_trained_model_keeps_its_own_config(trained, folder):
         model_to_train(again, load_data(DataArguments(dataset=str(folder))), 64)
 
 
+def test_a_frozen_model_is_refused_when_it_is_loaded(trained, folder, tmp_path):
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(trained)
+    model.freeze_classes()
+    model.save_pretrained(shutil.copytree(trained, tmp_path / "frozen"))
+    with pytest.raises(ValueError, match="classes are frozen, so it can not be trained"):
+        model_to_train(ModelArguments(model=str(tmp_path / "frozen")), load_data(DataArguments(str(folder))), 64)
+
+
 def test_a_trained_model_goes_on_in_float32(trained, folder, tmp_path):
     """Half precision would round most steps of the published rate away."""
     half = shutil.copytree(trained, tmp_path / "half")

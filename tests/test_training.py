@@ -183,6 +183,14 @@ def test_nothing_is_pushed_while_training(tmp_path):
         trainer_for(tmp_path).push_to_hub()
 
 
+@pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_on_a_cpu_that_is_slow_in_it_is_told(tmp_path, caplog, monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    DenseCLIPTrainingArguments(str(tmp_path), bf16=True, use_cpu=True)
+    assert ("bf16 is many times slower on it than float32" in caplog.text) == slow
+
+
 def test_without_a_launcher_one_of_several_devices_trains(tmp_path, caplog):
     """torch's DataParallel would give the contexts no gradient."""
     trainer = trainer_for(tmp_path)

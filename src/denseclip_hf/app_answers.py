@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
 from .data_files import file_stem
+from .dtypes import device_of
 from .inference import load_model
 from .loading_denseclip import load_pretrained
 from .open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES, check_words, score_maps_of
@@ -38,18 +38,18 @@ class AppModels:
 
     Args:
         addresses (`Sequence[str]`): directories, or names on the Hub.
-        device (`str`, *optional*): where they run; by default a GPU if there is one.
+        device (`str`): where they run, see [`device_of`].
         dtype (`str`): a key of `LOADING_DTYPES`; `auto` is what the weights were saved in.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or no such device.
     """
 
-    def __init__(self, addresses: Sequence[str], device: str | None = None, dtype: str = "auto"):
+    def __init__(self, addresses: Sequence[str], device: str = "auto", dtype: str = "auto"):
         if not addresses:
             raise ValueError("name at least one model: a directory, or a name on the Hub.")
         self.addresses = _short_names(addresses)
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_of(device)
         self.dtype = dtype
         self._loaded: dict[str, tuple[Any, Any, Any]] = {}
 

@@ -223,13 +223,15 @@ class SampleReader:
                 is no class. The message names the file and what to do.
         """
         picture, name = read_image(image, self.decode), name_of(mask)
-        labels = self.read_mask(mask)
-        if picture.size != labels.shape[::-1]:
+        mask = np.asarray(mask) if isinstance(mask, (np.ndarray, list)) else _open(mask)
+        shape = mask.size[::-1] if isinstance(mask, Image.Image) else mask.shape
+        # Before its ids, which a mask that was resized may have lost.
+        if len(shape) == 2 and shape != picture.size[::-1]:
             raise ValueError(
                 f"{name_of(picture)} is {picture.width}x{picture.height} pixels but its mask {name} is "
-                f"{labels.shape[1]}x{labels.shape[0]}; save both at the same size."
+                f"{shape[1]}x{shape[0]}; save both at the same size."
             )
-        return {"image": picture, "mask": labels}
+        return {"image": picture, "mask": self.read_mask(mask)}
 
     def read_mask(self, source: Any) -> np.ndarray:
         """The (h, w) integer array of raw ids of a mask: file, bytes, PIL image, or array of ids. See [`read`]."""

@@ -149,9 +149,9 @@ def _numbered(names: Any, source: str) -> dict[int, str]:
         raise ValueError(f"{message}; one is empty or no text.")
     if any("\ud800" <= character <= "\udfff" for name in id2label.values() for character in name):
         raise ValueError(f"{message}; one holds half a character (a lone surrogate), which no file can.")
-    if len(set(id2label.values())) < len(id2label):
-        double = Counter(id2label.values()).most_common(1)[0][0]
-        raise ValueError(f"{message}; {double!r} stands there twice.")
+    (double, times), *_ = Counter(" ".join(name.split()).casefold() for name in id2label.values()).most_common(1)
+    if times > 1:
+        raise ValueError(f"{message}; {double!r} stands there twice (capital letters and blanks do not count).")
     return id2label
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
+from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_clip_resnet import clip_config_class
 from .configuration_denseclip import check_ids
@@ -14,6 +15,8 @@ from .open_vocabulary_denseclip import check_words
 from .prompts_denseclip import tokenize_classes
 
 
+# Where a tokenizer has its words. Without any, transformers may make up a CLIP's without words.
+TOKENIZER_FILES = {"tokenizer.json", "vocab.json"}
 POSITION_KEYS = ("vision_model.embeddings.position_embedding.weight", "vision_model.attention_pool.position_embedding")
 
 
@@ -25,15 +28,18 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
         OSError: if there is nothing of that name.
         ValueError: if it is a folder whose files are missing or damaged.
     """
+    if kind is AutoTokenizer and os.path.isdir(name) and not TOKENIZER_FILES & set(os.listdir(name)):
+        raise ValueError(f"the folder {name} has no tokenizer: give one with a tokenizer.json (CLIP's own).")
     try:
         return kind.from_pretrained(name, **options)
     except Exception as error:  # transformers fails in any of many ways on files that are no model
         reason = reason_of(error)
         if os.path.isdir(name):
             part = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}.get(kind.__name__, "model")
-            raise ValueError(
-                f"the {part} in {name} can not be loaded ({reason}): give another, or download or save it anew."
-            ) from error
+            remedy = "give another, or download or save it anew"
+            if part == "model" and (checkpoint := get_last_checkpoint(os.fspath(name))):
+                remedy = f"give its last checkpoint, {checkpoint}, or finish the run"
+            raise ValueError(f"the {part} in {name} can not be loaded ({reason}): {remedy}.") from error
         raise OSError(
             f"{name} is neither a folder here nor a name on the Hub that can be read ({reason}): give another, or a "
             "folder with what was downloaded elsewhere."

@@ -59,8 +59,10 @@ def check_words(texts: Sequence[str | Sequence[str]]) -> list[list[str]]:
     classes: list[list[Any]] = [list(text) if isinstance(text, (list, tuple)) else [text] for text in texts]
     if not all(isinstance(text, str) for phrasings in classes for text in phrasings):
         raise ValueError(f"class names must be texts, got {texts!r}.")
-    if not classes or not all(classes) or any(not text.strip() for phrasings in classes for text in phrasings):
-        raise ValueError("class names must be at least one, and none of them empty.")
+    empty = [number for number, texts in enumerate(classes, 1) if not texts or not all(t.strip() for t in texts)]
+    if not classes or empty:
+        which = f" (the {empty[0]}. of {len(classes)} is)" if empty else ""
+        raise ValueError(f"class names must be at least one, and none of them empty{which}.")
     seen = set()
     for phrasings in classes:
         read = frozenset(" ".join(text.split()).casefold() for text in phrasings)

@@ -20,8 +20,9 @@ from .configuration_denseclip import DenseCLIPConfig
 from .data import SegmentationData
 from .data_arguments import DatasetArguments
 from .data_check import check_dataset
+from .freezing_denseclip import refuse_if_frozen
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
-from .loading_denseclip import load_pretrained
+from .loading_denseclip import load_clip, load_pretrained
 from .modeling_clip_resnet import CLIPResNetModel
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .plain_yaml import load_plain_yaml
@@ -231,7 +232,7 @@ def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int)
         tokenizer = _tokenizer_for(args, data)
         clip = _random_clip(clip_config, tokenizer)
     else:
-        clip, tokenizer = args.clip, load_pretrained(AutoTokenizer, args.tokenizer or args.clip)
+        clip, tokenizer = load_clip(args.clip, args.tokenizer)
     model = DenseCLIPForSemanticSegmentation.from_clip(
         clip, data.id2label, tokenizer=tokenizer, image_size=crop_size, **options
     )
@@ -251,6 +252,7 @@ def _options(text: str, name: str) -> dict[str, Any]:
 
 def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
     model = load_pretrained(DenseCLIPForSemanticSegmentation, name, dtype="float32")
+    refuse_if_frozen(model.config, "be trained")
     tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or name)
     if _options(args.config, "config"):
         raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")

@@ -1,6 +1,7 @@
 """The published training recipe: parameter groups, schedule, arguments (section 4.1)."""
 
 import logging
+import platform
 import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -136,6 +137,11 @@ def poly_learning_rate(
     return rate
 
 
+def is_slow_in_bf16() -> bool:
+    """Whether this CPU is one of Intel's kind without AVX-512, on which oneDNN has no fast kernels for bf16."""
+    return platform.machine() in ("x86_64", "AMD64") and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+
+
 @dataclass
 class DenseCLIPTrainingArguments(TrainingArguments):
     """
@@ -209,6 +215,8 @@ class DenseCLIPTrainingArguments(TrainingArguments):
             raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
         if self.push_to_hub:
             raise ValueError(NO_PUSH)
+        if self.bf16 and (self.use_cpu or not torch.accelerator.is_available()) and is_slow_in_bf16():
+            logger.warning("This CPU has no AVX-512: bf16 is many times slower on it than float32, leave it out.")
         _check_multipliers(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier)
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
