@@ -87,8 +87,7 @@ def say(text: str) -> None:
 
 
 def run(command: list) -> None:
-    # A second thread makes so small a model hardly faster, and several times slower beside anything else that runs; the
-    # second core prepares samples.
+    # A second thread makes so small a model hardly faster, and several times slower beside anything else that runs.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     if code := subprocess.run([sys.executable, *map(str, command)], env=environment).returncode:
         sys.exit(code)  # it has said why

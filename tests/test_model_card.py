@@ -303,7 +303,7 @@ def test_a_frozen_models_card_is_that_of_its_model(directory, tmp_path):
 def test_many_aliases_in_a_model_card_are_refused(directory):
     lines = ["a0: &a0 [lol, lol]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
     (directory / "README.md").write_text("---\n" + "\n".join(lines) + "\n---\n")
-    with pytest.raises(ValueError, match="front matter of .*README.md is no YAML .anchors and aliases"):
+    with pytest.raises(ValueError, match="front matter of .*README.md is no YAML .with what its aliases"):
         update_results(directory, RESULTS)
 
 

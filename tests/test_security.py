@@ -251,7 +251,7 @@ def test_pictures_are_not_padded_without_bound():
 def test_many_aliases_in_a_recipe_are_refused(tmp_path):
     lines = ["a0: &a0 [lol, lol]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
     (tmp_path / "r.yaml").write_text("config:\n  " + "\n  ".join(lines))
-    with pytest.raises(ValueError, match="anchors and aliases"):
+    with pytest.raises(ValueError, match="with what its aliases .*stand for it has more than"):
         parse_arguments(KINDS, [str(tmp_path / "r.yaml")])
 
 

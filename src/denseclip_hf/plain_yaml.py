@@ -1,17 +1,29 @@
-"""YAML (and so JSON) from strangers: plain values, nothing executed, nothing that grows."""
+"""YAML (and so JSON) from strangers: plain values, nothing executed, nothing that grows without bound."""
 
+import math
 from typing import Any
 
 import yaml
 
 
+MAX_VALUES = 100_000
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a few lines can stand for billions of values."""
+    """YAML in which aliases count as what they stand for: by them a few lines can stand for billions of values."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.values, self.sizes = 0.0, {}
 
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("anchors and aliases (&, *) are not read")
-        return super().compose_node(parent, index)
+        is_alias, before = self.check_event(yaml.AliasEvent), self.values
+        node = super().compose_node(parent, index)
+        self.values += self.sizes.get(id(node), math.inf) if is_alias else 1  # one that holds itself has no end
+        if self.values > MAX_VALUES:
+            raise yaml.YAMLError(f"with what its aliases (&, *) stand for it has more than {MAX_VALUES} values")
+        self.sizes.setdefault(id(node), self.values - before)
+        return node
 
 
 def load_plain_yaml(text: str) -> Any:
@@ -19,7 +31,8 @@ def load_plain_yaml(text: str) -> Any:
     The value that a text in YAML stands for.
 
     Raises:
-        ValueError: with YAML's own words, if it is no YAML, nested too deeply, or has aliases.
+        ValueError: with YAML's own words, if it is no YAML, nested too deeply, or has more than `MAX_VALUES` values,
+            counting each alias as what it stands for.
     """
     try:
         return yaml.load(text, _PlainLoader)

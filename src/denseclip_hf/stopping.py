@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -123,6 +124,8 @@ class OutlivesSignals:
     def __call__(self, worker_id: int) -> None:
         if self.then is not None:
             self.then(worker_id)
+        # Only what hands tensors over asks for it: it would print a traceback where the main process ends first.
+        sys.excepthook = lambda *_: None
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(signal, "sigwaitinfo"):  # not on macOS
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
