@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from .loading_denseclip import reason_of
+from .loading_denseclip import load_pretrained, reason_of
 
 
 StateDict = dict[str, torch.Tensor]
@@ -206,8 +206,8 @@ def load_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
     """
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except Exception as error:  # transformers fails in any of many ways on files that are no tokenizer
+            tokenizer = load_pretrained(AutoTokenizer, tokenizer)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"the tokenizer {tokenizer} can't be loaded: name a directory or Hub repository that has CLIP's."
             ) from error

@@ -47,7 +47,8 @@ def without_secrets(text: str) -> str:
     """`text` whose addresses lack the user, password, query and fragment that may hold a key."""
     if "://" not in text:
         return text
-    return re.sub(r"(https?://[^?#\n]*)[?#]\S*", r"\1", re.sub(r"://[^/?#\s]*@", "://", text))
+    text = re.sub(r"://[^/?#\s]*@", "://", text)
+    return re.sub(r"(https?://[^?#\n]*)[?#]\S*", r"\1", text, flags=re.IGNORECASE)
 
 
 def file_stem(name: str) -> str:

@@ -2,6 +2,8 @@
 
 import torch
 
+from .loading_denseclip import reason_of
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,8 +21,7 @@ def device_of(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except Exception as error:  # an AssertionError where torch was built without that kind
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"`--device` {name!r} can not be used ({reason}): give auto or cpu.") from error
+        raise ValueError(f"`--device` {name!r} can not be used ({reason_of(error)}): give auto or cpu.") from error
     return name
 
 

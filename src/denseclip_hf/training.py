@@ -97,6 +97,11 @@ def parameter_groups(
     return list(groups.values())
 
 
+def _is_slow_in_bf16() -> bool:
+    """Whether this CPU is one of Intel's kind without AVX-512, on which oneDNN has no fast kernels for bf16."""
+    return platform.machine() in ("x86_64", "AMD64") and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+
+
 def _check_multipliers(image_encoder: float, text_encoder: float) -> None:
     if image_encoder < 0 or text_encoder < 0:
         raise ValueError(
@@ -135,11 +140,6 @@ def poly_learning_rate(
     if step < warmup_steps:
         rate *= 1 - (1 - step / warmup_steps) * (1 - warmup_ratio)
     return rate
-
-
-def is_slow_in_bf16() -> bool:
-    """Whether this CPU is one of Intel's kind without AVX-512, on which oneDNN has no fast kernels for bf16."""
-    return platform.machine() in ("x86_64", "AMD64") and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 @dataclass
@@ -215,11 +215,11 @@ class DenseCLIPTrainingArguments(TrainingArguments):
             raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
         if self.push_to_hub:
             raise ValueError(NO_PUSH)
-        if self.bf16 and (self.use_cpu or not torch.accelerator.is_available()) and is_slow_in_bf16():
-            logger.warning("This CPU has no AVX-512: bf16 is many times slower on it than float32, leave it out.")
         _check_multipliers(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier)
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 and self.use_cpu and _is_slow_in_bf16():
+            logger.warning("This CPU has no AVX-512: bf16 is many times slower on it than float32, leave it out.")
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
         super().__post_init__()
