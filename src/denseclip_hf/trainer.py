@@ -1,33 +1,24 @@
-"""`Trainer` for DenseCLIP: its recipe, what one watches while it trains, evaluation, checkpoints that are complete."""
+"""`Trainer` for DenseCLIP: its recipe, what one watches while it trains, evaluation."""
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import CONFIG_NAME
 
-from .adapters import is_adapted, load_added_adapter
+from .adapters import is_adapted
 from .batch_norm import frozen_batch_norms, synchronise_batch_norms
 from .batches import GlobalBatches, collate, training_loader
+from .checkpointing import CheckpointingTrainer
 from .evaluation import evaluate_segmentation
-from .model_card import CARD, write_model_card
-from .runs import WRITING_DIR, reading_checkpoint
 from .stopping import OutlivesSignals, StopCallback, TrainingStopped
-from .training import NO_PUSH, DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
+from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .training_log import TrainingLog
 from .transforms import AugmentedDataset, AugmentedStream, EpochCallback
-from .writing import complete_or_gone
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +28,7 @@ class NonFiniteLossError(RuntimeError):
     """Raised when the loss or its gradient is NaN or infinite, before it reaches a weight or a checkpoint."""
 
 
-class DenseCLIPTrainer(Trainer):
+class DenseCLIPTrainer(CheckpointingTrainer):
     """
     `Trainer` with DenseCLIP's parameter groups, schedule, logging and evaluation.
 
@@ -313,87 +304,6 @@ class DenseCLIPTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._log.leave_out(time.perf_counter() - start)
         return metrics
-
-    # Checkpoints: complete or absent
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        folder = Path(str(output_dir or self.args.output_dir))
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads, with `hub_token` in it
-        for part in (self.image_processor, self.tokenizer):
-            if part is not None:
-                part.save_pretrained(folder)
-
-    def save_model(self, output_dir=None, _internal_call: bool = False):
-        """[`Trainer.save_model`]; a whole model gets the card that a directory to share must have, if it has none."""
-        super().save_model(output_dir, _internal_call)
-        folder = Path(str(output_dir or self.args.output_dir))
-        asked_for = not _internal_call and folder.name != WRITING_DIR  # a run writes its own card at its end
-        if asked_for and self.args.should_save and (folder / CONFIG_NAME).is_file() and not (folder / CARD).exists():
-            write_model_card(folder, base_model=self.model.config.clip_config.name_or_path or None)
-
-    def push_to_hub(self, *args, **kwargs):
-        """Raises `ValueError`: what is pushed is chosen by `scripts/push_to_hub.py`."""
-        raise ValueError(NO_PUSH)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with reading_checkpoint(resume_from_checkpoint):
-            if getattr(self.model, "_hf_peft_config_loaded", False):
-                load_added_adapter(self.model, resume_from_checkpoint)
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with reading_checkpoint(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint):
-        with reading_checkpoint(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self):
-        if getattr(self.model, "_hf_peft_config_loaded", False):
-            load_added_adapter(self.model, str(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
-
-    def _get_output_dir(self, trial):
-        return self._writing_dir or super()._get_output_dir(trial)
-
-    _writing_dir: str | None = None
-
-    def _save_checkpoint(self, model, trial):
-        """Write into a folder beside the checkpoints, then rename: a kill leaves the previous one usable."""
-        run_dir = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        writing = run_dir / WRITING_DIR
-        self._writing_dir = str(writing)
-        try:
-            with complete_or_gone(writing, f"the checkpoint of step {self.state.global_step}", "those before it"):
-                super()._save_checkpoint(model, trial)
-                if self.state.best_global_step:  # on every process: each loads the best model at the end
-                    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                    if best.exists() or best.name == name:
-                        self.state.best_model_checkpoint = str(best)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self._publish(writing, run_dir, name)
-        finally:
-            self._writing_dir = None
-        self.accelerator.wait_for_everyone()
-
-    def _publish(self, writing: Path, run_dir: Path, name: str) -> None:
-        """Move a complete checkpoint to where it belongs, and remove those that are too many."""
-        self.state.save_to_json(str(writing / name / "trainer_state.json"))
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-        os.replace(writing / name, run_dir / name)
-        shutil.rmtree(writing)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=False,
-        )
 
 
 def hold_scalars(model: nn.Module) -> None:
