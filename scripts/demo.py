@@ -6,7 +6,6 @@ model in a fresh process through the Auto classes and the pipeline, and draws wh
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     if (model / "recipe.json").exists():  # an earlier demo's, which it is the demo's to replace
         shutil.rmtree(model)
     recipe = REPOSITORY / "configs" / "example.yaml"
-    flags = ["--clip", clip, "--dataset", data, "--output_dir", model, "--dataloader_num_workers", 1]
+    flags = ["--clip", clip, "--dataset", data, "--output_dir", model]
     if args.max_steps:
         flags += ["--max_steps", args.max_steps, "--warmup_steps", args.max_steps // 20]
     run([REPOSITORY / "scripts" / "train.py", recipe, *flags])
@@ -87,9 +86,7 @@ def say(text: str) -> None:
 
 
 def run(command: list) -> None:
-    # A second thread makes so small a model hardly faster, and several times slower beside anything else that runs.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    if code := subprocess.run([sys.executable, *map(str, command)], env=environment).returncode:
+    if code := subprocess.run([sys.executable, *map(str, command)]).returncode:
         sys.exit(code)  # it has said why
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from . import example_landscape as landscape
 from .example_drawing import SUPERSAMPLING, THINGS, Canvas, Pen, car
@@ -167,10 +167,12 @@ def visible(canvas: Canvas) -> tuple[np.ndarray, list[Thing]]:
     step = SUPERSAMPLING
     class_of = np.array([CLASSES.index(name) for name, _ in canvas.things])
     height, width = canvas.height // step, canvas.width // step
-    blocks = class_of[canvas.owner].reshape(height, step, width, step)
-    counts = np.stack([(blocks == label).sum((1, 3)) for label in range(len(CLASSES))])
-    mask = counts.argmax(0).astype(np.uint8)
-    mask[counts.max(0) < CLEAR_SHARE * step * step] = IGNORE_INDEX
+    cells = np.arange(height * width).reshape(height, 1, width, 1)
+    classes_there = class_of[canvas.owner].reshape(height, step, width, step) + len(CLASSES) * cells
+    counts = np.bincount(classes_there.ravel(), minlength=len(CLASSES) * cells.size)
+    counts = counts.reshape(height, width, len(CLASSES))
+    mask = counts.argmax(2).astype(np.uint8)
+    mask[counts.max(2) < CLEAR_SHARE * step * step] = IGNORE_INDEX
     owner = canvas.owner[step // 2 :: step, step // 2 :: step]
     things = []
     for number, (name, adjective) in enumerate(canvas.things):
@@ -238,12 +240,16 @@ def write_split(folder: Path, split: str, count: int, size: tuple[int, int], see
     colors += [0] * (3 * 256 - len(colors))
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
-    for index in tqdm(range(count), desc=f"Drawing {split} scenes", unit="scene", disable=count < 20):
+
+    def write_scene(index: int) -> None:
         scene = draw_scene(index, seed=seed, split=split, size=size)
         scene.image.save(folder / "images" / f"{index:04d}.jpg", quality=94, subsampling=0)
         mask = Image.fromarray(scene.mask)
         mask.putpalette(colors)
         mask.save(folder / "masks" / f"{index:04d}.png")
+
+    bar = {"desc": f"Drawing {split} scenes", "unit": "scene", "disable": count < 20}
+    thread_map(write_scene, range(count), max_workers=2, **bar)
 
 
 @contextmanager

@@ -96,8 +96,7 @@ class Canvas:
     def paint(self, mask: np.ndarray, color: np.ndarray | Color, top: int = 0, left: int = 0) -> None:
         """Paint the pixels of `mask` (h, w), its corner at (top, left); `color` is one or an (h, w, 3) array."""
         region = np.s_[top : top + mask.shape[0], left : left + mask.shape[1]]
-        full = np.broadcast_to(np.asarray(color, np.float32), (*mask.shape, 3))
-        self.rgb[region][mask] = full[mask]
+        np.copyto(self.rgb[region], np.asarray(color, np.float32), where=mask[..., None])
         self.owner[region][mask] = len(self.things) - 1
 
     def depth(self) -> np.ndarray:
