@@ -19,6 +19,7 @@ import transformers
 from denseclip_hf.benchmark_tasks import IMAGE_SIZES, TASKS, Settings
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.dtypes import device_of
+from denseclip_hf.model_card_sections import markdown_table
 from denseclip_hf.runs import one_sentence_errors
 from denseclip_hf.writing import write_atomically
 
@@ -32,8 +33,7 @@ def hardware(device: str) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(columns, ([str(row.get(column, "")) for column in columns] for row in rows))
 
 
 @one_sentence_errors

@@ -39,6 +39,14 @@ def test_sources_are_files_folders_patterns_and_addresses(tmp_path):
     assert len({name.casefold() for name in names}) == len(names) == 9
 
 
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
+    for name in ("a.jpg", "b.HEIC", "c.heic", "README", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"")
+    caplog.set_level("INFO", "denseclip_hf")
+    assert [source.name for source in find_sources([tmp_path])[0]] == ["a"]
+    assert caplog.messages == [f"Left out of {tmp_path}: .heic, README."]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "I;16", "1"])
 def test_any_kind_of_picture_is_read(tmp_path, mode):
     file = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"

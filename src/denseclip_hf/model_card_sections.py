@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from numbers import Real
 from pathlib import Path
@@ -46,7 +46,7 @@ def about(config: Any, parameters: int | None, source: str | None, base_model: s
         rows.append(("Weights", source))
     return (
         f"A semantic segmentation model: one of {config.num_labels} classes for every pixel.\n{method}\n\n"
-        + _table(("", ""), rows)
+        + markdown_table(("", ""), rows)
     )
 
 
@@ -97,9 +97,9 @@ def classes(config: Any) -> str:
             (str(i), _cell(config.id2label[i]), f"`#{r:02x}{g:02x}{b:02x}` ({r}, {g}, {b})")
             for i, (r, g, b) in enumerate(config.palette)
         ]
-        table = _table(("id", "class", "colour"), rows)
+        table = markdown_table(("id", "class", "colour"), rows)
     else:
-        table = _table(("id", "class"), [(str(i), _cell(name)) for i, name in config.id2label.items()])
+        table = markdown_table(("id", "class"), [(str(i), _cell(name)) for i, name in config.id2label.items()])
     return f"## Classes\n\n<details><summary>{config.num_labels} classes</summary>\n\n{table}\n\n</details>"
 
 
@@ -107,7 +107,7 @@ def training_table(training: Mapping[str, Any] | None, dataset: str | None) -> s
     """Data and recipe."""
     rows = [("Data", _origin(dataset))] if dataset else []
     rows += [(key, _cell(_plain(value))) for key, value in (training or {}).items() if value is not None]
-    return f"## Training\n\n{_table(('', ''), rows)}"
+    return f"## Training\n\n{markdown_table(('', ''), rows)}"
 
 
 def results_tables(results: Mapping[str, Any], measured: Sequence[EvalResult]) -> str:
@@ -127,7 +127,7 @@ def results_tables(results: Mapping[str, Any], measured: Sequence[EvalResult]) -
     metrics = [*(m for m in METRIC_ORDER if m in named), *(m for m in named if m not in METRIC_ORDER)]
     head = ("data", "split", "protocol", *(f"{metric} (%)" for metric in metrics))
     rows = [(*key, *(line.get(metric, "–") for metric in metrics)) for key, line in lines.items()]
-    text = f"## Results\n\n{_table(head, rows)}"
+    text = f"## Results\n\n{markdown_table(head, rows)}"
     classes = [
         (_cell(name), _percent(values.get("iou")) or "–", _percent(values.get("accuracy")) or "–")
         for name, values in (results.get("per_category") or {}).items()
@@ -137,7 +137,7 @@ def results_tables(results: Mapping[str, Any], measured: Sequence[EvalResult]) -
         images = f", {results['num_images']} images" if results.get("num_images") else ""
         of = f"{shown_name(results['dataset'])}, {results['split']}{images}, "
         of += protocol_words(results.get("protocol") or {})
-        table = _table(("class", "IoU (%)", "accuracy (%)"), classes)
+        table = markdown_table(("class", "IoU (%)", "accuracy (%)"), classes)
         text += f"\n\n<details><summary>Per class: {of.rstrip(', ')}</summary>\n\n{table}\n\n</details>"
     return text
 
@@ -232,8 +232,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown of cells that are Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -258,6 +259,7 @@ __all__ = [
     "frozen",
     "is_hub_name",
     "limits",
+    "markdown_table",
     "protocol_words",
     "results_tables",
     "shown_name",

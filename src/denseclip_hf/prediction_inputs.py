@@ -2,6 +2,7 @@
 
 import glob
 import importlib
+import logging
 import os
 import threading
 import time
@@ -22,6 +23,8 @@ from PIL import Image
 from .data_files import file_stem, read_image, without_secrets
 from .data_layouts import IMAGE_SUFFIXES
 
+
+logger = logging.getLogger(__name__)
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 # Most bytes that are fetched from an address.
@@ -63,8 +66,11 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
         if _is_url(item) or os.path.isfile(item):
             found = [item]
         elif os.path.isdir(item):
-            files = sorted(path for path in Path(item).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES | VIDEOS)
-            found = [str(path) for path in files if path.is_file()]
+            files = sorted(path for path in Path(item).iterdir() if path.is_file())
+            found = [str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES | VIDEOS]
+            shown = {path.suffix.lower() or path.name for path in files if not path.name.startswith(".")}
+            if found and (others := shown - IMAGE_SUFFIXES - VIDEOS):
+                logger.info("Left out of %s: %s.", item, ", ".join(sorted(others)))
             if not found:
                 problems.append(
                     f"{item} holds no pictures or videos: name files, or a pattern such as '{item}/**/*.jpg'."
