@@ -15,7 +15,7 @@ from denseclip_hf.checkpoints import CheckpointError, read_checkpoint, state_dic
 from denseclip_hf.data_files import read_image
 from denseclip_hf.data_layouts import parse_classes
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
-from denseclip_hf.original_config import parse_original_config
+from denseclip_hf.original_config import parse_original_config, read_original_config
 from denseclip_hf.prediction_inputs import Source, read_picture
 from denseclip_hf.recipes import parse_arguments
 
@@ -95,6 +95,9 @@ def test_many_aliases_in_a_recipe_are_refused(tmp_path):
         ("[" * 5000, "not valid YAML"),
         ("1: 2", "option `1` of the recipe .* is unknown"),
         ("2001-02-30: 2", "not valid YAML"),
+        ("seed: !!bool maybe", "not valid YAML .*tag"),
+        ("seed: !!int ''", "not valid YAML .*tag"),
+        ("seed: !!timestamp x", "not valid YAML .*tag"),
         ("\udcff", "not valid YAML"),
         ("seed: [1, 2]", "gives `seed` a list, but it takes one value"),
         ("config: {a: 2001-01-01}", "value of `config` can't be used"),
@@ -119,6 +122,12 @@ def test_configs_that_grow_are_refused(text):
 def test_long_configs_are_refused_before_they_are_parsed():
     with pytest.raises(ValueError, match="the config has more than 100000 characters"):
         parse_original_config("a=1\n" * 30_000)
+
+
+def test_long_config_files_are_refused(tmp_path):
+    (tmp_path / "config.py").write_text("a=1\n" * 30_000)
+    with pytest.raises(ValueError, match="config.py has more than 100000 characters"):
+        read_original_config(tmp_path / "config.py")
 
 
 def test_absurd_ids_in_classes_json_are_refused(tmp_path):

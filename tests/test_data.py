@@ -162,6 +162,18 @@ def test_class_names_from_features():
     assert data.train[1]["mask"].tolist() == masks[1]
 
 
+def test_class_names_from_features_are_checked_unless_others_are_given():
+    feature = datasets.Sequence(datasets.Sequence(datasets.ClassLabel(names=["Sky", "sky "])))
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    image = Image.fromarray(make_pixels(0))
+    masks = [make_mask(0).clip(max=1).tolist()]
+    rows = datasets.Dataset.from_dict({"image": [image], "label": masks}, features)
+    with pytest.raises(ValueError, match="the data set's label column must name .*'sky' stands there twice"):
+        load_segmentation_dataset(rows, validation_fraction=0)
+    data = load_segmentation_dataset(rows, validation_fraction=0, classes=["sky", "cloud"])
+    assert list(data.id2label.values()) == ["sky", "cloud"]
+
+
 def test_streams(tmp_path):
     hub_like(4).to_parquet(tmp_path / "train.parquet")
     data = load_segmentation_dataset(tmp_path, classes=NAMES, streaming=True)

@@ -70,6 +70,25 @@ def test_pictures_are_turned_upright_as_pillow_turns_them(tmp_path, file_format,
     assert np.array_equal(read_image(image), expected)  # what is upright stays so
 
 
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("as_picture", [True, False])
+def test_a_mask_that_lies_on_its_side_is_turned_upright(tmp_path, compression, as_picture):
+    """Its size is asked once it is upright; and Pillow maps no file into memory, which scrambles it."""
+    upright, picture = make_mask(), Image.fromarray(make_pixels())
+    exif, file = Image.Exif(), tmp_path / "mask.tif"
+    exif[0x0112] = 6  # a quarter turn
+
+    def save(stored):
+        Image.fromarray(stored).save(file, exif=exif, compression=compression)
+        return Image.open(file) if as_picture else file
+
+    assert np.array_equal(reader().read(picture, save(np.rot90(upright)))["mask"], upright)
+    grey = np.asarray(read_image(save(np.rot90(upright))))
+    assert np.array_equal(grey, np.dstack([upright] * 3))
+    with pytest.raises(ValueError, match=f"is 8x6 pixels but its mask .*mask.tif is {SIZE[1]}x{SIZE[0]}; save both"):
+        reader().read(picture, save(upright))
+
+
 def test_plain_files_can_be_left_undecoded(folder):
     data = load_segmentation_dataset(folder, decode=False)
     assert data.train[0]["image"].tile  # what Pillow still has to decode

@@ -9,12 +9,14 @@ import shutil
 import signal
 import tempfile
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from clip_reference import reference_clip
 from conftest import tiny_config, tiny_model
 from damage import HEADERS, JSON, changed, damaged, invented_png, odd_weights, picture_files
@@ -23,9 +25,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 from test_conversion_clip import FORMATS
 from test_conversion_clip import tokenizer as clip_tokenizer
+from test_model_card_results import RESULTS
 from test_original_release import release, tokenizer
 from test_recipes import CONFIGS, KINDS
-from transformers import CLIPModel
+from transformers import CLIPModel, TrainerState
 
 from denseclip_hf import CLIPResNetModel
 from denseclip_hf.checkpoints import read_checkpoint, state_dict_of
@@ -37,9 +40,12 @@ from denseclip_hf.example_clip import make_example_tokenizer
 from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.inference import load_model
 from denseclip_hf.loading_denseclip import load_clip
+from denseclip_hf.model_card import card_to_push, update_results, write_model_card
+from denseclip_hf.model_card_sections import shown_pictures
 from denseclip_hf.original_config import parse_original_config
 from denseclip_hf.original_release import convert_release
 from denseclip_hf.recipes import parse_arguments
+from denseclip_hf.runs import check_checkpoint
 from denseclip_hf.training_log import peak_memory
 
 
@@ -271,6 +277,44 @@ def test_clip_directories(tmp_path, kind, data):
     write_damaged(tmp_path / "clip", clip_files(kind), data)
     with result_or_sentence():
         load_clip(tmp_path / "clip")
+
+
+@cache
+def card():
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model().save_pretrained(folder)
+        return write_model_card(folder, license="mit", base_model="openai/x", results=RESULTS, name="x").read_bytes()
+
+
+@SHARED_FOLDER
+@given(data=st.data())
+def test_model_cards(tmp_path, data):
+    (tmp_path / "config.json").write_bytes(model_files("vit")["config.json"])
+    text = card().decode()
+    front = yaml.safe_load(text.split("---\n")[1])
+    if data.draw(st.booleans()):
+        front = json.dumps(data.draw(changed(front)))  # JSON is YAML
+        content = f"---\n{front}\n---\n{text.split('---', 2)[2]}".encode(errors="surrogatepass")
+    else:
+        content = data.draw(damaged([card()]) | st.binary(max_size=100))
+    (tmp_path / "README.md").write_bytes(content)
+    with result_or_sentence():
+        shown_pictures(card_to_push(tmp_path, "someone/model"))
+    with result_or_sentence():
+        update_results(tmp_path, RESULTS)
+
+
+STATE = asdict(TrainerState(epoch=1.0, global_step=2, max_steps=4, log_history=[{"loss": 0.5, "step": 2}]))
+
+
+@SHARED_FOLDER
+@given(content=changed(STATE).map(json.dumps).map(str.encode) | damaged([json.dumps(STATE).encode()]))
+def test_states_of_runs(tmp_path, content):
+    (tmp_path / "checkpoint-2").mkdir(exist_ok=True)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_bytes(content)
+    (tmp_path / "recipe.json").write_text("{}")
+    with result_or_sentence():
+        check_checkpoint(tmp_path / "checkpoint-2", {})
 
 
 @SHARED_FOLDER

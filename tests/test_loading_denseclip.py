@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -187,6 +188,21 @@ def test_a_damaged_clip_is_refused_by_name(tmp_path, file, content, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         load_clip(tmp_path / "clip")
     assert str(tmp_path / "clip") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_refusals_of_this_library_keep_their_own_remedy(tmp_path):
+    """A CLIP is a model, here or on the Hub, only no segmenter: neither damaged nor misspelt."""
+    make_example_clip(tmp_path / "clip")
+
+    class FromTheHub:
+        @staticmethod
+        def from_pretrained(name):
+            return DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path / "clip")
+
+    for kind, name in ((DenseCLIPForSemanticSegmentation, str(tmp_path / "clip")), (FromTheHub, "openai/clip")):
+        with pytest.raises(ValueError, match=f"{name} can not be loaded: this is a CLIP, not a segmenter") as caught:
+            load_pretrained(kind, name)
+        assert not re.search("name on the Hub|anew|give another", str(caught.value))
 
 
 def test_a_clip_without_a_tokenizer_is_told_so(tmp_path):

@@ -19,12 +19,13 @@ from denseclip_hf.example_clip import make_example_tokenizer
 from denseclip_hf.hub import add_code
 from denseclip_hf.model_card import (
     MAX_BYTES,
+    card_text,
     card_to_push,
     update_results,
     write_frozen_card,
     write_model_card,
 )
-from denseclip_hf.model_card_sections import environment, shown_name
+from denseclip_hf.model_card_sections import environment, shown_name, shown_pictures
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ model-index:
 - name: x
   results:
   - task: {type: image-segmentation}
-    dataset: {type: a, name: a}
+    dataset: {type: a, name: %s}
     metrics: [{type: mean_iou, value: 0.5, args: %s}]
 ---
 """
@@ -228,6 +229,8 @@ ODD_ARGUMENTS = (
     b"{inference_mode: slide, crop_size: 5}", b"{inference_mode: slide, stride: [1, 2, 3]}", b"[1, 2]", b"{scales: 3}",
     b"{scales: [a]}",
 )  # fmt: skip
+ODD_INDEX = "`model-index` of .*README.md is not as the Hub defines it"
+ODD_DATA = (b"2017", b"a, split: 5")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +240,12 @@ ODD_ARGUMENTS = (
         (b"---\n- a\n---\n", "must be YAML of keys and values"),
         (b"---\nmodel-index: 5\n---\n", "`model-index` of .*README.md is not as the Hub defines it"),
         (b"---\nmodel-index:\n- name: x\n---\n", "`model-index` of .*README.md is not as the Hub defines it"),
-        *((INDEX % args, "`model-index` of .*README.md is not as the Hub defines it") for args in ODD_ARGUMENTS),
+        *(
+            (INDEX % (b"a", args), "`model-index` of .*README.md is not as the Hub defines it")
+            for args in ODD_ARGUMENTS
+        ),
+        *((INDEX % (data, b"{}"), "`model-index` of .*README.md is not as the Hub defines it") for data in ODD_DATA),
+        (b"---\nlicense: !!bool maybe\n---\n", "front matter of .*README.md is no YAML .*its tag"),
         (b"\xff\xfe", "README.md is no text in UTF-8"),
     ],
 )
@@ -307,9 +315,20 @@ def test_many_aliases_in_a_model_card_are_refused(directory):
         update_results(directory, RESULTS)
 
 
-@pytest.mark.parametrize("line", ["<!-- generated: a -->\n", "<!-- generated front matter: ", "---\n", "x"])
+def test_pictures_of_a_card_are_found():
+    card = "![a](a.png) ![](b.png)![a [b] c](c/d.png \"t\") [![e](e.png)](https://x.y) <img width=3\n src='f.png'> "
+    assert shown_pictures(card + "![x](https://x.y/z.png) ![y](/etc/z.png) ![z](../z.png) [no](g.png)") == [
+        "a.png", "b.png", "c/d.png", "e.png", "f.png"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line", ["<!-- generated: a -->\n", "<!-- generated front matter: ", "---\n", "x", "<img ", "![", "![[x]"]
+)
 def test_long_model_cards_end_in_a_result_or_a_sentence(directory, line):
     for size in (MAX_BYTES, MAX_BYTES + len(line)):
         (directory / "README.md").write_text(line * (size // len(line)))
+        with result_or_sentence():
+            shown_pictures(card_text(directory / "README.md"))
         with result_or_sentence():
             update_results(directory, RESULTS)

@@ -97,7 +97,7 @@ def test_a_damaged_recipe_is_refused_by_name(tmp_path, content):
         prepare_run(tmp_path, RECIPE)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"epoch": ', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b'{"epoch": ', b"\xff", b"5", b"null", b'{"unknown": 1}'])
 def test_a_checkpoint_whose_state_is_damaged_is_refused_by_name(tmp_path, content):
     keep_recipe(tmp_path, RECIPE)
     make_checkpoint(tmp_path / "checkpoint-2")

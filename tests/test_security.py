@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -283,7 +284,27 @@ def test_passwords_in_addresses_are_not_shown(tmp_path):
     for scheme in ("http", "HTTP"):
         sources, _ = find_sources([f"{scheme}://user:{SECRET}@127.0.0.1:9/x.png?token={SECRET}"])
         (problem,) = predict_sources(segmenter(), sources, tmp_path, timeout=0.5, progress=False).problems
-        assert f"{scheme}://127.0.0.1:9/x.png can not be fetched" in problem and SECRET not in problem
+        assert f"{scheme}://127.0.0.1:9/x.png is not fetched, because" in problem and SECRET not in problem
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://user:{}@127.0.0.1/x.png", "http://127.0.0.1/x.png is not fetched"),
+        ("http://user:a {}@127.0.0.1:9/x.png", "http://127.0.0.1:9/x.png is not fetched"),
+        ("http://127.0.0.1:9/x.png?name=my photo&token={}", "http://127.0.0.1:9/x.png can not be fetched"),
+        ("http://127.0.0.1:9/x y.png?token={}", "http://127.0.0.1:9/x y.png can not be fetched"),
+        ("http://127.0.0.1:9/x.png?a=1::{}#{}", "http://127.0.0.1:9/x.png can not be fetched"),
+    ],
+)
+def test_secrets_in_odd_addresses_are_not_shown(tmp_path, address, shown):
+    address = address.replace("{}", SECRET)
+    sources, _ = find_sources([address])
+    (problem,) = predict_sources(segmenter(), sources, tmp_path, timeout=0.5, progress=False).problems
+    assert problem.startswith(shown) and SECRET not in problem
+    with pytest.raises((OSError, ValueError), match=re.escape(shown.split(".png")[0])) as caught:
+        read_image(address)
+    assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize("start", ["http", "HTTP", "zip://a b#1.png::http"])

@@ -168,7 +168,7 @@ class SpoilStep(TrainerCallback):
     [
         ({"loss": float("inf")}, "the loss is inf at step 2"),
         ({"loss": float("nan")}, "the loss is nan at step 2"),
-        ({"gradient": float("inf")}, "the norm of the gradient is inf at step 2 on a picture without a file name"),
+        ({"gradient": float("inf")}, "the norm of the gradient is inf at step 2 on a sample without a file name"),
         ({"gradient": float("nan")}, "the norm of the gradient is nan at step 2"),
     ],
 )

@@ -112,17 +112,23 @@ def _names_in(path: Path) -> list[str]:
     return names
 
 
+def asked_by_pickle(error: Exception) -> str | None:
+    """The object that a pickle asked for, in `torch.load`'s refusal of it; None for any other error."""
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return wanted[1] if wanted else None
+
+
 def _torch_load(path: Path, mmap: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        wanted = asked_by_pickle(error)
         if wanted is None:
             raise CheckpointError(
                 f"{path} is damaged or not a checkpoint, its pickle can't be read: download it again."
             ) from error
         raise CheckpointError(
-            f"{path} is refused: its pickle asks for {wanted[1]}, and only tensors and plain data are read; ask its "
+            f"{path} is refused: its pickle asks for {wanted}, and only tensors and plain data are read; ask its "
             "authors for a file without."
         ) from error
     except Exception as error:  # a damaged pickle fails in any of many ways
@@ -305,6 +311,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 __all__ = [
     "DEFAULT_TOKENIZER",
     "CheckpointError",
+    "asked_by_pickle",
     "check_axes",
     "count_layers",
     "grid_side",

@@ -65,6 +65,9 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
         projection_dim (`int`, defaults to 1024): size D of the image embedding.
         image_size (`int`, defaults to 224): side in pixels the learned positions belong to, a multiple of 32.
         batch_norm_eps (`float`, defaults to 1e-5): epsilon of every batch norm.
+
+    Raises:
+        ValueError: for a combination that cannot work, or an unknown option.
     """
 
     model_type = "clip_resnet_vision_model"
@@ -116,6 +119,9 @@ class CLIPResNetConfig(CLIPConfig):
         text_config (`dict` or `CLIPTextConfig`): the text tower.
         vision_config (`dict` or [`CLIPResNetVisionConfig`]): the image tower.
         projection_dim (`int`): size D of the shared embedding; equals `vision_config.projection_dim`.
+
+    Raises:
+        ValueError: for a combination that cannot work, or an unknown option.
     """
 
     model_type = "clip_resnet"

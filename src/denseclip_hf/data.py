@@ -129,7 +129,9 @@ def load_segmentation_dataset(
         loaded = _load_rows(path_or_name, config_name, streaming, revision)
         picked = _with_held_out(_picked(loaded, train_split, validation_split), validation_fraction)
         splits, feature_names = _standard_columns(picked, image_column, label_column)
-        known = ClassTable(dict(enumerate(feature_names))) if feature_names else None
+        # Names that are given may mend what is wrong with the data set's own.
+        own = feature_names and classes is None
+        known = parse_classes(feature_names, "the data set's label column") if own else None
     table = _class_table(known, classes, path_or_name)
     ignore = next(value for value in (ignore_index, table.ignore_index, 255) if value is not None)
     if 0 <= ignore < len(table.id2label):

@@ -40,11 +40,20 @@ def name_of(source: Any) -> str:
     """What to call a picture or mask in a message: its path where it has one, without an address's secrets."""
     if not isinstance(source, (str, Path)):
         source = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", None)
-    return without_secrets(str(source)) if source else NAMELESS
+    return shown_address(str(source)) if source else NAMELESS
+
+
+def shown_address(address: str) -> str:
+    """An address, or several as fsspec chains them, without the user, password, query and fragment of each."""
+    if "://" not in address:
+        return address
+    parts = re.split(r"::(?=[\w+.-]+://)", address)
+    parts = [re.sub(r"://[^/?#]*@", "://", part) for part in parts]
+    return "::".join(re.sub(r"(?is)^(https?://[^?#]*).*", r"\1", part) for part in parts)
 
 
 def without_secrets(text: str) -> str:
-    """`text` whose addresses lack the user, password, query and fragment that may hold a key."""
+    """`text` in which the addresses, as far as the next blank, lack what [`shown_address`] takes out."""
     if "://" not in text:
         return text
     text = re.sub(r"://[^/?#\s]*@", "://", text)
@@ -66,10 +75,11 @@ def _open(source: Any) -> Image.Image:
     if isinstance(source, (str, Path)):
         source = {"path": str(source), "bytes": None}
     name = name_of(source)
+    path = str(source.get("path") or name) if isinstance(source, Mapping) else name
     try:
         content = source["bytes"]
         if content is None:
-            content = _content(str(source["path"]))
+            content = _content(path)
         image = Image.open(BytesIO(content), formats=_formats())
     except FileNotFoundError as error:
         kind = "missing, or its server does not answer" if "://" in name else "missing"
@@ -82,7 +92,7 @@ def _open(source: Any) -> Image.Image:
     except UnidentifiedImageError as error:  # which calls the file by where it lies in memory
         raise _broken(name, f"it is none of {', '.join(_formats())}") from error
     except Exception as error:  # a damaged file fails in any of many ways
-        raise _broken(name, without_secrets(str(error))) from error
+        raise _broken(name, without_secrets(str(error).replace(path, name))) from error
     image.filename = name  # type: ignore[attr-defined]
     return image
 
@@ -113,10 +123,14 @@ def _broken(name: str, error: object) -> ValueError:
 
 
 def _decode(image: Image.Image, name: str) -> None:
+    # Pillow 12 scrambles a TIFF that lies on its side where it maps the named file into memory.
+    kept, image.filename = getattr(image, "filename", ""), ""  # type: ignore[attr-defined]
     try:
         image.load()
     except Exception as error:
         raise _broken(name, error) from error
+    finally:
+        image.filename = kept  # type: ignore[attr-defined]
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -177,6 +191,15 @@ def _eight_bit(values: np.ndarray, name: str) -> np.ndarray:
     return np.round(values * (255 / highest)).astype(np.uint8)
 
 
+def _check_size(shape: tuple[int, ...], mask: str, picture: Image.Image | None) -> None:
+    """Refuse a mask of another (height, width); asked before its ids, which one that was resized may have lost."""
+    if picture is not None and len(shape) == 2 and shape != picture.size[::-1]:
+        raise ValueError(
+            f"{name_of(picture)} is {picture.width}x{picture.height} pixels but its mask {mask} is "
+            f"{shape[1]}x{shape[0]}; save both at the same size."
+        )
+
+
 def _color_codes(colors: np.ndarray) -> np.ndarray:
     """One integer for each colour of an (…, 3) array of 8-bit values."""
     red, green, blue = (colors[..., channel].astype(np.uint32) for channel in range(3))
@@ -223,26 +246,26 @@ class SampleReader:
             ValueError: if a file cannot be read, the two differ in size, or the mask holds a value or colour that
                 is no class. The message names the file and what to do.
         """
-        picture, name = read_image(image, self.decode), name_of(mask)
-        mask = np.asarray(mask) if isinstance(mask, (np.ndarray, list)) else _open(mask)
-        shape = mask.size[::-1] if isinstance(mask, Image.Image) else mask.shape
-        # Before its ids, which a mask that was resized may have lost.
-        if len(shape) == 2 and shape != picture.size[::-1]:
-            raise ValueError(
-                f"{name_of(picture)} is {picture.width}x{picture.height} pixels but its mask {name} is "
-                f"{shape[1]}x{shape[0]}; save both at the same size."
-            )
-        return {"image": picture, "mask": self.read_mask(mask)}
+        picture = read_image(image, self.decode)
+        return {"image": picture, "mask": self.read_mask(mask, picture)}
 
-    def read_mask(self, source: Any) -> np.ndarray:
-        """The (h, w) integer array of raw ids of a mask: file, bytes, PIL image, or array of ids. See [`read`]."""
+    def read_mask(self, source: Any, picture: Image.Image | None = None) -> np.ndarray:
+        """
+        The (h, w) integer array of raw ids of a mask: file, bytes, PIL image, or array of ids.
+
+        Raises:
+            FileNotFoundError, ValueError: as [`read`], the latter if its size is not that of `picture` (if given).
+        """
         if isinstance(source, (np.ndarray, list)):
-            return self._checked_ids(np.asarray(source), "a mask given as an array")
+            ids = np.asarray(source)
+            _check_size(ids.shape, "given as an array", picture)
+            return self._checked_ids(ids, "a mask given as an array")
         image = _open(source)
         name = name_of(image)
         if image.format == "JPEG":
             raise ValueError(f"The mask {name} is a JPEG, whose compression changes ids; save masks as PNG.")
         _decode(image, name)
+        _check_size(image.size[::-1], name, picture)
         if image.mode in ("RGB", "RGBA"):
             return self._ids_of_colors(np.asarray(image)[..., :3], name)
         if image.mode not in ("1", "L", "P", *SIXTEEN_BIT_MODES):

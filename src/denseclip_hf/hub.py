@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .configuration_denseclip import DenseCLIPConfig
 from .image_processing_denseclip import DenseCLIPImageProcessorPil
 from .loading_denseclip import reason_of
-from .model_card import CARD, card_to_push
+from .model_card import CARD, card_text, card_to_push
 from .model_card_sections import shown_pictures
 from .modeling_denseclip import DenseCLIPForSemanticSegmentation
 
@@ -134,7 +134,7 @@ def _weights(folder: Path) -> list[str]:
 
 def _pictures(folder: Path) -> list[str]:
     """Names of the pictures in the directory that its card shows."""
-    shown = shown_pictures((folder / CARD).read_text(encoding="utf-8", errors="replace"))
+    shown = shown_pictures(card_text(folder / CARD))
     return [name for name in shown if (folder / name).is_file()]
 
 

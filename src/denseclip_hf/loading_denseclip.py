@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -26,24 +27,36 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
 
     Raises:
         OSError: if there is nothing of that name.
-        ValueError: if it is a folder whose files are missing or damaged.
+        ValueError: if files are missing or damaged, or it is nothing that this library takes.
     """
     if kind is AutoTokenizer and os.path.isdir(name) and not TOKENIZER_FILES & set(os.listdir(name)):
         raise ValueError(f"the folder {name} has no tokenizer: give one with a tokenizer.json (CLIP's own).")
     try:
         return kind.from_pretrained(name, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # transformers fails in any of many ways on files that are no model
         reason = reason_of(error)
-        if os.path.isdir(name):
-            part = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}.get(kind.__name__, "model")
-            remedy = "give another, or download or save it anew"
-            if part == "model" and (checkpoint := get_last_checkpoint(os.fspath(name))):
-                remedy = f"give its last checkpoint, {checkpoint}, or finish the run"
-            raise ValueError(f"the {part} in {name} can not be loaded ({reason}): {remedy}.") from error
-        raise OSError(
-            f"{name} is neither a folder here nor a name on the Hub that can be read ({reason}): give another, or a "
-            "folder with what was downloaded elsewhere."
-        ) from error
+        if _is_refusal(error):
+            raise ValueError(f"{name} can not be loaded: {reason}.") from error
+        if not os.path.isdir(name) and isinstance(error, (OSError, HFValidationError)):
+            raise OSError(
+                f"{name} is neither a folder here nor a name on the Hub that can be read ({reason}): give another, or "
+                "a folder with what was downloaded elsewhere."
+            ) from error
+        part = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}.get(kind.__name__, "model")
+        remedy = "give another, or download or save it anew"
+        if part == "model" and os.path.isdir(name) and (checkpoint := get_last_checkpoint(os.fspath(name))):
+            remedy = f"give its last checkpoint, {checkpoint}, or finish the run"
+        raise ValueError(f"the {part} in {name} can not be loaded ({reason}): {remedy}.") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a sentence of this library's own, which has its remedy in it."""
+    where: Any = error.__traceback__
+    while where.tb_next:
+        where = where.tb_next
+    return isinstance(error, ValueError) and where.tb_frame.f_globals.get("__package__") == __package__
 
 
 def reason_of(error: BaseException) -> str:

@@ -141,7 +141,7 @@ def write_frozen_card(
     if card is None:
         write_model_card(model_dir, name=name)
     else:
-        write_atomically(model_dir / CARD, _text_of(Path(card)))
+        write_atomically(model_dir / CARD, card_text(Path(card)))
     sections = {"about": "", "frozen": frozen(origin, _parameters(model_dir)), "usage": usage()}
     return _write(model_dir, sections, None, add=("frozen",))
 
@@ -155,7 +155,7 @@ def card_to_push(model_dir: str | os.PathLike, repo_id: str | None, license: str
         ValueError: if the front matter can't be read.
     """
     path = Path(model_dir) / CARD
-    front, block, body = _split(_text_of(path), path)
+    front, block, body = _split(card_text(path), path)
     if license and front.get("license") != license:
         front["license"] = license
         block = _front_matter_block(front)
@@ -181,7 +181,7 @@ def _write(
     path = model_dir / CARD
     new = not path.is_file()
     name = name or shown_name(str(model_dir.resolve()))
-    front, block, body = ({}, "", f"# {name}\n\n{_HINT}\n") if new else _split(_text_of(path), path)
+    front, block, body = ({}, "", f"# {name}\n\n{_HINT}\n") if new else _split(card_text(path), path)
     before = dict(front)
     found = _WRITTEN.search(body)
     written = set(found[1].split()) if found else set()
@@ -206,7 +206,13 @@ _SECTION = re.compile(
 )
 
 
-def _text_of(path: Path) -> str:
+def card_text(path: Path) -> str:
+    """
+    What stands in a card.
+
+    Raises:
+        ValueError: if it is longer than `MAX_BYTES` or no UTF-8.
+    """
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MiB, which no card needs: shorten or remove it.")
     try:
@@ -305,6 +311,7 @@ def _parameters(model_dir: Path) -> int | None:
 
 
 __all__ = [
+    "card_text",
     "card_to_push",
     "update_results",
     "write_frozen_card",

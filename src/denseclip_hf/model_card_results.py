@@ -107,7 +107,9 @@ def add_to_model_index(front: dict[str, Any], name: str, results: Mapping[str, A
         place = next((index for index, entry in enumerate(entries) if entry["name"] == name), 0)
         found = [model_index_to_eval_results([entry]) for entry in entries[place : place + 1]]
         for result in found[0][1] if found else ():
-            protocol_words(result.metric_args or {})  # with which it will stand in the table
+            # What will stand in the table.
+            "".join((result.dataset_name, result.dataset_split or "", result.metric_name or result.metric_type))
+            protocol_words(result.metric_args or {})
     except (TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"the `model-index` of {path} is not as the Hub defines it: correct it.") from error
     name, old = found[0] if found else (name, [])

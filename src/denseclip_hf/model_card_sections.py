@@ -211,7 +211,8 @@ def citation() -> str:
 
 def shown_pictures(card: str) -> list[str]:
     """Names of the files that a card shows as pictures, those inside its directory."""
-    found = re.findall(r"!\[[^]]*\]\(([^)\s]+)|<img[^>]*\ssrc=[\"']([^\"']+)", card)
+    # Neither runs on over the beginning of another: a search from each to the end of the file would take for ever.
+    found = re.findall(r"!\[(?:[^][]|\[[^][]*\])*\]\(([^)\s]+)|<img[^<>]*\ssrc=[\"']([^\"']+)", card)
     names = {os.path.normpath(markdown or html) for markdown, html in found if "://" not in markdown + html}
     return sorted(name for name in names if not os.path.isabs(name) and name.split(os.sep)[0] != "..")
 

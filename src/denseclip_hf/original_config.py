@@ -139,7 +139,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ValueError(f"the config file {path} is based on itself.")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no Python config file: it is not text.") from error
     own = parse_original_config(text, str(path))

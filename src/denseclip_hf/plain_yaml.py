@@ -38,6 +38,8 @@ def load_plain_yaml(text: str) -> Any:
         return yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
+    except (LookupError, AttributeError, TypeError) as error:  # `!!bool maybe`, say
+        raise ValueError("a value is none of the kind that its tag (!!) names") from error
 
 
 __all__ = ["load_plain_yaml"]

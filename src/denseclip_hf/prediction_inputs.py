@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one since Python 3.11
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 from PIL import Image
 
-from .data_files import file_stem, read_image, without_secrets
+from .data_files import file_stem, read_image, shown_address
 from .data_layouts import IMAGE_SUFFIXES
 
 
@@ -41,7 +41,7 @@ class Source:
     @property
     def shown(self) -> str:
         """The address for messages: without the password or key that it may hold."""
-        return without_secrets(self.address)
+        return shown_address(self.address)
 
     @property
     def is_video(self) -> bool:
@@ -109,6 +109,10 @@ def read_picture(source: Source, timeout: float = 20.0) -> Image.Image:
 
 def _fetched(source: Source, timeout: float) -> bytes:
     """What is at an address, within `timeout` seconds for all of it and `MAX_DOWNLOAD` bytes."""
+    if "@" in urlsplit(source.address).netloc:
+        raise ValueError(
+            f"{source.shown} is not fetched, because its address has a user or password in it: download it."
+        )
     # A thread, because no timeout of a socket ends a name that is looked up, or a header that comes byte by byte.
     answer: Future[bytes] = Future()
     threading.Thread(target=_download, args=(source.address, timeout, answer), daemon=True).start()
@@ -118,6 +122,8 @@ def _fetched(source: Source, timeout: float) -> bytes:
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, (TimeoutError, FutureTimeoutError)):
             reason = f"it takes longer than {timeout:g} seconds"
+        if isinstance(reason, InvalidURL):  # whose message has parts of the address in it
+            reason = "it is no valid address"
         reason = str(reason) or type(reason).__name__
         raise OSError(
             f"{source.shown} can not be fetched ({reason}): check the address, or try again later."

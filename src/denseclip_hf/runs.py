@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoints import asked_by_pickle
 from .loading_denseclip import reason_of
 from .reports import without_nan
 from .stopping import TrainingStopped
@@ -195,7 +197,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
 
 def _check_state(checkpoint: str | os.PathLike) -> None:
     with reading_checkpoint(checkpoint):
-        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
 
 
 @contextmanager
@@ -204,8 +206,8 @@ def reading_checkpoint(checkpoint: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damaged files fail in any of many ways
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"its pickle asks for {wanted[1]}" if wanted else reason_of(error)
+        wanted = asked_by_pickle(error)
+        reason = f"its pickle asks for {wanted}" if wanted else reason_of(error)
         raise ValueError(
             f"{checkpoint} can not be gone on from ({reason}): if it is damaged, remove it, and go on from "
             "the one before."

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from .data_files import name_of
 from .image_inputs_denseclip import reduce_labels
 from .resizing_denseclip import _nearest, fit_within
 
@@ -116,6 +117,9 @@ class TrainTransform:
         fast_jpeg: let the JPEG decoder shrink a picture by 2, 4 or 8 where that still leaves more pixels than the
             resized picture has. Faster on large pictures; unlike the original recipe (and the evaluation) such
             pictures are then antialiased. The result remains the same on every run.
+
+    Raises:
+        ValueError: for sizes or ratios that are not positive.
     """
 
     crop_size: int | tuple[int, int] = 512
@@ -158,7 +162,7 @@ class TrainTransform:
         """
         if image.size != mask.shape[::-1]:
             raise ValueError(
-                f"{_name(image)}: the picture is {image.width}x{image.height} pixels and its mask "
+                f"{name_of(image)}: the picture is {image.width}x{image.height} pixels and its mask "
                 f"{mask.shape[1]}x{mask.shape[0]}; save both at the same size."
             )
         ratio = rng.uniform(*self.ratio_range)
@@ -197,7 +201,7 @@ class TrainTransform:
                 extent = (height, width)
             image.load()
         except Exception as error:  # a damaged file fails in any of many ways
-            raise ValueError(f"{_name(image)} cannot be decoded ({error}); save it anew or remove it.") from error
+            raise ValueError(f"{name_of(image)} cannot be decoded ({error}); save it anew or remove it.") from error
         return resize_region(image if image.mode == "RGB" else image.convert("RGB"), new_size, box, extent)
 
     def _normalise_and_pad(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
@@ -223,7 +227,7 @@ class _Augmented:
 
     def _augment(self, sample: dict[str, Any], epoch: int, key: int) -> dict[str, Any]:
         augmented = self.transform(sample["image"], sample["mask"], sample_rng(self.seed, epoch, key))
-        return {**augmented, "name": _name(sample["image"])}
+        return {**augmented, "name": name_of(sample["image"])}
 
 
 class AugmentedDataset(_Augmented, torch.utils.data.Dataset):
@@ -291,7 +295,3 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Within an epoch that is resumed, `state.epoch` is a fraction above the number of finished epochs.
         self.dataset.set_epoch(int(state.epoch or 0))
-
-
-def _name(image: Image.Image) -> str:
-    return getattr(image, "filename", "") or "a picture without a file name"
