@@ -106,13 +106,13 @@ def add_to_model_index(front: dict[str, Any], name: str, results: Mapping[str, A
         entries = list(front.get("model-index") or [])
         place = next((index for index, entry in enumerate(entries) if entry["name"] == name), 0)
         found = [model_index_to_eval_results([entry]) for entry in entries[place : place + 1]]
-        for result in found[0][1] if found else ():
-            # What will stand in the table.
+        name, old = found[0] if found else (name, [])
+        eval_results_to_model_index(name, old)  # can be written again
+        for result in old:  # can stand in the table
             "".join((result.dataset_name, result.dataset_split or "", result.metric_name or result.metric_type))
             protocol_words(result.metric_args or {})
     except (TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"the `model-index` of {path} is not as the Hub defines it: correct it.") from error
-    name, old = found[0] if found else (name, [])
     measured = [result for result in old if not any(result.is_equal_except_value(other) for other in new)] + new
     if measured:
         entries[place : place + 1] = eval_results_to_model_index(name, measured)
