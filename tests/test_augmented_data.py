@@ -22,6 +22,12 @@ class Samples(torch.utils.data.Dataset):
         return {"image": image, "mask": mask}
 
 
+def test_workers_share_what_is_no_stream_of_datasets():
+    stream = AugmentedStream(named_samples(5), SMALL)
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
+    assert sorted(sample["name"] for sample in loader) == sorted(sample["name"] for sample in stream)
+
+
 def test_draws_depend_on_seed_epoch_and_index_alone():
     draws = {key: sample_rng(*key).random() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
     assert len(set(draws.values())) == 4

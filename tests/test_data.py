@@ -1,6 +1,7 @@
 """Data sets: every layout that is read, and every refusal with its words."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +114,8 @@ def test_cityscapes(tmp_path):
         i = ignore_index
         assert data.train[0]["mask"].tolist() == [[0, 1, i], [18, i, i]]
     assert len(data.id2label) == 19 and data.id2label[18] == "bicycle" and not data.do_reduce_labels
+    with pytest.raises(ValueError, match="has 19 classes, but 2 names are given: give one for each of road, sidewalk"):
+        load_segmentation_dataset(tmp_path, classes="road,sidewalk")
 
 
 # `datasets`
@@ -281,6 +284,14 @@ def test_a_name_that_is_no_data_set(monkeypatch):
 def test_a_file_of_class_names_that_is_missing(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="names.json, which should hold the class names, does not exist"):
         load_segmentation_dataset(folder, classes=tmp_path / "names.json")
+
+
+def test_a_split_that_nobody_asks_for_may_be_without_masks(folder):
+    shutil.copytree(folder / "val" / "images", folder / "test" / "images")
+    data = load_segmentation_dataset(folder)
+    assert (len(data.train), len(data.validation)) == (4, 2)
+    with pytest.raises(FileNotFoundError, match="test/masks does not exist"):
+        load_segmentation_dataset(folder, validation_split="test")
 
 
 def test_missing_cityscapes_masks(tmp_path):

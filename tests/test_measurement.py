@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import tiny_model, varied
 from PIL import Image
 from test_training import write_folder
@@ -52,6 +53,20 @@ def test_data_are_read_as_in_training(arguments, tmp_path, from_recipe):
             args = replace(args, model=str(checkpoint))
     assert 1 < measure(args)["num_images"] < 12
     assert measure(replace(args, validation_fraction=0.01, ignore_index=100))["num_images"] == 1
+
+
+def test_the_launchers_precision_does_not_count(arguments, monkeypatch):
+    """`accelerate launch` gives what its own config says in the environment; `dtype` is what is asked for."""
+    seen = []
+    forward = DenseCLIPForSemanticSegmentation.forward
+    monkeypatch.setattr(
+        DenseCLIPForSemanticSegmentation,
+        "forward",
+        lambda *args, **kwargs: seen.append(torch.is_autocast_enabled("cpu")) or forward(*args, **kwargs),
+    )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert measure(arguments(device="cpu"))["protocol"]["dtype"] == "float32" and seen and not any(seen)
 
 
 def test_labels_are_reduced_as_in_training(arguments, tmp_path):

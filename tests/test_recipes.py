@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from denseclip_hf.recipes import (
     model_to_train,
     parse_arguments,
 )
+from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.transforms import AugmentedDataset
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -236,11 +239,40 @@ def test_a_trained_model_takes_over_what_means_no_class(trained, folder, tmp_pat
     assert model.config.semantic_loss_ignore_index == 99
 
 
+def test_files_in_a_folder_are_no_stream(folder, tmp_path):
+    model_args, data_args = tiny_arguments(folder)
+    args = DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True, max_steps=1)
+    trainer, data = make_trainer(model_args, replace(data_args, streaming=True), args)
+    assert isinstance(trainer.train_dataset, AugmentedDataset) and len(trainer.train_dataset) == len(data.train)
+
+
+def test_exponents_in_a_recipe_are_numbers(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "config: {gamma_init: 1e-3, x: -2E+3, y: .5e1, z: 1e, v: '1e3'}\nlearning_rate: 1e-4"
+    )
+    model_args, _, args = parse_arguments(KINDS, [str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path)])
+    assert json.loads(model_args.config) == {"gamma_init": 1e-3, "x": -2e3, "y": 5.0, "z": "1e", "v": "1e3"}
+    assert args.learning_rate == 1e-4
+
+
+def test_values_of_another_kind_end_in_a_sentence(capsys):
+    @one_sentence_errors
+    def main():
+        DenseCLIPConfig(temperature="warm")
+
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "temperature" in said and said.count("\n") == 1
+
+
 def test_what_means_no_class_must_be_no_class(folder):
     with pytest.raises(
         ValueError, match=r"ignore_index is 2, but that is the id of a class \(car\): set ignore_index"
     ):
         load_data(DataArguments(dataset=str(folder), ignore_index=2))
+    with pytest.raises(ValueError, match=r"ignore_index is 3, but that is the id of a class \(car\): set"):
+        load_data(DataArguments(dataset=str(folder), ignore_index=3, do_reduce_labels=True))  # stored as 3
     names = ",".join(f"class {i}" for i in range(256))
     with pytest.raises(ValueError, match=r"ignore_index is 255, but .* none of the 256 classes has, such as 65535"):
         load_data(DataArguments(dataset=str(folder), classes=names))

@@ -195,7 +195,7 @@ def test_resume_is_bit_exact(tmp_path, workers, persistent):
     assert whole.model.config.context_decoder_dropout > 0
     whole.train()
     expected = whole.model.state_dict()
-    for step in (3, 4):  # within an epoch, and between two
+    for step in (3, 4, 9):  # within an epoch, between two, and when all is done
         trainer = trainer_for(tmp_path / "again", tiny_model(seed=9), **options)
         trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert trainer.state.global_step == 9
@@ -220,6 +220,22 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
     assert (tmp_path / "checkpoint-2" / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "known"),
+    [
+        ({}, "miou", "overall_accuracy, mean_iou, mean_accuracy, mean_dice, mean_fscore, mean_precision, loss"),
+        ({"inference_mode": "slide"}, "loss", "mean_precision$"),
+    ],
+)
+def test_an_unknown_best_metric_is_refused_before_training(tmp_path, options, asked, known):
+    options = {"model": tiny_model(**options), "eval_strategy": "steps"}
+    with pytest.raises(
+        ValueError, match=f"{asked}.*, which evaluation does not give: name one of .*{known.rstrip('$')}"
+    ):
+        trainer_for(tmp_path, **options, metric_for_best_model=asked)
+    trainer_for(tmp_path, **options, metric_for_best_model="eval_mean_iou")
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):

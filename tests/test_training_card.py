@@ -11,6 +11,11 @@ from PIL import Image
 from test_recipes import TINY, TINY_CLIP
 from test_training import pictures, write_folder
 
+from denseclip_hf import DenseCLIPTrainingArguments
+from denseclip_hf.recipes import DataArguments, ModelArguments
+from denseclip_hf.runs import recipe_of
+from denseclip_hf.training_card import training_summary
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -41,6 +46,22 @@ def test_training_writes_the_card(folder, tmp_path):
     assert "| Weights | trained from random ones, nothing pretrained |" in card.text and str(tmp_path) not in card.text
     assert "![Prediction](example.png)" in card.text
     assert Image.open(tmp_path / "streets" / "example.png").width == 80
+
+
+@pytest.mark.parametrize(
+    "launcher, flags, expected",
+    [
+        ("bf16", {}, "bfloat16"),
+        ("no", {}, "float32"),
+        ("no", {"bf16": True}, "bfloat16"),
+    ],
+)
+def test_a_card_tells_the_precision_that_counts_and_the_warm_up(tmp_path, monkeypatch, launcher, flags, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    args = DenseCLIPTrainingArguments(str(tmp_path), use_cpu=True, warmup_steps=0.05, **flags)
+    told = training_summary(DataArguments(dataset="x"), args)
+    assert told["Precision"] == expected and told["Schedule"] == "polynomial, 5 % of them warm-up"
+    assert recipe_of(ModelArguments(), DataArguments(dataset="x"), args)["mixed_precision"] == args.mixed_precision
 
 
 @pytest.mark.slow

@@ -63,6 +63,11 @@ def test_what_is_no_fault_of_the_disk_is_not_blamed_on_it(tmp_path):
         complete_or_gone(tmp_path / "part", "the checkpoint", "the others"),
     ):
         raise RuntimeError("no room")
+    with (
+        pytest.raises(OSError, match="could not be written .no room.: there is nothing to go on from; make room"),
+        complete_or_gone(tmp_path / "part", "the final model", None),
+    ):
+        raise RuntimeError("no room")
 
 
 def test_a_link_is_refused_before_anything_is_made(tmp_path):

@@ -124,7 +124,8 @@ def load_segmentation_dataset(
     known = layout.classes if layout else None
     splits: Splits
     if layout:
-        splits = _rows_of_layout(_picked(layout.splits, train_split, validation_split), validation_fraction)
+        files = {name: pair() for name, pair in _picked(layout.splits, train_split, validation_split).items()}
+        splits = _rows_of_layout(files, validation_fraction)
     else:
         loaded = _load_rows(path_or_name, config_name, streaming, revision)
         picked = _with_held_out(_picked(loaded, train_split, validation_split), validation_fraction)
@@ -134,12 +135,18 @@ def load_segmentation_dataset(
         known = parse_classes(feature_names, "the data set's label column") if own else None
     table = _class_table(known, classes, path_or_name)
     ignore = next(value for value in (ignore_index, table.ignore_index, 255) if value is not None)
-    if 0 <= ignore < len(table.id2label):
-        raise ValueError(
-            f"ignore_index is {ignore}, but that is the id of a class ({table.id2label[ignore]}): set ignore_index to "
-            f"an id that none of the {len(table.id2label)} classes has, such as 65535."
-        )
     reduce = next(value for value in (do_reduce_labels, table.do_reduce_labels, False) if value is not None)
+    if 0 <= ignore < len(table.id2label) + reduce:
+        name = table.id2label[max(ignore - reduce, 0)]
+        raise ValueError(
+            f"ignore_index is {ignore}, but that is the id of a class ({name}): set ignore_index to an id that none "
+            f"of the {len(table.id2label)} classes has, such as 65535."
+        )
+    if layout and layout.id_table and known and len(known.id2label) != len(table.id2label):
+        raise ValueError(
+            f"{path_or_name} has {len(known.id2label)} classes, but {len(table.id2label)} names are given: give one "
+            f"for each of {', '.join(known.id2label.values())}."
+        )
     id_table = [ignore if i == 255 else i for i in layout.id_table] if layout and layout.id_table else None
     reader = SampleReader(len(table.id2label), ignore, reduce, table.palette, table.ignore_colors, id_table, decode)
     ready = {name: _readable(rows, reader, read_first) for name, rows in splits.items()}

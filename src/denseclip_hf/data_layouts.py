@@ -5,8 +5,9 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,14 @@ class ClassTable:
 
 @dataclass
 class Layout:
-    """The files of a data set, (picture, mask) pairs by split name, and its classes where the layout knows them."""
+    """
+    The files of a data set, and its classes where the layout knows them.
 
-    splits: dict[str, list[Pair]]
+    `splits` has a function by split name that looks for the split's (picture, mask) pairs: one that nobody asks for
+    may be without masks.
+    """
+
+    splits: dict[str, Callable[[], list[Pair]]]
     classes: ClassTable | None = None
     id_table: list[int] | None = None
 
@@ -173,11 +179,11 @@ def find_layout(root: Path) -> Layout | None:
         return _cityscapes(root)
     classes = parse_classes(root / "classes.json") if (root / "classes.json").is_file() else None
     if _has_pairs(root):
-        return Layout({"train": _pairs(root / "images", root / "masks")}, classes)
+        return Layout({"train": partial(_pairs, root / "images", root / "masks")}, classes)
     splits = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and _has_pairs(d)}
     if not splits:
         return None
-    return Layout({name: _pairs(d / "images", d / "masks") for name, d in splits.items()}, classes)
+    return Layout({name: partial(_pairs, d / "images", d / "masks") for name, d in splits.items()}, classes)
 
 
 def _has_pairs(folder: Path) -> bool:
@@ -185,8 +191,8 @@ def _has_pairs(folder: Path) -> bool:
 
 
 def _ade20k(root: Path) -> Layout:
-    splits = {
-        name: _pairs(root / "images" / name, root / "annotations" / name)
+    splits: dict[str, Callable[[], list[Pair]]] = {
+        name: partial(_pairs, root / "images" / name, root / "annotations" / name)
         for name in ADE20K_FOLDERS
         if (root / "images" / name).is_dir()
     }
@@ -195,14 +201,14 @@ def _ade20k(root: Path) -> Layout:
 
 
 def _cityscapes(root: Path) -> Layout:
-    splits = {}
+    splits: dict[str, Callable[[], list[Pair]]] = {}
     for name in ("train", "val"):
         images = sorted((root / "leftImg8bit" / name).glob("*/*_leftImg8bit.png"))
         masks = sorted((root / "gtFine" / name).glob("*/*_gtFine_labelIds.png"))
         if images or masks:
             key_of = {p: f"{p.parent.name}/{p.name.rsplit('_', 1)[0]}" for p in images}
             mask_key_of = {p: f"{p.parent.name}/{p.name.removesuffix('_gtFine_labelIds.png')}" for p in masks}
-            splits[name] = _matched(key_of, mask_key_of)
+            splits[name] = partial(_matched, key_of, mask_key_of)
     if not splits:
         raise FileNotFoundError(
             f"{root / 'leftImg8bit'} holds no train/CITY/*_leftImg8bit.png; unpack Cityscapes there."

@@ -86,7 +86,7 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     """
     _check(args)
     args = _as_trained(args)
-    accelerator = Accelerator(cpu=args.device == "cpu")
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
     model, image_processor = load_model(args.model, args.dtype)
     model.to(accelerator.device)
     protocol = _set_protocol(model, image_processor, args)

@@ -1,6 +1,7 @@
 """YAML (and so JSON) from strangers: plain values, nothing executed, nothing that grows without bound."""
 
 import math
+import re
 from typing import Any
 
 import yaml
@@ -26,16 +27,29 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
 
-def load_plain_yaml(text: str) -> Any:
+class _ExponentLoader(_PlainLoader):
+    """In which 1e-3 is a number, as in JSON and YAML 1.2, not a text, as in YAML 1.1."""
+
+
+_ExponentLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_plain_yaml(text: str, exponents: bool = False) -> Any:
     """
     The value that a text in YAML stands for.
+
+    Args:
+        text (`str`): YAML, or JSON, which is YAML too.
+        exponents (`bool`, defaults to `False`): 1e-3 is a number, as in JSON, not a text, as in YAML 1.1.
 
     Raises:
         ValueError: with YAML's own words, if it is no YAML, nested too deeply, or has more than `MAX_VALUES` values,
             counting each alias as what it stands for.
     """
     try:
-        return yaml.load(text, _PlainLoader)
+        return yaml.load(text, _ExponentLoader if exponents else _PlainLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
     except (LookupError, AttributeError, TypeError) as error:  # `!!bool maybe`, say

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
 
 from .command_line import DataclassParser
@@ -170,7 +171,7 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
     if file.stat().st_size > MAX_RECIPE_BYTES:
         raise ValueError(f"the recipe {file} has more than {MAX_RECIPE_BYTES} bytes, which no recipe needs.")
     try:
-        recipe = load_plain_yaml(file.read_text(encoding="utf-8"))
+        recipe = load_plain_yaml(file.read_text(encoding="utf-8"), exponents=True)
     except ValueError as error:
         raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
     if not isinstance(recipe, dict):
@@ -208,7 +209,7 @@ def load_data(args: DataArguments) -> SegmentationData:
         if int(os.environ.get("RANK", 0)) == 0:
             logger.info("%s", report)
             if report.unseen_classes:
-                all_seen = data.train is not None and not args.streaming and len(data.train) <= CHECKED_SAMPLES
+                all_seen = isinstance(data.train, Dataset) and len(data.train) <= CHECKED_SAMPLES
                 logger.log(
                     logging.WARNING if all_seen else logging.INFO,
                     "%d of %d classes are in none of the masks looked at: %s. `scripts/check_data.py --full` looks at "
@@ -319,7 +320,8 @@ def make_trainer(
         ignore_index=data.ignore_index,
         fast_jpeg=data_args.fast_jpeg,
     )
-    augmented = AugmentedStream if data_args.streaming else AugmentedDataset
+    # Files in a folder here are no stream, whatever `streaming` says.
+    augmented = AugmentedStream if isinstance(data.train, IterableDataset) else AugmentedDataset
     eval_short = data_args.eval_scale_short or short
     # A larger evaluation keeps the same room for the long side.
     size = {"shortest_edge": eval_short, "longest_edge": max(data_args.scale_long * eval_short // short, eval_short)}

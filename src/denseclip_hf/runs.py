@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import distributed
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -45,9 +46,9 @@ DECISIVE_ARGUMENTS = (
     "lr_scheduler_kwargs", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
     "per_device_train_batch_size", "auto_find_batch_size", "gradient_accumulation_steps", "max_grad_norm",
     "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last",
-    "ignore_data_skip", "seed", "data_seed", "bf16", "fp16", "tf32", "metric_for_best_model", "greater_is_better",
-    "load_best_model_at_end", "image_encoder_lr_multiplier", "text_encoder_lr_multiplier", "min_learning_rate",
-    "poly_power", "warmup_start_ratio", "exempt_norms_and_biases",
+    "ignore_data_skip", "seed", "data_seed", "bf16", "fp16", "mixed_precision", "tf32", "metric_for_best_model",
+    "greater_is_better", "load_best_model_at_end", "image_encoder_lr_multiplier", "text_encoder_lr_multiplier",
+    "min_learning_rate", "poly_power", "warmup_start_ratio", "exempt_norms_and_biases",
 )  # fmt: skip
 HARMLESS_OPTIONS = ("check_data",)  # of the model and the data
 
@@ -228,7 +229,7 @@ def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> N
     """
     folder = Path(trainer.args.output_dir)
     writing = folder / WRITING_DIR
-    with complete_or_gone(writing, "the final model", "the checkpoints"):
+    with complete_or_gone(writing, "the final model", "the checkpoints" if get_last_checkpoint(str(folder)) else None):
         trainer.save_model(str(writing))
         trainer.accelerator.wait_for_everyone()
         if complete is not None and trainer.is_world_process_zero():
@@ -258,7 +259,7 @@ def one_sentence_errors(main: Callable) -> Callable:
         except KeyboardInterrupt:
             logger.warning("interrupted")
             sys.exit(128 + signal.SIGINT)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
             logger.debug("traceback", exc_info=True)
             sys.stderr.write(f"error: {sentence_of(error)}\n")
             sys.exit(1)
@@ -269,6 +270,8 @@ def one_sentence_errors(main: Callable) -> Callable:
 def sentence_of(error: BaseException) -> str:
     """The message of `error`, in one sentence also if it comes from a data-loader worker or another process."""
     text = str(error).strip()
+    if isinstance(error, StrictDataclassError):  # of a config
+        return " ".join(text.split())
     if text.startswith("Caught ") and "Original Traceback" in text:  # a worker's, with its traceback
         text = re.split(r"^[\w.]+: ", text, flags=re.MULTILINE)[-1].strip()
         return text.splitlines()[-1] if "Traceback (" in text else text  # the last error may have no message

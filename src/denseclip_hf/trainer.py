@@ -15,6 +15,7 @@ from .batch_norm import frozen_batch_norms, synchronise_batch_norms
 from .batches import GlobalBatches, collate, training_loader
 from .checkpointing import CheckpointingTrainer
 from .evaluation import evaluate_segmentation
+from .metrics import scores_from_confusion_matrix
 from .stopping import OutlivesSignals, StopCallback, TrainingStopped
 from .training import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .training_log import TrainingLog
@@ -85,6 +86,22 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             hold_scalars(self.model)
         self._stop = StopCallback()
         self.add_callback(self._stop)
+        self._check_best_metric()
+
+    def _check_best_metric(self) -> None:
+        """Refuse a `metric_for_best_model` that evaluation does not give: Trainer only does so after the first one."""
+        asked, rows = self.args.metric_for_best_model, self.eval_dataset
+        if asked is None or self.args.eval_strategy == "no" or type(self).evaluate is not DenseCLIPTrainer.evaluate:
+            return
+        scores = [key for key, value in scores_from_confusion_matrix(torch.eye(1)).items() if isinstance(value, float)]
+        scores += ["loss"] if self.model.config.inference_mode == "whole" else []
+        if isinstance(rows, dict):
+            scores = ["mean_iou", *(f"{name}_{key}" for name in rows for key in scores)]
+        if asked.removeprefix("eval_") not in scores:
+            raise ValueError(
+                f"`metric_for_best_model` is {asked!r}, which evaluation does not give: name one of "
+                f"{', '.join(scores)}."
+            )
 
     def train(self, *args, **kwargs):
         """
@@ -103,6 +120,11 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         if not output.global_step:
             raise ValueError("the training stream gives not a single batch, so nothing was trained: fill it.")
         return output
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        """[`Trainer._init_training_state`]; from the last step's checkpoint no further step is taken."""
+        start = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else start
 
     def end(self):
         """[`Trainer.end`]; what wraps the model goes first, as freed after the processes part it can hang."""

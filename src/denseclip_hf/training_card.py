@@ -61,14 +61,15 @@ def write_training_card(
 def training_summary(data_args: Any, args: Any) -> dict[str, Any]:
     """What decides the result of a training run, in words and numbers, with versions and hardware."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    warm_up = args.warmup_steps
+    warm_up = f"{100 * warm_up:g} % of them warm-up" if 0 < warm_up < 1 else f"{warm_up:g} warm-up steps"
     return {
         "Steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         "Batch size": batch,
         "Optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}",
         "Learning rate": f"{args.learning_rate:g}, image encoder x {args.image_encoder_lr_multiplier:g}, "
         f"text encoder x {args.text_encoder_lr_multiplier:g}",
-        "Schedule": f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, "
-        f"{args.warmup_steps:g} warm-up steps",
+        "Schedule": f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, {warm_up}",
         "Crops": f"{data_args.crop_size} x {data_args.crop_size} pixels",
         "Precision": precision(args),
         "Seed": args.seed,
@@ -78,7 +79,7 @@ def training_summary(data_args: Any, args: Any) -> dict[str, Any]:
 
 def precision(args: Any) -> str:
     """What a run's matrices are multiplied in."""
-    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision, args.mixed_precision)
 
 
 @torch.no_grad()

@@ -75,14 +75,14 @@ def make_directory(folder: str | os.PathLike) -> None:
 
 
 @contextmanager
-def complete_or_gone(folder: Path, what: str, kept: str) -> Iterator[None]:
+def complete_or_gone(folder: Path, what: str, kept: str | None) -> Iterator[None]:
     """
     Remove `folder` if what is done to fill it fails, whatever the reason.
 
     Args:
         folder (`Path`): where is written.
         what (`str`): what is written there, for the message.
-        kept (`str`): what there is complete all the same, for the message.
+        kept (`str` or `None`): what there is complete all the same, for the message.
 
     Raises:
         OSError: with one sentence, if it fails.
@@ -94,9 +94,9 @@ def complete_or_gone(folder: Path, what: str, kept: str) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         if str(error).startswith("DataLoader worker"):  # one died meanwhile, which torch raises wherever we are
             raise
+        rest = f"{kept} are complete" if kept else "there is nothing to go on from"
         raise OSError(
-            f"{what} could not be written ({error}): {kept} are complete; make room and start again with the same "
-            "command."
+            f"{what} could not be written ({error}): {rest}; make room and start again with the same command."
         ) from error
 
 
