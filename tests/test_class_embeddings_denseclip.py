@@ -245,6 +245,15 @@ def test_a_compiler_sees_kept_embeddings_or_the_whole_way(monkeypatch):
         assert torch.equal(model.encode_classes(), kept) and counter.calls == 5
 
 
+def test_new_classes_reach_a_compiler(images, monkeypatch):
+    model = tiny_model()
+    forward(model, images)
+    model.set_classes(["one", "two", "three"], Tokenizer())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_classes(), model.prompts(model.clip), atol=0, rtol=0)
+
+
 def test_weights_that_change_between_passes_that_share_are_refused(images, labels):
     model = tiny_model().train()
     model.share_class_embeddings(until_next=True)

@@ -142,6 +142,11 @@ def test_prompt_template_follows_the_contexts(contexts, template):
     assert DenseCLIPConfig(num_context_tokens=contexts).prompt_template == template
 
 
+def test_classes_are_kept_in_the_order_of_their_ids():
+    names = {str(i): f"class {i}" for i in sorted(range(12), key=str)}
+    assert list(DenseCLIPConfig(id2label=names).id2label.items()) == [(i, f"class {i}") for i in range(12)]
+
+
 def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="denseclip-rn50"):
         DenseCLIPConfig.from_preset("rn50")

@@ -211,6 +211,21 @@ def _options(part, **changes):
     return kwargs
 
 
+def test_what_the_baselines_inherit_from_mmsegmentations_resnet_is_known():
+    inherited = {"depth": 50, "num_stages": 4, "dilations": (1, 1, 1, 1), "strides": (1, 2, 2, 2), "norm_eval": False}
+    inherited |= {"norm_cfg": {"type": "SyncBN", "requires_grad": True}, "contract_dilation": True}
+    kwargs = _options("backbone", **inherited)
+    config = config_from_original(kwargs, dict(enumerate("abcde")), None)
+    assert config.to_dict() == config_from_original(_options(""), dict(enumerate("abcde")), None).to_dict()
+
+
+def test_the_size_of_the_embedding_is_by_default_that_of_the_tower():
+    kwargs = copy.deepcopy(golden_case("seg_resnet")[0]["model_cfg"])
+    del kwargs["backbone"]["output_dim"]
+    kwargs["text_encoder"]["embed_dim"] = 1024
+    assert config_from_original(kwargs, dict(enumerate("abcde")), None).clip_config.projection_dim == 1024
+
+
 @pytest.mark.parametrize(
     ("part", "option", "value"),
     [

@@ -190,6 +190,22 @@ def test_floats_are_not_rounded(processor):
     assert 0 < (pixels - whole).abs().max() < 1 / 255
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA"])
+def test_a_tiff_on_its_side_is_not_scrambled(processor, tmp_path, mode):
+    """Pillow 12 does so where it maps an uncompressed one into memory, by its name."""
+    upright = np.random.default_rng(0).integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    upright = {"L": upright[..., 0], "I;16": upright[..., 0].astype(np.uint16) * 257, "RGBA": upright}[mode]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(tmp_path / "x.tif", exif=exif, compression="raw")
+    plain = {"do_resize": False, "do_normalize": False, "return_tensors": "pt"}
+    found = processor(Image.open(tmp_path / "x.tif"), **plain)["pixel_values"]
+    assert torch.equal(found, processor(Image.fromarray(upright), **plain)["pixel_values"])
+    if mode == "L":
+        maps = {"segmentation_maps": Image.open(tmp_path / "x.tif")}
+        assert np.array_equal(processor(Image.fromarray(upright), **maps, **plain)["labels"][0], upright)
+
+
 def test_exif_orientation_is_left_alone(processor, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -159,6 +159,9 @@ def test_parts_and_multiply_adds_of_a_forward_pass(kind):
     assert not [m for m in model.modules() if "forward" in vars(m)]
     few = multiply_adds(model, 64)
     assert 0 < few < multiply_adds(work_like_the_original(model), 64)
+    own = model.decode_head.forward
+    assert time_of_parts(model, torch.randn(1, 3, 64, 64), rounds=1)["text tower"] >= 0
+    assert model.decode_head.forward == own and "forward" in vars(model.decode_head)  # still the original's way
 
 
 def test_training_steps_of_both_ways_start_from_the_same_loss_and_learn(kind):

@@ -1,6 +1,7 @@
 """Segmenting pictures: the script, what it writes and leaves alone, and the words it is asked for."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,13 @@ def test_words_are_kept_beside_their_masks(script, word_model_dir, photos, tmp_p
     assert "classes.json is there already, of other words: choose another folder" in capsys.readouterr().err
     assert script.main([str(photos / "c.png"), *flags, "--words", "sky", "--overwrite"]) == 0
     assert parse_classes(tmp_path / "out" / "classes.json").id2label == {0: "sky"}
+    with pytest.raises(SystemExit, match="^1$"):  # the ids of the model's own classes are others too
+        script.main([str(photos / "d.png"), *flags])
+    assert "classes.json is there already, of other words" in capsys.readouterr().err
+    own = {"id2label": {"0": "class 0", "1": "class 1", "2": "class 2"}, "palette": [[1, 2, 3]] * 3}
+    (tmp_path / "out" / "classes.json").write_text(json.dumps(own))
+    assert script.main([str(photos / "d.png"), *flags]) == 0  # of a data set with the same classes
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == own
 
 
 def test_a_file_of_words_that_is_missing_is_one_sentence(script, photos, tmp_path, capsys):

@@ -176,6 +176,22 @@ def test_frames_of_a_video_are_pictures(tmp_path):
     ]
 
 
+def test_a_frame_and_a_picture_of_one_name_do_not_replace_each_other(tmp_path):
+    write_video(tmp_path / "clip.mp4", [photo((96, 64))] * 2)
+    photo((40, 30)).save(tmp_path / "CLIP_000001.png")
+    sources, _ = find_sources([tmp_path / "clip.mp4", tmp_path / "CLIP_000001.png"])
+    summary = predict_sources(segmenter(), sources, tmp_path / "out", overwrite=True, progress=False)
+    assert summary.done == 2 and len(list((tmp_path / "out").glob("*_mask.png"))) == 2
+    assert "CLIP_000001.png: results called CLIP_000001 are another's already: rename" in summary.problems[0]
+
+
+def test_frames_larger_than_a_picture_may_be_are_refused(tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4", [photo((96, 64))])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 64 - 1)
+    summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
+    assert summary.done == 0 and "clip.mp4 has frames of 96x64 pixels, more than the 6143" in summary.problems[0]
+
+
 @pytest.mark.parametrize("turn", MATRICES)
 def test_frames_of_a_video_are_upright(tmp_path, turn):
     frame = Image.new("RGB", (64, 32), "red")

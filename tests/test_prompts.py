@@ -100,6 +100,8 @@ def test_names_are_put_into_the_template():
     assert tokenize_classes(["b"], as_letters, config) == [[SOS, *map(ord, "a b."), EOS]]
     with pytest.raises(ValueError, match="a class name is empty"):
         tokenize_classes(["b", " "], as_letters, config)
+    config = tiny_config(prompt_template="{c}{{}}")  # no format string: only {} stands for something
+    assert tokenize_classes(["b"], as_letters, config) == [[SOS, *map(ord, "{c}{b}"), EOS]]
 
 
 def test_the_layout_is_no_weight():

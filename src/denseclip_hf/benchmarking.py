@@ -214,13 +214,16 @@ def _stopwatches(parts: dict[str, Any], spent: dict[str, float]) -> Iterator[Non
         if name == "image tower" and module is not None and not hasattr(module, "stages"):
             modules = list(module.layers)  # a ViT's layers are called one by one
         for each in modules:
+            patched.append((each, vars(each).get("forward")))
             each.forward = _timed(each.forward, name, spent)
-            patched.append(each)
     try:
         yield
     finally:
-        for each in patched:
-            del each.forward
+        for each, own in patched:
+            if own is None:
+                del each.forward
+            else:
+                each.forward = own
 
 
 def _timed(forward: Callable, name: str, spent: dict[str, float]) -> Callable:

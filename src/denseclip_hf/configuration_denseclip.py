@@ -160,6 +160,8 @@ class DenseCLIPConfig(PreTrainedConfig):
             kwargs["num_labels"] = len(self.class_token_ids)
         check_ids(self.id2label, kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
+        if self.id2label is not None:
+            self.id2label = dict(sorted(self.id2label.items()))
         if self.id2label is not None and "num_labels" not in kwargs:
             self.label2id = {label: index for index, label in self.id2label.items()}
         vision = self.clip_config.vision_config

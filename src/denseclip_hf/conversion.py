@@ -271,7 +271,8 @@ def config_from_original(
 
 def _clip_config(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     backbone, text = model_kwargs["backbone"], model_kwargs.get("text_encoder", {})
-    size = backbone.get("output_dim", text.get("embed_dim", 512))
+    usual = 1024 if backbone.get("type") == "CLIPResNetWithAttention" else text.get("embed_dim", 512)
+    size = backbone.get("output_dim", usual)
     width = text.get("transformer_width", 512)
     vocabulary = text.get("vocab_size", 49408)
     text_config = {

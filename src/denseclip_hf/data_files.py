@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .image_inputs_denseclip import reduce_labels
+from .image_inputs_denseclip import decode, reduce_labels
 
 
 NAMELESS = "a sample without a file name"
@@ -123,14 +123,10 @@ def _broken(name: str, error: object) -> ValueError:
 
 
 def _decode(image: Image.Image, name: str) -> None:
-    # Pillow 12 scrambles a TIFF that lies on its side where it maps the named file into memory.
-    kept, image.filename = getattr(image, "filename", ""), ""  # type: ignore[attr-defined]
     try:
-        image.load()
+        decode(image)
     except Exception as error:
         raise _broken(name, error) from error
-    finally:
-        image.filename = kept  # type: ignore[attr-defined]
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -252,6 +252,10 @@ def write_split(folder: Path, split: str, count: int, size: tuple[int, int], see
     thread_map(write_scene, range(count), max_workers=2, **bar)
 
 
+def _count_files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
 @contextmanager
 def finished_folder(folder: Path, made_with: dict) -> Iterator[Path | None]:
     """Yield a temporary sibling that becomes `folder` when all went well, or None when `folder` is already as wanted.
@@ -262,18 +266,21 @@ def finished_folder(folder: Path, made_with: dict) -> Iterator[Path | None]:
         FileExistsError: when `folder` holds something, but not such a file.
     """
     record = folder / ".made_with.json"
-    if record.is_file() and json.loads(record.read_text()) == made_with:
+    before = json.loads(record.read_text()) if record.is_file() else {}
+    num_files = before.pop("num_files", None)
+    if before == made_with:
         logger.info("%s is complete already", folder)
         yield None
         return
-    if folder.exists() and any(folder.iterdir()) and not record.is_file():
-        raise FileExistsError(f"{folder} is not empty and was not made by this example; choose another folder")
+    if folder.exists() and any(folder.iterdir()) and num_files != _count_files(folder):
+        raise FileExistsError(f"{folder} is not empty and holds more than this example made; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
         yield temporary
-        (temporary / record.name).write_text(json.dumps(made_with) + "\n")
+        record_text = json.dumps(made_with | {"num_files": _count_files(temporary) + 1}) + "\n"
+        (temporary / record.name).write_text(record_text)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:

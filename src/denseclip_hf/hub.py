@@ -144,7 +144,7 @@ def _stage_without_code(folder: Path, staging: Path) -> None:
         if (folder / name).is_file():
             config = json.loads((folder / name).read_text(encoding="utf-8"))
             if config.pop("auto_map", None) is not None:
-                (staging / name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                (staging / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _inside(folder: Path, name: str) -> str:

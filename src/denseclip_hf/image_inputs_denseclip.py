@@ -66,6 +66,7 @@ def label_map_to_tensor(segmentation_map: Any) -> torch.Tensor:
                 f"A segmentation map has one channel, but this one has the mode {segmentation_map.mode}: turn its "
                 "colours into class ids first."
             )
+        decode(segmentation_map)
         segmentation_map = np.asarray(segmentation_map)
     if not holds_integers(segmentation_map) or segmentation_map.ndim != 2:
         raise ValueError(
@@ -125,8 +126,19 @@ def height_by_width(tensor: torch.Tensor) -> str:
     return "×".join(str(side) for side in tensor.shape[-2:])
 
 
+def decode(image: Image.Image) -> None:
+    """Read the pixels of a PIL image, which may have been opened only."""
+    # Without its name: Pillow 12 scrambles a TIFF that lies on its side where it maps the named file into memory.
+    name, image.filename = getattr(image, "filename", ""), ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        image.filename = name  # type: ignore[attr-defined]
+
+
 def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
     """PIL image → (H, W) or (H, W, C) array; 16-bit grey, which PIL would clip at 255, as uint16."""
+    decode(image)
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
     if image.mode in ("I", "F"):

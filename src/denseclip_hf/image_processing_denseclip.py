@@ -59,8 +59,8 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
     Pictures may be PIL images of any mode, arrays or tensors: of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
     channels, uint8 in 0 … 255, uint16 in 0 … 65535 (scaled to 8 bit, as 16-bit PIL images are) or floats in
     0 … 255 (pass `do_rescale=False` for 0 … 1). Grey becomes RGB, an alpha channel is dropped. EXIF orientation is
-    left as it is: call `PIL.ImageOps.exif_transpose` first where it matters (paths and URLs are loaded by
-    transformers, which does that).
+    left as it is (but for TIFF, which Pillow turns upright itself): call `PIL.ImageOps.exif_transpose` first where it
+    matters (paths and URLs are loaded by transformers, which does that).
 
     Resized pictures of one batch may differ in size. Without `return_tensors` they come as a list, each as it would
     come alone, and the model takes that list. One tensor cannot hold them, and padding is not neutral (attention and

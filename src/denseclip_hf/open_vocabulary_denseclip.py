@@ -168,13 +168,15 @@ def score_maps_of(
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """`model` in eval mode, and afterwards in the mode it was in."""
-    was_training = model.training
+    """`model` in eval mode, and afterwards each of its parts in the mode it was in."""
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train(modes[0][1])
+        for part, training in modes:
+            part.training = training
 
 
 def predict_from_scores(

@@ -26,7 +26,9 @@ _KNOWN_OPTIONS = {
     "": "pretrained context_length score_concat_index tau token_embed_dim text_dim class_names backbone text_encoder "
     "context_decoder neck decode_head identity_head train_cfg test_cfg",
     "backbone": "layers style output_dim input_resolution width heads patch_size out_indices drop_path_rate "
-    "get_embeddings pretrained",
+    "get_embeddings pretrained "
+    # Of mmsegmentation's ResNet, which the baselines inherit and CLIP's towers take without a use.
+    "depth num_stages dilations strides norm_cfg norm_eval contract_dilation",
     "text_encoder": "context_length vocab_size transformer_width transformer_heads transformer_layers embed_dim style "
     "pretrained",
     "context_decoder": "context_length transformer_width transformer_heads transformer_layers visual_dim outdim style "

@@ -6,6 +6,7 @@ Shapes: B images, K classes, D embedding size, H x W pixels.
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data_layouts import default_palette
+from .data_layouts import default_palette, parse_classes
 from .open_vocabulary_denseclip import check_words, predict_from_scores, score_maps_of
 from .pictures import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
 from .prediction_inputs import Source, read_frames, read_picture
@@ -147,7 +148,7 @@ def predict_sources(
         raise ValueError(f"`opacity` must be from 0 to 1, got {opacity}.")
     folder, summary = Path(output_dir), Summary()
     make_directory(folder)
-    if segmenter.words:
+    if segmenter.words or (folder / "classes.json").exists():
         _name_classes(folder / "classes.json", segmenter.names, overwrite)
     bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)
     named = _pictures(bar, summary, timeout, every, max_frames)
@@ -160,10 +161,16 @@ def predict_sources(
 
 
 def _name_classes(file: Path, names: list[str], overwrite: bool) -> None:
-    """Write which id is which word, in the format of a data set's `classes.json`."""
+    """Write which id is which word, in the format of a data set's `classes.json`, unless one there says the same."""
+    if file.exists():
+        with suppress(ValueError):
+            if parse_classes(file).id2label == dict(enumerate(names)):
+                return
+        if not overwrite:
+            raise ValueError(
+                f"{file} is there already, of other words: choose another folder, or allow to overwrite it."
+            )
     text = json.dumps({"id2label": dict(enumerate(names))}, indent=2) + "\n"
-    if file.exists() and not overwrite and file.read_bytes() != text.encode():
-        raise ValueError(f"{file} is there already, of other words: choose another folder, or allow to overwrite it.")
     with writing_into(file.parent):
         write_atomically(file, text)
 
@@ -171,13 +178,21 @@ def _name_classes(file: Path, names: list[str], overwrite: bool) -> None:
 def _pictures(
     sources: Iterable[Source], summary: Summary, timeout: float, every: int, max_frames: int | None
 ) -> Iterator[Named]:
-    """Pictures and frames, by name; what can not be read is noted."""
+    """Pictures and frames, by name; what can not be read, or has the name of another, is noted."""
+    taken: set[str] = set()
     for source in sources:
         try:
             if source.is_video:
-                yield from read_frames(source, every, max_frames)
+                named = read_frames(source, every, max_frames)
             else:
-                yield source.name, read_picture(source, timeout)
+                named = iter([(source.name, read_picture(source, timeout))])
+            for name, image in named:
+                if name.casefold() in taken:
+                    raise ValueError(
+                        f"{source.shown}: results called {name} are another's already: rename one of both."
+                    )
+                taken.add(name.casefold())
+                yield name, image
         except (OSError, ValueError, ImportError) as error:
             summary.problems.append(str(error))
 

@@ -161,14 +161,25 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
         raise ImportError(f"{source.address} is a video, and reading one needs PyAV: pip install av.") from error
     try:
         with av.open(source.address) as video:
+            _check_frame(source, video.streams.video[0].codec_context)
             frames = islice(enumerate(video.decode(video=0)), 0, None, every)
             for number, frame in islice(frames, limit):
+                _check_frame(source, frame)
                 turn = 90 * round(frame.rotation / 90)  # degrees to the left
                 yield f"{source.name}_{number:06d}", frame.to_image().convert("RGB").rotate(turn, expand=True)
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise ValueError(
             f"{source.address} can not be read as a video ({error}): save it anew, or leave it out."
         ) from error
+
+
+def _check_frame(source: Source, frame: Any) -> None:
+    """Refuse what has more pixels than a picture may have."""
+    if Image.MAX_IMAGE_PIXELS is not None and frame.width * frame.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{source.address} has frames of {frame.width}x{frame.height} pixels, more than the "
+            f"{Image.MAX_IMAGE_PIXELS} of a picture: shrink it, or leave it out."
+        )
 
 
 def _is_url(address: str) -> bool:

@@ -153,7 +153,7 @@ def tokenize_classes(names: list[str], tokenizer, config: DenseCLIPConfig) -> li
     """
     token_ids = []
     for name in names:
-        ids = tokenizer(config.prompt_template.format(name))["input_ids"]
+        ids = tokenizer(config.prompt_template.replace("{}", name))["input_ids"]
         if not name.strip():
             raise ValueError("a class name is empty: every class needs a word the text encoder can read.")
         if (ids[0], ids[-1]) != config.special_token_ids:
