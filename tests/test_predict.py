@@ -98,7 +98,8 @@ def test_words_are_kept_beside_their_masks(script, word_model_dir, photos, tmp_p
     with pytest.raises(SystemExit, match="^1$"):  # the ids of the model's own classes are others too
         script.main([str(photos / "d.png"), *flags])
     assert "classes.json is there already, of other words" in capsys.readouterr().err
-    own = {"id2label": {"0": "class 0", "1": "class 1", "2": "class 2"}, "palette": [[1, 2, 3]] * 3}
+    names = json.loads((word_model_dir / "config.json").read_text())["id2label"]
+    own = {"id2label": names, "palette": [[1, 2, 3]] * len(names)}
     (tmp_path / "out" / "classes.json").write_text(json.dumps(own))
     assert script.main([str(photos / "d.png"), *flags]) == 0  # of a data set with the same classes
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == own
