@@ -1,5 +1,7 @@
 """Augmented data sets and streams: the same draws for any worker, process and resumed epoch."""
 
+import itertools
+
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -20,6 +22,17 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, index):
         image, mask = self.samples[index]
         return {"image": image, "mask": mask}
+
+
+class SharesItself(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        return itertools.islice(iter(named_samples(5)), worker.id, None, worker.num_workers)
+
+
+def test_workers_of_a_stream_that_shares_itself_out():
+    loader = torch.utils.data.DataLoader(AugmentedStream(SharesItself(), SMALL), batch_size=None, num_workers=2)
+    assert len([sample["name"] for sample in loader]) == 5
 
 
 def test_workers_share_what_is_no_stream_of_datasets():

@@ -98,6 +98,7 @@ def test_many_aliases_in_a_recipe_are_refused(tmp_path):
         ("seed: !!bool maybe", "not valid YAML .*tag"),
         ("seed: !!int ''", "not valid YAML .*tag"),
         ("seed: !!timestamp x", "not valid YAML .*tag"),
+        ("seed: " + ":".join(["1"] * 200) + ".0", "not valid YAML"),
         ("\udcff", "not valid YAML"),
         ("seed: [1, 2]", "gives `seed` a list, but it takes one value"),
         ("config: {a: 2001-01-01}", "value of `config` can't be used"),

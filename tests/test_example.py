@@ -135,7 +135,7 @@ def test_a_finished_folder_is_kept_and_made_anew_for_other_arguments(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]  # no temporary folder stays behind
     (folder / "train" / "images" / "mine.jpg").write_bytes(b"years of work")
     make_example_dataset(folder, num_train=2, num_val=0)
-    with pytest.raises(FileExistsError, match="holds more than this example made"):
+    with pytest.raises(FileExistsError, match="holds other files than this example made"):
         make_example_dataset(folder, num_train=3, num_val=0)
     assert (folder / "train" / "images" / "mine.jpg").read_bytes() == b"years of work"
 

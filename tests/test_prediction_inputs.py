@@ -177,11 +177,18 @@ def test_frames_of_a_video_are_pictures(tmp_path):
 
 
 def test_a_frame_and_a_picture_of_one_name_do_not_replace_each_other(tmp_path):
-    write_video(tmp_path / "clip.mp4", [photo((96, 64))] * 2)
+    write_video(tmp_path / "clip.mp4", [photo((96, 64))] * 3)
     photo((40, 30)).save(tmp_path / "CLIP_000001.png")
-    sources, _ = find_sources([tmp_path / "clip.mp4", tmp_path / "CLIP_000001.png"])
-    summary = predict_sources(segmenter(), sources, tmp_path / "out", overwrite=True, progress=False)
-    assert summary.done == 2 and len(list((tmp_path / "out").glob("*_mask.png"))) == 2
+    inputs = [tmp_path / "clip.mp4", tmp_path / "CLIP_000001.png"]
+    for order in (inputs, inputs[::-1]):
+        sources, _ = find_sources(order)
+        summary = predict_sources(segmenter(), sources, tmp_path / "out", overwrite=True, progress=False)
+        assert summary.done == 3 and len(summary.problems) == 1
+    assert "clip.mp4: results called clip_000001 are another's already: rename" in summary.problems[0]
+    summary = predict_sources(segmenter(), find_sources(inputs)[0], tmp_path / "new", progress=False)
+    assert sorted(file.name for file in (tmp_path / "new").glob("*_mask.png")) == [
+        f"clip_00000{number}_mask.png" for number in range(3)
+    ]
     assert "CLIP_000001.png: results called CLIP_000001 are another's already: rename" in summary.problems[0]
 
 
@@ -190,6 +197,15 @@ def test_frames_larger_than_a_picture_may_be_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 64 - 1)
     summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
     assert summary.done == 0 and "clip.mp4 has frames of 96x64 pixels, more than the 6143" in summary.problems[0]
+
+
+def test_a_video_that_this_ffmpeg_can_not_decode_is_one_sentence(tmp_path):
+    write_video(tmp_path / "clip.mp4", [photo((96, 64))])
+    content = (tmp_path / "clip.mp4").read_bytes().replace(b"mp4v", b"zzzz").replace(b"esds", b"xxxx")
+    (tmp_path / "clip.mp4").write_bytes(content)
+    photo((40, 30)).save(tmp_path / "photo.png")
+    summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
+    assert summary.done == 1 and "clip.mp4 can not be read as a video" in summary.problems[0]
 
 
 @pytest.mark.parametrize("turn", MATRICES)

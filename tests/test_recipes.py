@@ -248,11 +248,11 @@ def test_files_in_a_folder_are_no_stream(folder, tmp_path):
 
 def test_exponents_in_a_recipe_are_numbers(tmp_path):
     (tmp_path / "r.yaml").write_text(
-        "config: {gamma_init: 1e-3, x: -2E+3, y: .5e1, z: 1e, v: '1e3'}\nlearning_rate: 1e-4"
+        "config: {gamma_init: 1e-3, x: -2E+3, y: .5e1, z: 1e, v: '1e3'}\nlearning_rate: 1e-4\nrun_name: 12e45"
     )
     model_args, _, args = parse_arguments(KINDS, [str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path)])
     assert json.loads(model_args.config) == {"gamma_init": 1e-3, "x": -2e3, "y": 5.0, "z": "1e", "v": "1e3"}
-    assert args.learning_rate == 1e-4
+    assert args.learning_rate == 1e-4 and args.run_name == "12e45"
 
 
 def test_values_of_another_kind_end_in_a_sentence(capsys):

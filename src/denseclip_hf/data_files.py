@@ -48,7 +48,8 @@ def shown_address(address: str) -> str:
     if "://" not in address:
         return address
     parts = re.split(r"::(?=[\w+.-]+://)", address)
-    parts = [re.sub(r"://[^/?#]*@", "://", part) for part in parts]
+    last = next((i for i, part in enumerate(parts) if re.match(r"https?://", part, re.IGNORECASE)), len(parts))
+    parts = [re.sub(r"://[^/?#]*@", "://", part) for part in parts[: last + 1]]  # what follows a page is its query's
     return "::".join(re.sub(r"(?is)^(https?://[^?#]*).*", r"\1", part) for part in parts)
 
 

@@ -76,6 +76,7 @@ def evaluate_segmentation(
     *,
     do_reduce_labels: bool = False,
     accelerator: Accelerator | None = None,
+    autocast: bool = True,
     batch_size: int = 1,
     num_workers: int = 0,
     progress: bool = True,
@@ -91,6 +92,7 @@ def evaluate_segmentation(
         image_processor ([`DenseCLIPImageProcessor`]): preprocessing of the pictures.
         do_reduce_labels (`bool`): raw masks hold 0 for no class and n for class n - 1.
         accelerator (`Accelerator`, *optional*): shares the pictures among its processes.
+        autocast (`bool`): compute in the mixed precision of `accelerator`, if it has one.
         batch_size (`int`): most consecutive pictures of one size run together.
         num_workers (`int`): processes that read and preprocess.
         progress (`bool`): whether to show a progress bar.
@@ -119,7 +121,11 @@ def evaluate_segmentation(
     bar = tqdm(total=length, desc="Evaluating", disable=not progress or rank > 0, leave=False)
     matrix = torch.zeros(config.num_labels, config.num_labels, dtype=torch.int64, device=device)
     totals = torch.zeros(2, device=device)  # loss, pictures
-    with eval_mode(model), torch.inference_mode(), accelerator.autocast() if accelerator else nullcontext():
+    with (
+        eval_mode(model),
+        torch.inference_mode(),
+        accelerator.autocast() if accelerator and autocast else nullcontext(),
+    ):
         for batch in same_size_batches(loaded, batch_size if world == 1 and predict is None else 1):
             predictions, batch_loss = _predictions(model, batch, device, predict)
             for sample, prediction in zip(batch, predictions, strict=True):

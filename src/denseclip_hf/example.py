@@ -263,7 +263,7 @@ def finished_folder(folder: Path, made_with: dict) -> Iterator[Path | None]:
     `made_with` (JSON) is kept in the folder as `.made_with.json`, by which a later call knows it.
 
     Raises:
-        FileExistsError: when `folder` holds something, but not such a file.
+        FileExistsError: when `folder` holds something, but not just what was made with its `.made_with.json`.
     """
     record = folder / ".made_with.json"
     before = json.loads(record.read_text()) if record.is_file() else {}
@@ -273,7 +273,8 @@ def finished_folder(folder: Path, made_with: dict) -> Iterator[Path | None]:
         yield None
         return
     if folder.exists() and any(folder.iterdir()) and num_files != _count_files(folder):
-        raise FileExistsError(f"{folder} is not empty and holds more than this example made; choose another folder")
+        what = "holds other files than this example made" if record.is_file() else "was not made by this example"
+        raise FileExistsError(f"{folder} is not empty and {what}; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
     temporary.mkdir()

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -61,6 +61,8 @@ def _is_refusal(error: Exception) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none, to stand inside a sentence."""
+    if isinstance(error, StrictDataclassError):  # whose lines are one sentence
+        return " ".join(str(error).split()).rstrip(".")
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

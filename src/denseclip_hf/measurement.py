@@ -86,7 +86,7 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     """
     _check(args)
     args = _as_trained(args)
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=args.device == "cpu")
     model, image_processor = load_model(args.model, args.dtype)
     model.to(accelerator.device)
     protocol = _set_protocol(model, image_processor, args)
@@ -103,6 +103,7 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
         samples,
         image_processor,
         accelerator=accelerator,
+        autocast=False,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         predict=_prediction_function(model, image_processor, args),

@@ -49,10 +49,10 @@ def load_plain_yaml(text: str, exponents: bool = False) -> Any:
             counting each alias as what it stands for.
     """
     try:
-        return yaml.load(text, _ExponentLoader if exponents else _PlainLoader)
+        return yaml.load(text, _ExponentLoader) if exponents else yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
-    except (LookupError, AttributeError, TypeError) as error:  # `!!bool maybe`, say
+    except (LookupError, AttributeError, TypeError, ArithmeticError) as error:  # `!!bool maybe`, say
         raise ValueError("a value is none of the kind that its tag (!!) names") from error
 
 

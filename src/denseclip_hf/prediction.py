@@ -120,7 +120,7 @@ def predict_sources(
 ) -> Summary:
     """
     Segment every source, and write `NAME_mask.png`, `NAME_overlay.png` and `NAME_score_WORD.png` into `output_dir`;
-    with words of the user's own, also which id is which, `classes.json`.
+    with words of the user's own, or where an earlier call had such, also which id is which, `classes.json`.
 
     What can not be read or segmented, or would overwrite a file, is left out with a sentence; the others go on.
 
@@ -161,15 +161,19 @@ def predict_sources(
 
 
 def _name_classes(file: Path, names: list[str], overwrite: bool) -> None:
-    """Write which id is which word, in the format of a data set's `classes.json`, unless one there says the same."""
+    """
+    Write which id is which word, in the format of a data set's `classes.json`, unless one there says the same. One
+    that says more than that is a data set's own, and stays.
+    """
     if file.exists():
-        with suppress(ValueError):
+        is_ours = False
+        with suppress(ValueError, OSError):
             if parse_classes(file).id2label == dict(enumerate(names)):
                 return
-        if not overwrite:
-            raise ValueError(
-                f"{file} is there already, of other words: choose another folder, or allow to overwrite it."
-            )
+            is_ours = list(json.loads(file.read_text(encoding="utf-8"))) == ["id2label"]
+        if not (overwrite and is_ours):
+            way = ", or allow to overwrite it" if is_ours else ""
+            raise ValueError(f"{file} is there already, of other words: choose another folder{way}.")
     text = json.dumps({"id2label": dict(enumerate(names))}, indent=2) + "\n"
     with writing_into(file.parent):
         write_atomically(file, text)
@@ -188,9 +192,10 @@ def _pictures(
                 named = iter([(source.name, read_picture(source, timeout))])
             for name, image in named:
                 if name.casefold() in taken:
-                    raise ValueError(
+                    summary.problems.append(
                         f"{source.shown}: results called {name} are another's already: rename one of both."
                     )
+                    continue
                 taken.add(name.casefold())
                 yield name, image
         except (OSError, ValueError, ImportError) as error:

@@ -171,11 +171,14 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
     if file.stat().st_size > MAX_RECIPE_BYTES:
         raise ValueError(f"the recipe {file} has more than {MAX_RECIPE_BYTES} bytes, which no recipe needs.")
     try:
-        recipe = load_plain_yaml(file.read_text(encoding="utf-8"), exponents=True)
+        text = file.read_text(encoding="utf-8")
+        recipe, exact = load_plain_yaml(text), load_plain_yaml(text, exponents=True)
     except ValueError as error:
         raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must be a mapping from options to values.")
+    # An option's text becomes what the option is; only in mappings must 1e-3 be a number from the start.
+    recipe = {name: exact[name] if isinstance(value, dict) else value for name, value in recipe.items()}
     for name in recipe:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)

@@ -271,7 +271,7 @@ def sentence_of(error: BaseException) -> str:
     """The message of `error`, in one sentence also if it comes from a data-loader worker or another process."""
     text = str(error).strip()
     if isinstance(error, StrictDataclassError):  # of a config
-        return " ".join(text.split())
+        return reason_of(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # a worker's, with its traceback
         text = re.split(r"^[\w.]+: ", text, flags=re.MULTILINE)[-1].strip()
         return text.splitlines()[-1] if "Traceback (" in text else text  # the last error may have no message

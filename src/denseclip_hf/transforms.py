@@ -278,7 +278,9 @@ class AugmentedStream(_Augmented, torch.utils.data.IterableDataset):
                 return
 
     def _samples(self, epoch: int) -> Any:
-        if not hasattr(self.dataset, "set_epoch"):  # nor does it know of workers
+        if isinstance(self.dataset, torch.utils.data.IterableDataset) and not hasattr(self.dataset, "set_epoch"):
+            return self.dataset  # which shares itself out among workers
+        if not hasattr(self.dataset, "set_epoch"):
             worker = torch.utils.data.get_worker_info()
             return itertools.islice(self.dataset, worker.id, None, worker.num_workers) if worker else self.dataset
         # A copy: the original shares its epoch with other workers, which are at passes of their own.
