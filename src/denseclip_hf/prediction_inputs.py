@@ -161,8 +161,10 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
         raise ImportError(f"{source.address} is a video, and reading one needs PyAV: pip install av.") from error
     try:
         with av.open(source.address) as video:
-            if (codec := video.streams.video[0].codec_context) is not None:  # else decoding tells what is missing
-                _check_frame(source, codec)
+            codec = video.streams.video[0].codec_context
+            if codec is None:  # and PyAV 17 would crash
+                raise OSError("nothing here decodes it")
+            _check_frame(source, codec)
             frames = islice(enumerate(video.decode(video=0)), 0, None, every)
             for number, frame in islice(frames, limit):
                 _check_frame(source, frame)
