@@ -2,8 +2,7 @@
 
 Writes for each picture a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps. The exit
 code is 1 if something could not be segmented, such as a picture of more than 89 million pixels or 256 MiB from an
-address. A video's frames are pictures too (needs `pip install av`);
-of an animation (GIF, WebP) the first frame is taken.
+address. A video's frames are pictures too (needs `pip install av`); of an animation (GIF, WebP) the first is taken.
 """
 
 import argparse

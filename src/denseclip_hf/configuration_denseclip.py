@@ -162,8 +162,8 @@ class DenseCLIPConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.id2label is not None:
             self.id2label = dict(sorted(self.id2label.items()))
-        if self.id2label is not None and "num_labels" not in kwargs:
-            self.label2id = {label: index for index, label in self.id2label.items()}
+            if "num_labels" not in kwargs:
+                self.label2id = {label: index for index, label in self.id2label.items()}
         vision = self.clip_config.vision_config
         if self.prompt_template is None:
             self.prompt_template = "{}" if self.num_context_tokens else "a photo of a {}."

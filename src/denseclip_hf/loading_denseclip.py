@@ -161,6 +161,7 @@ def replace_classes(model: nn.Module, names: "dict[int, str] | list[str]", token
         columns = [(i, i) for i in range(first)] + [(first + new, first + old) for new, old in kept]
         laterals[level] = _resized_convolution(laterals[level], columns, in_channels=first + len(names))
         model.prompts.set_token_ids(token_ids)
+        model._class_embeddings.clear()  # a compiled model compares no keys
         config.class_token_ids = token_ids
     config.palette = None
     config.id2label = dict(enumerate(names))

@@ -316,7 +316,6 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         """
         refuse_if_frozen(self.config, "take new class names")
         replace_classes(self, names, tokenizer)
-        self._class_embeddings.clear()
 
     def freeze_classes(self) -> None:
         """

@@ -278,11 +278,11 @@ class AugmentedStream(_Augmented, torch.utils.data.IterableDataset):
                 return
 
     def _samples(self, epoch: int) -> Any:
-        if isinstance(self.dataset, torch.utils.data.IterableDataset) and not hasattr(self.dataset, "set_epoch"):
-            return self.dataset  # which shares itself out among workers
         if not hasattr(self.dataset, "set_epoch"):
             worker = torch.utils.data.get_worker_info()
-            return itertools.islice(self.dataset, worker.id, None, worker.num_workers) if worker else self.dataset
+            if worker is None or isinstance(self.dataset, torch.utils.data.IterableDataset):
+                return self.dataset  # which shares itself out among workers
+            return itertools.islice(self.dataset, worker.id, None, worker.num_workers)
         # A copy: the original shares its epoch with other workers, which are at passes of their own.
         rows = self.dataset.with_format(None)
         rows.set_epoch(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
