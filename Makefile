@@ -42,7 +42,7 @@ conformance: $(STAMP)  ## run transformers' own common tests on our classes; pip
 	    tests/conformance/check_*.py
 
 # Not the app's page nor the torchvision processor, which need packages that may be missing.
-MODULES = $(filter-out %__init__ %app_page %_torchvision,$(basename $(wildcard src/denseclip_hf/*.py)))
+MODULES = $(filter-out %__init__ %app/page %_torchvision,$(basename $(wildcard src/denseclip_hf/*.py src/denseclip_hf/*/*.py)))
 
 docs: $(STAMP)  ## write the reference of all modules, from their docstrings, into outputs/api
 	PYTHONWARNINGS=ignore $(VENV)/bin/pdoc --docformat google --template-directory docs/pdoc --no-show-source \

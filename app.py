@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # a Space has the sources, but nothing installed
 
-from denseclip_hf.app_answers import AppModels
-from denseclip_hf.app_page import build_page, launch
+from denseclip_hf.app.answers import AppModels
+from denseclip_hf.app.page import build_page, launch
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
 from denseclip_hf.inference import LOADING_DTYPES
-from denseclip_hf.prediction_inputs import find_sources
-from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.inference.sources import find_sources
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 @one_sentence_errors

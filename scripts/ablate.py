@@ -30,13 +30,13 @@ from types import FrameType
 import psutil
 from tqdm.auto import tqdm
 
-from denseclip_hf.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
-from denseclip_hf.recipes import DataArguments, ModelArguments, parse_arguments
-from denseclip_hf.runs import RECIPE_FILE, changes_of_recipe, one_sentence_errors, recipe_of
-from denseclip_hf.stopping import TrainingStopped
+from denseclip_hf.files import write_atomically
 from denseclip_hf.training import DenseCLIPTrainingArguments
-from denseclip_hf.writing import write_atomically
+from denseclip_hf.training.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
+from denseclip_hf.training.recipe import DataArguments, ModelArguments, parse_arguments
+from denseclip_hf.training.run_directory import RECIPE_FILE, changes_of_recipe, one_sentence_errors, recipe_of
+from denseclip_hf.training.stopping import TrainingStopped
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent

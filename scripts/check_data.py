@@ -11,9 +11,9 @@ from transformers.hf_argparser import string_to_bool
 
 from denseclip_hf.command_line import HelpFormatter
 from denseclip_hf.data import load_segmentation_dataset
-from denseclip_hf.data_check import check_dataset
-from denseclip_hf.recipes import DataArguments
-from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.data.check import check_dataset
+from denseclip_hf.training.recipe import DataArguments
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 def parse_arguments() -> argparse.Namespace:

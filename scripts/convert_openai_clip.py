@@ -6,10 +6,10 @@
 
 import argparse
 
-from denseclip_hf.checkpoints import DEFAULT_TOKENIZER, sha256_of
 from denseclip_hf.command_line import log_to_terminal
-from denseclip_hf.conversion_clip import ACTIVATIONS, DTYPES, convert_clip
-from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.conversion.clip import ACTIVATIONS, DTYPES, convert_clip
+from denseclip_hf.conversion.weights import DEFAULT_TOKENIZER, sha256_of
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 @one_sentence_errors

@@ -5,9 +5,9 @@
 
 import argparse
 
-from denseclip_hf.checkpoints import DEFAULT_TOKENIZER
-from denseclip_hf.original_release import convert_release
-from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.conversion.release import convert_release
+from denseclip_hf.conversion.weights import DEFAULT_TOKENIZER
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 @one_sentence_errors

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 from denseclip_hf.command_line import HelpFormatter
-from denseclip_hf.example import make_example_dataset
-from denseclip_hf.example_clip import make_example_clip
-from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.example.scenes import make_example_dataset
+from denseclip_hf.example.tiny_clip import make_example_clip
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent

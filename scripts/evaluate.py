@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    from denseclip_hf.runs import one_sentence_errors
+    from denseclip_hf.training.run_directory import one_sentence_errors
 
     one_sentence_errors(run)(argv)
 
@@ -22,9 +22,9 @@ def run(argv: list[str] | None) -> None:
     from accelerate import PartialState
 
     from denseclip_hf.command_line import log_to_terminal
-    from denseclip_hf.measurement import EvaluationArguments, measure
-    from denseclip_hf.recipes import parse_arguments
-    from denseclip_hf.reports import report_table
+    from denseclip_hf.evaluation.measure import EvaluationArguments, measure
+    from denseclip_hf.evaluation.report import report_table
+    from denseclip_hf.training.recipe import parse_arguments
 
     log_to_terminal()
     (args,) = parse_arguments([EvaluationArguments], argv, description=__doc__)

@@ -7,12 +7,12 @@ text tower, for the Auto classes).
 import argparse
 from pathlib import Path
 
-from denseclip_hf.exporting import FILES, check_export, export, export_frozen
+from denseclip_hf.conversion.release import pattern_picture
+from denseclip_hf.files import new_directory
 from denseclip_hf.inference import load_model
-from denseclip_hf.original_release import pattern_picture
-from denseclip_hf.prediction_inputs import Source, read_picture
-from denseclip_hf.runs import one_sentence_errors
-from denseclip_hf.writing import new_directory
+from denseclip_hf.inference.sources import Source, read_picture
+from denseclip_hf.sharing.export import FILES, check_export, export, export_frozen
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 @one_sentence_errors

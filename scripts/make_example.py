@@ -7,9 +7,9 @@ import argparse
 from pathlib import Path
 
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
-from denseclip_hf.example import make_example_dataset
-from denseclip_hf.example_clip import make_example_clip
-from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.example.scenes import make_example_dataset
+from denseclip_hf.example.tiny_clip import make_example_clip
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 @one_sentence_errors

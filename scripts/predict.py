@@ -11,14 +11,14 @@ import sys
 from transformers import AutoTokenizer
 
 from denseclip_hf.command_line import HelpFormatter, log_to_terminal
-from denseclip_hf.data_layouts import read_names
-from denseclip_hf.dtypes import device_of
+from denseclip_hf.data.folders import read_names
+from denseclip_hf.devices import device_of
 from denseclip_hf.inference import LOADING_DTYPES, load_model
-from denseclip_hf.loading_denseclip import load_pretrained
-from denseclip_hf.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
-from denseclip_hf.prediction import Segmenter, predict_sources
-from denseclip_hf.prediction_inputs import find_sources
-from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.inference.segmenter import Segmenter, predict_sources
+from denseclip_hf.inference.sources import find_sources
+from denseclip_hf.model.loading_denseclip import load_pretrained
+from denseclip_hf.model.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 def names(text: str) -> list[str]:

@@ -5,8 +5,8 @@ Without --push it only shows what would be uploaded. Repositories are private un
 
 import argparse
 
-from denseclip_hf.hub import files_to_push, push
-from denseclip_hf.runs import one_sentence_errors
+from denseclip_hf.sharing.hub import files_to_push, push
+from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 @one_sentence_errors

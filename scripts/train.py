@@ -10,8 +10,10 @@ from pathlib import Path
 
 from denseclip_hf import DenseCLIPTrainingArguments
 from denseclip_hf.command_line import log_to_terminal
-from denseclip_hf.recipes import DataArguments, ModelArguments, make_trainer, parse_arguments
-from denseclip_hf.runs import (
+from denseclip_hf.files import write_atomically
+from denseclip_hf.sharing.training_card import write_training_card
+from denseclip_hf.training.recipe import DataArguments, ModelArguments, make_trainer, parse_arguments
+from denseclip_hf.training.run_directory import (
     check_checkpoint,
     finish_run,
     keep_others_out,
@@ -21,8 +23,6 @@ from denseclip_hf.runs import (
     recipe_of,
     results_json,
 )
-from denseclip_hf.training_card import write_training_card
-from denseclip_hf.writing import write_atomically
 
 
 @one_sentence_errors

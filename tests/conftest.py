@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
-from denseclip_hf.app_answers import AppModels
+from denseclip_hf.app.answers import AppModels
 from denseclip_hf.conversion import config_from_original, convert_original_state_dict
-from denseclip_hf.example_clip import example_clip_model, example_corpus, make_example_tokenizer
-from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.example.tiny_clip import example_clip_model, example_corpus, make_example_tokenizer
+from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -1,8 +1,7 @@
-"""Imports run one way: what a Hub repository carries is flat and imports nothing of the library around it."""
+"""Imports run one way: from the commands down to the model, which imports nothing of the library around it."""
 
 import ast
 import re
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,55 +10,49 @@ import denseclip_hf
 
 
 PACKAGE = Path(denseclip_hf.__file__).parent
-HUB_SET = {p.stem for pattern in ("*_denseclip.py", "*_clip_resnet.py") for p in PACKAGE.glob(pattern)}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# Lowest first; a room imports only from those before it, and any of them from the modules beside the rooms.
+ROOMS = ["model", "data", "inference", "evaluation", "sharing", "training", "conversion", "example", "app", "cli"]
 HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 STANDARD = {"os", "difflib", "dataclasses", "typing", "types", "collections", "itertools", "math", "functools"}
 STANDARD |= {"contextlib", "copy"}
-# Lower layers first; a module may import only from layers before its own.
-LAYERS = [
-    {"configuration_clip_resnet"},
-    {"configuration_denseclip", "freezing_denseclip", "outputs_denseclip"},
-    {
-        "modeling_clip_resnet",
-        "fpn_denseclip",
-        "prompts_denseclip",
-        "image_inputs_denseclip",
-        "resizing_denseclip",
-        "mixed_sizes_denseclip",
-    },
-    {
-        "sliding_window_denseclip",
-        "class_embeddings_denseclip",
-        "context_decoder_denseclip",
-        "image_encoder_denseclip",
-        "image_processing_denseclip",
-        "losses_denseclip",
-    },
-    {"open_vocabulary_denseclip"},
-    {"loading_denseclip"},
-    {"modeling_denseclip"},
-]
+
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE))
 
 
 def imports(path):
-    """`(absolute package names, relative module names)` imported anywhere in `path`."""
+    """Absolute package names, and relative imports as (level, module), anywhere in `path`."""
     absolute, relative = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             absolute |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1, f"{path.name} imports from above the package"
-            relative |= {node.module} if node.module else {alias.name for alias in node.names}
+            relative |= {(node.level, node.module or alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             absolute.add(node.module.split(".")[0])
     return absolute, relative
 
 
-@pytest.mark.parametrize("module", sorted(HUB_SET))
-def test_hub_set_imports_only_itself_and_what_the_hub_has(module):
-    absolute, relative = imports(PACKAGE / f"{module}.py")
-    assert absolute <= HUB_PACKAGES | STANDARD, f"{module} imports {absolute - HUB_PACKAGES - STANDARD}"
-    assert relative <= HUB_SET, f"{module} imports {relative - HUB_SET} of the library around it"
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=name_of)
+def test_the_model_imports_only_itself_and_what_the_hub_has(path):
+    absolute, relative = imports(path)
+    assert absolute <= HUB_PACKAGES | STANDARD
+    siblings = {sibling.stem for sibling in path.parent.glob("*.py")}
+    assert relative <= {(1, sibling) for sibling in siblings}, "transformers copies flat siblings only"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards(room):
+    allowed = {name for name in ROOMS[: ROOMS.index(room)]}
+    for path in (PACKAGE / room).glob("*.py"):
+        above = {module.split(".")[0] for level, module in imports(path)[1] if level == 2} & set(ROOMS)
+        assert above <= allowed, f"{name_of(path)} imports from {above - allowed}"
+
+
+def test_every_room_has_its_place():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
 
 
 def raises(function):
@@ -82,39 +75,16 @@ def public_functions(tree):
                 yield function.name, told
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_docstrings_tell_what_is_raised(path):
     for name, told in public_functions(ast.parse(path.read_text())):
         elsewhere = re.match(r"(As|See|Do what|Like|What) \[`", told)
         assert re.search(r"[Rr]aise|Error`", told) or elsewhere, (
-            f"{path.name}: the docstring of {name} does not tell what it raises"
+            f"the docstring of {name} does not tell what it raises"
         )
 
 
-@pytest.mark.parametrize("level", range(len(LAYERS)))
-def test_layers_import_downwards(level):
-    below = set().union(*LAYERS[:level])
-    for module in LAYERS[level]:
-        _, relative = imports(PACKAGE / f"{module}.py")
-        assert relative <= below, f"{module} imports {relative - below} of its own layer or above"
-
-
-def test_layers_hold_the_whole_hub_set():
-    assert set().union(*LAYERS) == HUB_SET
-
-
-def test_the_package_has_no_circular_imports():
-    imported = {path.stem: imports(path)[1] for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    TopologicalSorter(imported).prepare()
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
-def test_package_does_not_print_and_does_not_import_scripts(path):
-    absolute, _ = imports(path)
-    assert "scripts" not in absolute
-    calls = [
-        n.func.id
-        for n in ast.walk(ast.parse(path.read_text()))
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    ]
-    assert "print" not in calls
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name != "cli"], ids=name_of)
+def test_only_commands_print(path):
+    called = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    assert "print" not in {function.id for function in called if isinstance(function, ast.Name)}

@@ -11,13 +11,13 @@ from PIL import Image
 from test_recipes import KINDS
 
 from denseclip_hf import DenseCLIPConfig
-from denseclip_hf.checkpoints import CheckpointError, read_checkpoint, state_dict_of
-from denseclip_hf.data_files import read_image
-from denseclip_hf.data_layouts import parse_classes
-from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
-from denseclip_hf.original_config import parse_original_config, read_original_config
-from denseclip_hf.prediction_inputs import Source, read_picture
-from denseclip_hf.recipes import parse_arguments
+from denseclip_hf.conversion.mmseg_config import parse_original_config, read_original_config
+from denseclip_hf.conversion.weights import CheckpointError, read_checkpoint, state_dict_of
+from denseclip_hf.data.folders import parse_classes
+from denseclip_hf.data.reading import read_image
+from denseclip_hf.inference.sources import Source, read_picture
+from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.training.recipe import parse_arguments
 
 
 def png(width, height, data=b""):
@@ -64,7 +64,7 @@ def test_files_larger_than_any_picture_are_not_read_whole(tmp_path, monkeypatch,
         with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(tmp_path / "x.png", "x.png")
         path = f"zip://x.png::{tmp_path / 'x.zip'}"
-    monkeypatch.setattr("denseclip_hf.data_files.MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("denseclip_hf.data.reading.MAX_FILE_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="x.png.* cannot be read as a picture .it has more than 1 MiB."):
         read_image({"path": path, "bytes": None})
 

@@ -31,22 +31,22 @@ from test_recipes import CONFIGS, KINDS
 from transformers import CLIPModel, TrainerState
 
 from denseclip_hf import CLIPResNetModel
-from denseclip_hf.checkpoints import read_checkpoint, state_dict_of
 from denseclip_hf.conversion import config_from_original
-from denseclip_hf.conversion_clip import convert_clip
-from denseclip_hf.data_files import SampleReader, read_image
-from denseclip_hf.data_layouts import parse_classes
-from denseclip_hf.example_clip import make_example_tokenizer
-from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.conversion.clip import convert_clip
+from denseclip_hf.conversion.mmseg_config import parse_original_config
+from denseclip_hf.conversion.release import convert_release
+from denseclip_hf.conversion.weights import read_checkpoint, state_dict_of
+from denseclip_hf.data.folders import parse_classes
+from denseclip_hf.data.reading import SampleReader, read_image
+from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.inference import load_model
-from denseclip_hf.loading_denseclip import load_clip
-from denseclip_hf.model_card import card_to_push, update_results, write_model_card
-from denseclip_hf.model_card_sections import shown_pictures
-from denseclip_hf.original_config import parse_original_config
-from denseclip_hf.original_release import convert_release
-from denseclip_hf.recipes import parse_arguments
-from denseclip_hf.runs import check_checkpoint
-from denseclip_hf.training_log import peak_memory
+from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.model.loading_denseclip import load_clip
+from denseclip_hf.sharing.card import card_to_push, update_results, write_model_card
+from denseclip_hf.sharing.card_sections import shown_pictures
+from denseclip_hf.training.callbacks import peak_memory
+from denseclip_hf.training.recipe import parse_arguments
+from denseclip_hf.training.run_directory import check_checkpoint
 
 
 SECONDS, BYTES = 60, 2 << 30  # of one input: far above what any needs

@@ -13,13 +13,14 @@ from PIL import Image
 from test_prompts import straightforward
 from torch.nn import functional as F
 
-from denseclip_hf import DenseCLIPImageProcessorPil, resizing_denseclip
-from denseclip_hf.evaluation import same_size_batches
-from denseclip_hf.fpn_denseclip import resize_bilinear
+from denseclip_hf import DenseCLIPImageProcessorPil
+from denseclip_hf.evaluation.loop import same_size_batches
+from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.metrics import MeanBoundaryIoU, MeanIoU, confusion_matrix
-from denseclip_hf.prediction_inputs import find_sources
-from denseclip_hf.prompts_denseclip import pack_prompts
-from denseclip_hf.sliding_window_denseclip import sliding_window_logits, window_starts
+from denseclip_hf.model import resizing_denseclip
+from denseclip_hf.model.fpn_denseclip import resize_bilinear
+from denseclip_hf.model.prompts_denseclip import pack_prompts
+from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits, window_starts
 from denseclip_hf.training import poly_learning_rate
 from denseclip_hf.transforms import TrainTransform
 

@@ -24,14 +24,14 @@ from test_training import trainer_for, write_folder
 
 import denseclip_hf
 from denseclip_hf import DenseCLIPForSemanticSegmentation
-from denseclip_hf.checkpoints import CheckpointError, read_checkpoint
+from denseclip_hf.conversion.weights import CheckpointError, read_checkpoint
 from denseclip_hf.data import load_segmentation_dataset
-from denseclip_hf.data_files import SampleReader, file_stem, read_image
-from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.data.reading import SampleReader, file_stem, read_image
+from denseclip_hf.evaluation.measure import EvaluationArguments, measure
 from denseclip_hf.inference import load_model
-from denseclip_hf.measurement import EvaluationArguments, measure
-from denseclip_hf.prediction import predict_sources
-from denseclip_hf.prediction_inputs import find_sources
+from denseclip_hf.inference.segmenter import predict_sources
+from denseclip_hf.inference.sources import find_sources
+from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 
 
 ROOT = Path(__file__).parent.parent

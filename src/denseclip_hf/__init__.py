@@ -1,22 +1,31 @@
-"""DenseCLIP (Rao et al. 2022) for transformers. Importing the package registers its classes with the Auto classes."""
+"""DenseCLIP (Rao et al. 2022) for transformers: segmentation guided by words.
+
+Importing the package registers its models with the Auto classes. What only training and evaluation need is loaded when
+it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.utils import is_torchvision_available
 
-from .configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
-from .configuration_denseclip import DenseCLIPConfig
-from .image_processing_denseclip import DenseCLIPImageProcessorPil
-from .metrics import MeanBoundaryIoU, MeanIoU
-from .modeling_clip_resnet import CLIPResNetModel, CLIPResNetVisionModel
-from .modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPSemanticSegmenterOutput
-from .trainer import DenseCLIPTrainer
-from .training import DenseCLIPTrainingArguments
+from .model.configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
+from .model.configuration_denseclip import DenseCLIPConfig
+from .model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from .model.modeling_clip_resnet import CLIPResNetModel, CLIPResNetVisionModel
+from .model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPSemanticSegmenterOutput
 
+
+if TYPE_CHECKING:
+    from .metrics import MeanBoundaryIoU, MeanIoU
+    from .training.arguments import DenseCLIPTrainingArguments
+    from .training.trainer import DenseCLIPTrainer
 
 _image_processors: dict[str, type] = {"pil": DenseCLIPImageProcessorPil}
 if is_torchvision_available():  # without it the class would be registered, chosen and fail
-    from .image_processing_denseclip_torchvision import DenseCLIPImageProcessor
+    from .model.image_processing_denseclip_torchvision import DenseCLIPImageProcessor
 
     _image_processors["torchvision"] = DenseCLIPImageProcessor
 else:
@@ -32,6 +41,26 @@ AutoModel.register(CLIPResNetVisionConfig, CLIPResNetVisionModel)
 AutoModel.register(CLIPResNetConfig, CLIPResNetModel)
 AutoImageProcessor.register(DenseCLIPConfig, image_processor_classes=_image_processors)
 AutoModelForSemanticSegmentation.register(DenseCLIPConfig, DenseCLIPForSemanticSegmentation)
+
+# Loaded when first used (PEP 562): the module of each name.
+_LATER = {
+    "DenseCLIPTrainer": ".training.trainer",
+    "DenseCLIPTrainingArguments": ".training.arguments",
+    "MeanBoundaryIoU": ".metrics",
+    "MeanIoU": ".metrics",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LATER[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
 
 __all__ = [
     "CLIPResNetConfig",

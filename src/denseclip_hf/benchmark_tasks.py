@@ -29,7 +29,7 @@ from .benchmarking import (
     work_like_the_original,
 )
 from .optimization import optimize_for_inference
-from .training_log import peak_memory
+from .training.callbacks import peak_memory
 
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from .configuration_denseclip import DenseCLIPConfig
-from .fpn_denseclip import resize_bilinear
-from .modeling_denseclip import DenseCLIPForSemanticSegmentation
-from .training import parameter_groups
+from .model.configuration_denseclip import DenseCLIPConfig
+from .model.fpn_denseclip import resize_bilinear
+from .model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .training.arguments import parameter_groups
 
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .modeling_clip_resnet import CLIPResNetConvLayer
-from .modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .model.modeling_clip_resnet import CLIPResNetConvLayer
+from .model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 
 
 def optimize_for_inference(model: DenseCLIPForSemanticSegmentation) -> DenseCLIPForSemanticSegmentation:

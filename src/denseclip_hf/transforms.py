@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .data_files import name_of
-from .image_inputs_denseclip import reduce_labels
-from .resizing_denseclip import _nearest, fit_within
+from .data.reading import name_of
+from .model.image_inputs_denseclip import reduce_labels
+from .model.resizing_denseclip import _nearest, fit_within
 
 
 # The first box and ten redraws, as in the original recipe.

@@ -10,7 +10,7 @@ from tests.test_image_processing_common import (
 from transformers.utils import is_torchvision_available
 
 from denseclip_hf import DenseCLIPImageProcessor
-from denseclip_hf.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 
 
 class DenseCLIPImageProcessingTester(ImageProcessingTester):

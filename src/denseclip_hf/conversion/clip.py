@@ -1,0 +1,224 @@
+"""OpenAI's and open_clip's CLIP checkpoints as transformers directories."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, CLIPModel
+from transformers.initialization import no_init_weights
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ..devices import DTYPES
+from ..files import new_directory
+from ..model.configuration_clip_resnet import CLIPResNetConfig
+from ..model.modeling_clip_resnet import CLIPResNetModel
+from .keys import check_keys, check_saved, clip_key_table, rename
+from .weights import (
+    DEFAULT_TOKENIZER,
+    CheckpointError,
+    StateDict,
+    check_axes,
+    count_layers,
+    grid_side,
+    load_tokenizer,
+    looking_into,
+    read_checkpoint,
+    state_dict_of,
+)
+
+
+logger = logging.getLogger(__name__)
+
+CLIP_KEY_TABLE = [*clip_key_table(r"visual\.", ""), (r"logit_scale", "logit_scale")]
+# Settings that OpenAI's archives, and nobody else's files, hold as tensors beside the weights.
+OPENAI_SETTINGS = ("input_resolution", "context_length", "vocab_size")
+NOT_WEIGHTS = rf"{'|'.join(OPENAI_SETTINGS)}|(.*\.)?attn_mask"
+# A head has 64 channels in every CLIP up to this width; wider are open_clip's ViT-H, g, bigG and e, with their heads.
+HEAD_SIZE, MOST_WIDTH = 64, 1024
+HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
+ACTIVATIONS = ("quick_gelu", "gelu")
+
+
+def convert_clip(
+    checkpoint: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    tokenizer: Any = DEFAULT_TOKENIZER,
+    hidden_act: str | None = None,
+    dtype: str = "float32",
+    num_attention_heads: int | None = None,
+) -> CLIPModel:
+    """
+    Write `output_dir`: weights, config, image processor and tokenizer of a CLIP.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): `RN50.pt`, `ViT-B-16.pt` … (TorchScript archives), or a state dict of
+            such a model (`.pt`, `.safetensors`).
+        output_dir (`str` or `os.PathLike`): a new directory, which appears complete or not at all.
+        tokenizer (`str` or `PreTrainedTokenizerBase`): CLIP's.
+        hidden_act (`str`, *optional*): activation, which no weight tells: "quick_gelu", the default for OpenAI's
+            archives, or "gelu", that of open_clip's models whose name lacks "-quickgelu". Other files need it.
+        dtype (`str`): of the saved weights, a key of `DTYPES`.
+        num_attention_heads (`int`, *optional*): of the image tower, see [`clip_config_from_weights`].
+
+    Returns:
+        `CLIPModel` or [`CLIPResNetModel`]: the model as it was saved.
+
+    Raises:
+        CheckpointError, ValueError: if the file is no CLIP checkpoint, a key does not fit or a weight is not finite in
+            `dtype`, naming it, or it does not tell its activation or heads.
+        OutputError: if the directory can't be written.
+    """
+    if hidden_act not in (None, *ACTIVATIONS):
+        raise ValueError(f'`hidden_act` must be "quick_gelu" or "gelu", got {hidden_act!r}.')
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    weights = state_dict_of(read_checkpoint(checkpoint), checkpoint)
+    hidden_act = hidden_act or _known_activation(weights)
+    weights = {key: value for key, value in weights.items() if not re.fullmatch(NOT_WEIGHTS, key)}
+    config: Any = clip_config_from_weights(weights, hidden_act or ACTIVATIONS[0], num_attention_heads)
+    if hidden_act is None:  # asked only now: a file that is no CLIP is refused as such
+        raise ValueError(
+            f"{checkpoint} does not tell its activation: give `--hidden_act quick_gelu` for OpenAI's weights and "
+            "open_clip's models with -quickgelu in their name, `--hidden_act gelu` for open_clip's others."
+        )
+    converted = convert_clip_state_dict(weights, config)
+    model_class: type[CLIPModel] = CLIPResNetModel if isinstance(config, CLIPResNetConfig) else CLIPModel
+    with no_init_weights():
+        model: Any = model_class(config)
+    model.load_state_dict(converted, strict=True)
+    model.to(DTYPES[dtype])
+    tokenizer = load_tokenizer(tokenizer, config.text_config.vocab_size)
+    side = config.vision_config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    with new_directory(output_dir) as directory:
+        for part in (model.eval(), processor, tokenizer):
+            part.save_pretrained(directory)
+        check_saved(model_class.from_pretrained(directory), model)
+    logger.info("Wrote %s: %s with %s.", output_dir, model_class.__name__, hidden_act)
+    return model
+
+
+def _known_activation(weights: Mapping[str, Any]) -> str | None:
+    return "quick_gelu" if all(name in weights for name in OPENAI_SETTINGS) else None
+
+
+@looking_into("the checkpoint")
+def clip_config_from_weights(
+    weights: StateDict, hidden_act: str = "quick_gelu", num_attention_heads: int | None = None
+) -> CLIPConfig:
+    """
+    A CLIP's config, as its weights' names and shapes tell it.
+
+    Attention heads are not in the weights. OpenAI's have 64 channels each, in both transformers and in the attention
+    pooling of a ResNet with its 32 w channels (Radford et al. 2021, tables 19 and 20), and so have open_clip's up to
+    a width of 1024. open_clip's wider image towers (ViT-H, g, bigG and e) are known by their widths.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): with OpenAI's keys.
+        hidden_act (`str`): activation of both transformers.
+        num_attention_heads (`int`, *optional*): heads of the image tower; needed for a ViT of another width.
+
+    Raises:
+        CheckpointError: if they are not the weights of a CLIP.
+        ValueError: if the number of heads can't be known, or is not one that divides the width.
+    """
+    if "text_model.embeddings.token_embedding.weight" in weights:
+        raise CheckpointError(
+            "this is a CLIP in transformers' format already: give its folder where a CLIP is asked for (`--clip`)."
+        )
+    axes = {"visual.conv1.weight": 4, "token_embedding.weight": 2, "positional_embedding": 2, "text_projection": 2}
+    check_axes(weights, axes, "a CLIP of OpenAI's architecture")
+    positions, width = weights["positional_embedding"].shape
+    vocabulary, projection = len(weights["token_embedding.weight"]), weights["text_projection"].shape[1]
+    text_config = {
+        "vocab_size": vocabulary,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+        "hidden_size": width,
+        "intermediate_size": len(weights["transformer.resblocks.0.mlp.c_fc.weight"]),
+        "num_hidden_layers": count_layers(weights, r"transformer\.resblocks\.(\d+)\."),
+        "num_attention_heads": _text_heads(width),
+        "max_position_embeddings": positions,
+        "projection_dim": projection,
+        "hidden_act": hidden_act,
+    }
+    if "visual.attnpool.positional_embedding" in weights:
+        vision_config = _resnet(weights, num_attention_heads)
+        return CLIPResNetConfig(text_config=text_config, vision_config=vision_config, projection_dim=projection)
+    if "visual.class_embedding" not in weights:
+        raise CheckpointError("its image tower is neither CLIP's ResNet nor its ViT: name a CLIP with one of them.")
+    vision_config = {**_vit(weights, num_attention_heads), "hidden_act": hidden_act, "projection_dim": projection}
+    return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=projection)
+
+
+@looking_into("the checkpoint")
+def convert_clip_state_dict(weights: StateDict, config: Any) -> StateDict:
+    """
+    OpenAI's `weights` with transformers' keys, in float32; loads into the model of `config` with `strict=True`.
+
+    Raises:
+        ValueError: naming keys that are unknown, missing or of another shape than `config` says.
+    """
+    converted = rename(weights, CLIP_KEY_TABLE)
+    converted = {key: value.float() if value.is_floating_point() else value for key, value in converted.items()}
+    with torch.device("meta"):
+        model = (CLIPResNetModel if isinstance(config, CLIPResNetConfig) else CLIPModel)(config)
+    expected = model.state_dict()
+    for key in expected:  # counts batches, only for averages that CLIP does not take; old archives lack it
+        if key.endswith("num_batches_tracked"):
+            converted.setdefault(key, torch.tensor(0))
+    check_keys(converted, expected)
+    return converted
+
+
+def _text_heads(width: int) -> int:
+    if width % HEAD_SIZE:
+        raise ValueError(
+            f"the text tower is {width} wide, which is no multiple of the {HEAD_SIZE} channels of a head."
+        )
+    return width // HEAD_SIZE
+
+
+def _vit_heads(width: int, given: int | None) -> int:
+    if given is not None:
+        if given < 1 or width % given:
+            raise ValueError(f"`num_attention_heads` ({given}) must divide the image tower's width, {width}.")
+        return given
+    if width in HEADS_OF_WIDTH:
+        return HEADS_OF_WIDTH[width]
+    if width % HEAD_SIZE or width > MOST_WIDTH:
+        raise ValueError(
+            f"the weights do not tell how many attention heads an image tower of width {width} has: give "
+            "`--num_attention_heads` (its width divided by `head_width` of the model's config in open_clip)."
+        )
+    return width // HEAD_SIZE
+
+
+def _resnet(weights: StateDict, num_attention_heads: int | None) -> dict[str, Any]:
+    width = 2 * len(weights["visual.conv1.weight"])
+    return {
+        "embedding_size": width,
+        "depths": [count_layers(weights, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+        "num_attention_heads": num_attention_heads or max(32 * width // HEAD_SIZE, 1),
+        "projection_dim": len(weights["visual.attnpool.c_proj.weight"]),
+        "image_size": 32 * grid_side(weights["visual.attnpool.positional_embedding"]),
+    }
+
+
+def _vit(weights: StateDict, num_attention_heads: int | None) -> dict[str, Any]:
+    width, _, _, patch = weights["visual.conv1.weight"].shape
+    return {
+        "hidden_size": width,
+        "intermediate_size": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+        "num_hidden_layers": count_layers(weights, r"visual\.transformer\.resblocks\.(\d+)\."),
+        "num_attention_heads": _vit_heads(width, num_attention_heads),
+        "patch_size": patch,
+        "image_size": patch * grid_side(weights["visual.positional_embedding"]),
+    }
+
+
+__all__ = ["clip_config_from_weights", "convert_clip", "convert_clip_state_dict"]

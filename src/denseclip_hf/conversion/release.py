@@ -1,0 +1,292 @@
+"""A released checkpoint of the authors (`.pth`) as a complete model directory."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.initialization import no_init_weights
+
+from ..data.folders import ClassTable, ade20k_classes, parse_classes
+from ..files import new_directory
+from ..inference.views import published_image_processor
+from ..model.configuration_denseclip import DenseCLIPConfig
+from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..model.prompts_denseclip import tokenize_classes
+from ..sharing.card import write_model_card
+from .keys import check_saved, config_from_original, convert_original_state_dict
+from .mmseg_config import merge_options, parse_original_config, read_original_config
+from .weights import (
+    DEFAULT_TOKENIZER,
+    CheckpointError,
+    StateDict,
+    check_axes,
+    count_layers,
+    grid_side,
+    load_tokenizer,
+    looking_into,
+    read_checkpoint,
+    sha256_of,
+    state_dict_of,
+)
+
+
+@dataclass
+class ConversionReport:
+    """What was checked on the directory after it was written: it was loaded again, with equal weights."""
+
+    parameters: int
+    parameters_without_text_encoder: int
+    logits_shape: tuple[int, ...]
+    logits_range: tuple[float, float]
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        low, high = self.logits_range
+        lines = [
+            f"parameters: {self.parameters / 1e6:.3f} M, "
+            f"{self.parameters_without_text_encoder / 1e6:.3f} M without the text encoder",
+            "loaded again: every weight equal, bit for bit",
+            f"test image: logits {' x '.join(map(str, self.logits_shape))}, from {low:.4f} to {high:.4f}",
+        ]
+        return "\n".join(lines + [f"sha256 {digest}  {name}" for name, digest in self.sha256.items()])
+
+
+def convert_release(
+    checkpoint: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    tokenizer: Any = DEFAULT_TOKENIZER,
+    config_file: str | os.PathLike | None = None,
+    classes: str | os.PathLike | None = None,
+) -> ConversionReport:
+    """
+    Write `output_dir`: weights, config, image processor, tokenizer and card of a released checkpoint.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): the `.pth`, with `meta` and `state_dict`.
+        output_dir (`str` or `os.PathLike`): a new directory, which appears complete or not at all.
+        tokenizer (`str` or `PreTrainedTokenizerBase`): CLIP's.
+        config_file (`str` or `os.PathLike`, *optional*): the original config. By default the one in `meta`, or what
+            the weights' names and shapes say, with the published values of what they do not say.
+        classes (`str` or `os.PathLike`, *optional*): a JSON file of class names, see [`parse_classes`]; by default
+            those in `meta`, or ADE20K's if there are 150.
+
+    Raises:
+        CheckpointError, ValueError: if the checkpoint, config or class names do not fit, naming what does not.
+        OutputError: if the directory can't be written.
+    """
+    content = read_checkpoint(checkpoint)
+    weights = state_dict_of(content, checkpoint)
+    meta = content.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    model_kwargs = model_kwargs_from_weights(weights)
+    if config_file is not None:
+        model_kwargs = merge_options(model_kwargs, _model_of(read_original_config(config_file), str(config_file)))
+    elif isinstance(meta.get("config"), str):
+        inside = "the config inside the checkpoint"
+        model_kwargs = merge_options(model_kwargs, _model_of(parse_original_config(meta["config"], inside), inside))
+    table = class_table(weights, meta, classes)
+    config: Any
+    config, tokenizer = _config(model_kwargs, table, tokenizer)
+    converted = convert_original_state_dict(weights, config)  # compares shapes before anything of that size is made
+    with no_init_weights():
+        model = DenseCLIPForSemanticSegmentation(config)
+    model.load_state_dict(converted, strict=True)
+    processor = published_image_processor(config, do_reduce_labels=bool(table.do_reduce_labels))
+    with new_directory(output_dir) as directory:
+        for part in (model.eval(), processor, tokenizer):
+            part.save_pretrained(directory)
+        source = f"the authors' released checkpoint `{Path(checkpoint).name}`"
+        write_model_card(directory, name=Path(output_dir).name, source=source)
+        return check_directory(directory, model)
+
+
+def _config(model_kwargs: dict[str, Any], table: ClassTable, tokenizer: Any) -> tuple[DenseCLIPConfig, Any]:
+    config = config_from_original(model_kwargs, table.id2label, None)
+    config.palette = [list(color) for color in table.palette] if table.palette else None
+    clip: Any = config.clip_config
+    tokenizer = load_tokenizer(tokenizer, clip.text_config.vocab_size)
+    if config.use_text_guidance:
+        config.class_token_ids = tokenize_classes(list(table.id2label.values()), tokenizer, config)
+    return DenseCLIPConfig.from_dict(config.to_dict()), tokenizer  # checked once more, with the token ids
+
+
+def _model_of(config: dict[str, Any], source: str) -> dict[str, Any]:
+    if not isinstance(config.get("model"), dict):
+        raise ValueError(f"{source} assigns no `model = dict(...)`.")
+    return config["model"]
+
+
+@looking_into("the checkpoint's `meta`")
+def class_table(weights: StateDict, meta: dict[str, Any], classes: str | os.PathLike | None = None) -> ClassTable:
+    """
+    Names and colours of the classes: from the file `classes`, a checkpoint's `meta`, or ADE20K's.
+
+    Raises:
+        ValueError: if there are not as many names as the classifier has rows, nobody names them, or the colours in
+            `meta` are not one for each.
+    """
+    count = len(weights["decode_head.conv_seg.weight"])
+    ade20k = ade20k_classes()
+    if classes is not None:
+        table, source = parse_classes(classes), str(classes)
+    elif meta.get("CLASSES"):
+        source = "the checkpoint's `meta`"
+        names = dict(enumerate(str(name).strip() for name in meta["CLASSES"]))
+        table = parse_classes({"id2label": names, "palette": meta.get("PALETTE") or None}, source)
+    elif count == len(ade20k.id2label):
+        table, source = ade20k, "ADE20K"
+    else:
+        raise ValueError(f"the checkpoint does not name its {count} classes: give a file of names (`--classes`).")
+    if len(table.id2label) != count:
+        raise ValueError(
+            f"{source} names {len(table.id2label)} classes, but the checkpoint was trained on {count}: give a file of "
+            "those names (`--classes`)."
+        )
+    if table.id2label == ade20k.id2label:
+        table.do_reduce_labels, table.palette = True, table.palette or ade20k.palette
+    return table
+
+
+@looking_into("the checkpoint")
+def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
+    """
+    The original's model options, as far as names and shapes of the weights tell.
+
+    Heads are not among them: CLIP's have 64 channels each, the attention pooling has 32 and the context decoder 64
+    channels a head, as in all released models; likewise temperature, dropout and windows are the published ones.
+
+    Raises:
+        CheckpointError: if they are not the weights of a DenseCLIP segmenter.
+    """
+    _refuse_others(weights)
+    vit = "backbone.class_embedding" in weights
+    guided = "gamma" in weights
+    backbone = _vit_kwargs(weights) if vit else _resnet_kwargs(weights, guided)
+    size = backbone["input_resolution"]
+    kwargs: dict[str, Any] = {
+        "type": "DenseCLIP" if guided else "EncoderDecoder",
+        "backbone": backbone,
+        "neck": {"type": "FPN", "out_channels": len(weights["neck.lateral_convs.0.conv.weight"])},
+        "decode_head": {"type": "FPNHead", "channels": weights["decode_head.conv_seg.weight"].shape[1]},
+        "test_cfg": {"mode": "slide", "crop_size": (size, size), "stride": (size * 2 // 3, size * 2 // 3)},
+    }
+    if guided:
+        positions, width = weights["text_encoder.positional_embedding"].shape
+        decoder = len(weights["context_decoder.memory_proj.1.weight"])
+        kwargs |= {
+            "context_length": positions - weights["contexts"].shape[1],
+            "score_concat_index": _score_map_level(weights),
+            "tau": 0.07,
+            "text_encoder": {
+                "context_length": positions,
+                "embed_dim": weights["text_encoder.text_projection"].shape[1],
+                "transformer_width": width,
+                "transformer_heads": max(width // 64, 1),
+                "transformer_layers": count_layers(weights, r"text_encoder\.transformer\.resblocks\.(\d+)\."),
+                "vocab_size": len(weights["text_encoder.token_embedding.weight"]),
+            },
+            "context_decoder": {
+                "transformer_width": decoder,
+                "transformer_heads": max(decoder // 64, 1),
+                "transformer_layers": count_layers(weights, r"context_decoder\.decoder\.(\d+)\."),
+                "dropout": 0.1,
+            },
+            "identity_head": {"loss_decode": {"loss_weight": 0.4}},
+        }
+    return kwargs
+
+
+def _refuse_others(weights: StateDict) -> None:
+    if any(key.startswith(("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")) for key in weights):
+        raise CheckpointError(
+            "this is a detection checkpoint, but only semantic segmentation models are converted: name one of them."
+        )
+    axes = {"decode_head.conv_seg.weight": 4, "neck.lateral_convs.0.conv.weight": 4, "backbone.conv1.weight": 4}
+    if "gamma" in weights:
+        axes |= {"contexts": 3, "text_encoder.positional_embedding": 2, "text_encoder.text_projection": 2}
+        axes |= {"text_encoder.token_embedding.weight": 2, "context_decoder.memory_proj.1.weight": 2}
+    check_axes(weights, axes, "a DenseCLIP segmentation checkpoint")
+
+
+def _vit_kwargs(weights: StateDict) -> dict[str, Any]:
+    width, _, patch, _ = weights["backbone.conv1.weight"].shape
+    layers = count_layers(weights, r"backbone\.transformer\.resblocks\.(\d+)\.")
+    return {
+        "type": "CLIPVisionTransformer",
+        "layers": layers,
+        "patch_size": patch,
+        "width": width,
+        "heads": max(width // 64, 1),
+        "output_dim": weights["backbone.proj"].shape[1] if "backbone.proj" in weights else 512,
+        "input_resolution": grid_side(weights["backbone.positional_embedding"]) * patch,
+        "drop_path_rate": 0.1,
+        "out_indices": [layers // 3 - 1, layers // 2 - 1, layers * 2 // 3 - 1, layers - 1],
+    }
+
+
+def _resnet_kwargs(weights: StateDict, guided: bool) -> dict[str, Any]:
+    pooling = weights.get("backbone.attnpool.positional_embedding")
+    output = weights.get("backbone.attnpool.c_proj.bias")
+    return {
+        "type": "CLIPResNetWithAttention" if guided else "CLIPResNet",
+        "layers": [count_layers(weights, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+        "width": 2 * len(weights["backbone.conv1.weight"]),
+        "output_dim": 1024 if output is None else len(output),
+        "input_resolution": 512 if pooling is None else grid_side(pooling) * 32,
+    }
+
+
+def _score_map_level(weights: StateDict) -> int:
+    """The feature map whose lateral convolution takes as many more channels as there are classes."""
+    classes = len(weights["decode_head.conv_seg.weight"])
+    width = len(weights["backbone.conv1.weight"])
+    vit = "backbone.class_embedding" in weights
+    for level in range(4):
+        channels = weights[f"neck.lateral_convs.{level}.conv.weight"].shape[1]
+        if channels == (width if vit else 8 * width * 2**level) + classes:
+            return level
+    raise CheckpointError(f"no level of the neck takes the score maps of the {classes} classes the classifier has.")
+
+
+def pattern_picture(size: Sequence[int]) -> Image.Image:
+    """A picture of (height, width) pixels with gradients and a checkerboard; the same every time."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    board = (rows // 32 + columns // 32) % 2 * 255
+    picture = np.stack([rows * 255 / max(height - 1, 1), columns * 255 / max(width - 1, 1), board], axis=-1)
+    return Image.fromarray(picture.astype(np.uint8))
+
+
+def check_directory(directory: Path, model: Any) -> ConversionReport:
+    """
+    Load what was written, compare it with `model` bit for bit, and run it on a picture.
+
+    Raises:
+        ValueError: if a weight is not finite or came back different, or the logits are not finite.
+    """
+    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(directory).eval()
+    check_saved(loaded, model)
+    processor = DenseCLIPImageProcessorPil.from_pretrained(directory)
+    picture = pattern_picture(model.config.crop_size)
+    with torch.no_grad():
+        logits = loaded.window_logits(processor(picture, return_tensors="pt")["pixel_values"])
+    if not torch.isfinite(logits).all():
+        raise ValueError("the converted model's logits are not finite on a test picture.")
+    text = ("clip.text_", "clip.logit_scale")
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return ConversionReport(
+        parameters=sum(counts.values()),
+        parameters_without_text_encoder=sum(n for name, n in counts.items() if not name.startswith(text)),
+        logits_shape=tuple(logits.shape),
+        logits_range=(logits.min().item(), logits.max().item()),
+        sha256={file.name: sha256_of(file) for file in sorted(directory.iterdir()) if file.is_file()},
+    )
+
+
+__all__ = ["ConversionReport", "convert_release", "model_kwargs_from_weights"]

@@ -1,0 +1,1 @@
+"""The evaluation loop, reports and what `evaluate` measures."""

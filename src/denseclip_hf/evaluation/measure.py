@@ -1,0 +1,290 @@
+"""One evaluation from flags to files: model, data set and protocol in, report and pictures out."""
+
+import heapq
+import json
+import logging
+import re
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+
+from ..data.arguments import DatasetArguments
+from ..data.folders import default_palette
+from ..data.loading import SegmentationData
+from ..data.reading import NAMELESS, file_stem, name_of
+from ..files import make_directory, writing_into
+from ..inference.drawing import confusion_picture, indexed_picture
+from ..inference.views import (
+    LOADING_DTYPES,
+    colorize,
+    comparison_picture,
+    load_model,
+    multi_scale_segmentation,
+    overlay,
+)
+from ..metrics import boundary_counts, confusion_matrix
+from ..sharing.card import CARD, update_results
+from ..sharing.card_results import protocol_of
+from ..training.run_directory import RECIPE_FILE
+from .loop import evaluate_segmentation
+from .report import MatchedSamples, build_report, match_classes, nan_mean, save_report, scores_of_classes
+
+
+logger = logging.getLogger(__name__)
+
+# Options that are by default those of training on the same data, and what that calls them.
+AS_TRAINED = {"split": "validation_split"} | {k.name: k.name for k in fields(DatasetArguments) if k.name != "dataset"}
+
+
+@dataclass
+class EvaluationArguments(DatasetArguments):
+    """What is evaluated on what, how, and what is written."""
+
+    model: str = field(default="", metadata={"help": "Needed: a DenseCLIP model, a directory or a name on the Hub."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; by default as in training on this data, or validation."}
+    )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Held out if there is no validation split: as the model was trained on this data, or 0.1."},
+    )
+    max_images: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
+    inference_mode: str | None = field(
+        default=None, metadata={"help": "whole or slide; by default what the model's config says."}
+    )
+    crop_size: list[int] | None = field(default=None, metadata={"help": "Window: one side, or height and width."})
+    stride: list[int] | None = field(default=None, metadata={"help": "Window step: one, or down and right."})
+    scales: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Factors on the image size."})
+    flip: bool = field(default=False, metadata={"help": "Average with mirrored views."})
+    boundary_iou: bool = field(default=False, metadata={"help": "Also measure boundary IoU."})
+    batch_size: int = field(default=1, metadata={"help": "Images of one size run together (one process, one scale)."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read and preprocess."})
+    dtype: str = field(default="float32", metadata={"help": f"Of the model: {', '.join(LOADING_DTYPES)}."})
+    device: str = field(default="auto", metadata={"help": "auto (an accelerator if there is one) or cpu."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where results are written."})
+    save_predictions: bool = field(default=False, metadata={"help": "Write predictions as indexed PNG."})
+    worst: int = field(default=0, metadata={"help": "Draw so many images with the lowest mean IoU."})
+    confusion_matrix: bool = field(default=False, metadata={"help": "Draw the confusion matrix."})
+    update_card: bool = field(
+        default=True,
+        metadata={"help": "Add the result to the card of a model in a local folder (not with --max_images)."},
+    )
+
+
+def measure(args: EvaluationArguments) -> dict[str, Any]:
+    """
+    Evaluate as `args` say and write the results into `output_dir` and the model's card.
+
+    On several processes each picture is counted once; the main process writes `evaluation.json`, `evaluation.csv` and,
+    as asked, `predictions/`, `worst.png`, `confusion_matrix.png`.
+
+    Returns:
+        `dict`: the report that [`denseclip_hf.evaluation.report`] describes.
+
+    Raises:
+        ValueError, OSError: with one sentence, for a model, data set or protocol that can not be used.
+    """
+    _check(args)
+    args = _as_trained(args)
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    model, image_processor = load_model(args.model, args.dtype)
+    model.to(accelerator.device)
+    protocol = _set_protocol(model, image_processor, args)
+    with accelerator.main_process_first():
+        data = _load_data(args)
+    names: Any = model.config.id2label
+    ids = match_classes(data.id2label, names)
+    ignore_index = model.config.semantic_loss_ignore_index
+    make_directory(args.output_dir)
+    samples = MatchedSamples(data.validation, ids, data.do_reduce_labels, data.ignore_index, ignore_index)
+    collector = _Collector(args, model.config, samples, ids)
+    scores = evaluate_segmentation(
+        model,
+        samples,
+        image_processor,
+        accelerator=accelerator,
+        autocast=False,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        predict=_prediction_function(model, image_processor, args),
+        on_prediction=collector,
+    )
+    chosen = scores_of_classes(scores["confusion_matrix"], ids) | collector.boundary_scores(accelerator)
+    worst = collector.gathered_worst()
+    report = build_report(
+        chosen | {name: scores[name] for name in ("loss",) if name in scores},
+        list(data.id2label.values()),
+        model=args.model,
+        dataset=args.dataset,
+        split=args.split or "validation",
+        protocol=protocol,
+        num_images=len(samples),
+        absent_from_data=[name for i, name in names.items() if i not in ids],
+        worst=[{"index": index, "mean_iou": -score} for score, index, _ in worst],
+    )
+    if accelerator.is_main_process:
+        with writing_into(args.output_dir):
+            save_report(report, Path(args.output_dir))
+            collector.draw(Path(args.output_dir), scores["confusion_matrix"], worst)
+        _add_to_card(args, report)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def _add_to_card(args: EvaluationArguments, report: dict[str, Any]) -> None:
+    """Put a measurement of the whole split into the card of a local model that has one."""
+    card = Path(args.model) / CARD
+    if not args.update_card or args.max_images is not None or not card.is_file():
+        return
+    try:
+        update_results(args.model, report)
+        logger.info("The result is in the model's card %s.", card)
+    except OSError as error:
+        logger.warning("The model's card %s stays as it is: it can not be written (%s).", card, error.strerror)
+    except ValueError as error:  # a card that somebody broke
+        logger.warning("The model's card stays as it is: %s", error)
+
+
+def _prediction_function(model, image_processor, args: EvaluationArguments):
+    """Class ids from several views, if `args` ask for more than one plain view."""
+    if not args.flip and args.scales == [1.0]:
+        return None
+    return partial(
+        multi_scale_segmentation, model, scales=args.scales, flip=args.flip, image_processor=image_processor
+    )
+
+
+def _check(args: EvaluationArguments) -> None:
+    for name in ("model", "dataset"):
+        if not getattr(args, name):
+            raise ValueError(f"name a {'data set' if name == 'dataset' else name}: `--{name} FOLDER_OR_HUB_NAME`.")
+    if args.dtype not in LOADING_DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(LOADING_DTYPES)}, got {args.dtype!r}.")
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"`--device` must be auto or cpu, got {args.device!r}.")
+    if not args.scales or min(args.scales) <= 0:
+        raise ValueError(f"`--scales` must be positive factors, got {args.scales}.")
+    if args.batch_size < 1 or args.worst < 0 or (args.max_images is not None and args.max_images < 1):
+        raise ValueError("`--batch_size` and `--max_images` must be at least 1, and `--worst` at least 0.")
+
+
+def _as_trained(args: EvaluationArguments) -> EvaluationArguments:
+    """`args`; what of `AS_TRAINED` they leave open is from the recipe of a model trained on the same data."""
+    folder = Path(args.model).resolve()
+    if re.fullmatch(r"checkpoint-\d+", folder.name) and not (folder / RECIPE_FILE).exists():
+        folder = folder.parent  # the run's
+    try:
+        recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+        here, there = Path(args.dataset or "").resolve(), Path(recipe["dataset"]).resolve()
+        if here != there:
+            if here.name == there.name:
+                logger.warning("The model was trained on %s, so flags alone say how %s is read.", there, here)
+            return args
+    except (OSError, ValueError, TypeError, KeyError):  # no recipe, or not one of ours
+        return args
+    taken = {name: recipe.get(trained) for name, trained in AS_TRAINED.items() if getattr(args, name) is None}
+    taken = {name: value for name, value in taken.items() if value is not None}
+    logger.info("As the model was trained on this data: %s.", taken)
+    return replace(args, **taken)
+
+
+def _set_protocol(model, image_processor, args: EvaluationArguments) -> dict[str, Any]:
+    """Give the model's config what `args` ask for, checked as at its construction, and say what that is."""
+    asked = {name: getattr(args, name) for name in ("inference_mode", "crop_size", "stride")}
+    options = {name: value for name, value in asked.items() if value is not None}
+    options = {k: v * 2 if isinstance(v, list) and len(v) == 1 else v for k, v in options.items()}
+    if "crop_size" in options and "stride" not in options:
+        options["stride"] = None
+    checked = type(model.config)(**{**model.config.to_dict(), **options})
+    if checked.inference_mode == "whole" and (args.crop_size or args.stride):
+        raise ValueError(
+            "`--crop_size` and `--stride` are a sliding window's, but this model takes whole pictures: add "
+            "`--inference_mode slide`, or leave them out."
+        )
+    for name in asked:
+        setattr(model.config, name, getattr(checked, name))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return protocol_of(checked, image_processor.size, args.scales, args.flip) | {"dtype": dtype}
+
+
+def _load_data(args: EvaluationArguments) -> SegmentationData:
+    data = args.load(validation_split=args.split)
+    rows: Any = data.validation
+    if rows is None:
+        raise ValueError(f"{args.dataset} has no validation split: name one with `--split`.")
+    if args.max_images is not None:
+        data.validation = rows.select(range(min(args.max_images, len(rows))))
+    return data
+
+
+class _Collector:
+    """Looks at every prediction: contours, the worst pictures so far, files of predictions."""
+
+    def __init__(self, args: EvaluationArguments, config, samples: MatchedSamples, ids: list[int]):
+        self.args, self.config, self.samples, self.ids = args, config, samples, ids
+        self.palette = config.palette or default_palette(config.num_labels)
+        self.boundary: torch.Tensor | None = None
+        self.worst: list[tuple[float, int, np.ndarray]] = []  # a heap of (-mean IoU, index, prediction)
+        self.folder = Path(args.output_dir) / "predictions"
+        if args.save_predictions:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, index: int, prediction: torch.Tensor, reference: torch.Tensor) -> None:
+        labels, ignore = self.config.num_labels, self.config.semantic_loss_ignore_index
+        if self.args.boundary_iou:
+            counts = boundary_counts(prediction, reference, labels, ignore)
+            self.boundary = counts if self.boundary is None else self.boundary + counts
+        if self.args.worst:
+            matrix = confusion_matrix(prediction, reference, labels, ignore)
+            score = scores_of_classes(matrix, self.ids)["mean_iou"]
+            if score == score:
+                kept = prediction.cpu().numpy().astype(np.uint16)
+                heapq.heappush(self.worst, (-score, index, kept))
+                if len(self.worst) > self.args.worst:
+                    heapq.heappop(self.worst)
+        if self.args.save_predictions:
+            name = name_of(self.samples.samples[index]["image"])
+            stem = "" if name == NAMELESS else f"_{file_stem(name.split('::')[0])}"
+            picture = indexed_picture(prediction.cpu().numpy(), self.palette)
+            with writing_into(self.folder):
+                picture.save(self.folder / f"{index:06d}{stem}.png")
+
+    def boundary_scores(self, accelerator: Accelerator) -> dict[str, Any]:
+        if not self.args.boundary_iou:
+            return {}
+        labels = self.config.num_labels
+        counts = torch.zeros(3, labels, dtype=torch.int64) if self.boundary is None else self.boundary
+        counts = counts.to(accelerator.device)
+        both, predicted, labelled = accelerator.reduce(counts, "sum").cpu().double()
+        iou = (both / (predicted + labelled - both))[self.ids].tolist()
+        return {"mean_boundary_iou": nan_mean(iou), "per_category_boundary_iou": iou}
+
+    def gathered_worst(self) -> list[tuple[float, int, np.ndarray]]:
+        """The worst pictures of all processes, the worst first."""
+        if not self.args.worst:
+            return []
+        return sorted(gather_object(self.worst), key=lambda entry: (-entry[0], entry[1]))[: self.args.worst]
+
+    def draw(self, folder: Path, matrix: torch.Tensor, worst: list[tuple[float, int, np.ndarray]]) -> None:
+        names, rows = self.config.id2label, []
+        for _, index, prediction in worst:
+            sample = self.samples[index]
+            image: Image.Image = sample["image"]
+            truth = colorize(sample["mask"], self.palette)
+            rows.append([image, overlay(image, prediction, self.palette), colorize(prediction, self.palette), truth])
+        if rows:
+            titles = ["image", "prediction over image", "prediction", "truth (black: void)"]
+            comparison_picture(rows, titles, names, self.palette).save(folder / "worst.png")
+        if self.args.confusion_matrix:
+            picture = confusion_picture(matrix[self.ids], [names[i] for i in self.ids], list(names.values()))
+            picture.save(folder / "confusion_matrix.png")
+
+
+__all__ = ["EvaluationArguments", "measure"]

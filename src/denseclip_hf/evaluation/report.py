@@ -1,0 +1,177 @@
+"""What an evaluation leaves behind: a report as JSON and CSV, a table on the screen, data matched with the model.
+
+The report, as `evaluation.json` holds it (shares from 0 to 1, `null` where a score is undefined):
+
+    {"model": directory or Hub id, "dataset": folder or Hub id, "split": name,
+     "protocol": {"inference_mode": "whole" or "slide", "crop_size": [height, width], "stride": [height, width],
+                  "scales": [1.0, ...], "flip": false, "size": {"shortest_edge": 512, ...}, "dtype": "float32"},
+     "num_images": 101,
+     "metrics": {"overall_accuracy", "mean_iou", "mean_accuracy", "mean_dice", "mean_fscore", "mean_precision",
+                 optionally "mean_boundary_iou", "loss"},
+     "per_category": {name: {"iou", "accuracy", "dice", "fscore", "precision", optionally "boundary_iou"}},
+     "absent_from_data": [names of the model's classes that the data does not know],
+     "worst": [{"index": 7, "mean_iou": 0.31}, ...]}
+
+`crop_size` and `stride` are `null` when pictures are taken whole. Means are over the data's classes.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import write_atomically
+from ..metrics import scores_from_confusion_matrix
+from ..model.image_inputs_denseclip import reduce_labels
+
+
+logger = logging.getLogger(__name__)
+
+SCORES = ("iou", "accuracy", "dice", "fscore", "precision")
+
+
+def match_classes(data: Mapping[int, str], model: Mapping[int, str]) -> list[int]:
+    """
+    The model's id of each of the data's classes, by name (surrounding blanks do not count).
+
+    Raises:
+        ValueError: if the data has a class that the model does not know, or a name stands for several classes.
+    """
+    names = [data[i].strip() for i in range(len(data))]
+    known = [model[i].strip() for i in range(len(model))]
+    if names == known:
+        return list(range(len(names)))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        listed = ", ".join(repr(name) for name in unknown[:5]) + (", …" if len(unknown) > 5 else "")
+        raise ValueError(
+            f"{len(unknown)} of the data's {len(names)} classes are unknown to the model ({listed}), whose classes "
+            f"start with {', '.join(repr(name) for name in known[:5])}: evaluate on data with the model's classes, or "
+            "rename the data's (`--classes`)."
+        )
+    if len(set(names)) < len(names) or len(set(known)) < len(known):
+        raise ValueError("class names are given twice, so data and model can not be matched by name.")
+    if len(names) < len(known):
+        absent = [name for name in known if name not in names]
+        logger.warning(
+            "The data has %d of the model's %d classes (not %s): matched by name; means are over the data's classes.",
+            len(names), len(known), ", ".join(absent[:5]) + (", …" if len(absent) > 5 else ""),
+        )  # fmt: skip
+    else:
+        logger.warning("The data has the model's classes in another order: matched by name.")
+    return [known.index(name) for name in names]
+
+
+class MatchedSamples:
+    """
+    Samples whose masks hold the model's class ids.
+
+    Args:
+        samples (sequence of `{"image", "mask"}`): with raw masks.
+        ids (`Sequence[int]`): the model's id of each of the data's classes, see [`match_classes`].
+        do_reduce_labels (`bool`): raw masks hold 0 for no class and n for class n - 1.
+        data_ignore_index, ignore_index (`int`): pixels without a class, in the data and for the model.
+    """
+
+    def __init__(self, samples, ids: Sequence[int], do_reduce_labels: bool, data_ignore_index: int, ignore_index: int):
+        self.samples, self.ids = samples, np.array(ids)
+        self.do_reduce_labels = do_reduce_labels
+        self.data_ignore_index, self.ignore_index = data_ignore_index, ignore_index
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.samples[index]
+        mask = np.asarray(sample["mask"]).astype(np.int64)
+        mask = reduce_labels(mask, self.data_ignore_index) if self.do_reduce_labels else mask
+        ignored = mask == self.data_ignore_index
+        matched = np.where(ignored, self.ignore_index, self.ids[np.where(ignored, 0, mask)])
+        return {"image": sample["image"], "mask": matched}
+
+
+def scores_of_classes(matrix, ids: Sequence[int]) -> dict[str, Any]:
+    """[`scores_from_confusion_matrix`] for the classes `ids` alone: lists in their order, means over them."""
+    scores = scores_from_confusion_matrix(matrix)
+    chosen: dict[str, Any] = {"overall_accuracy": scores["overall_accuracy"]}
+    for name in SCORES:
+        values = [scores[f"per_category_{name}"][i] for i in ids]
+        chosen |= {f"mean_{name}": nan_mean(values), f"per_category_{name}": values}
+    return chosen
+
+
+def nan_mean(values: Sequence[float]) -> float:
+    """Mean of what is not NaN; NaN if nothing is."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def build_report(scores: Mapping[str, Any], names: Sequence[str], **description: Any) -> dict[str, Any]:
+    """The report described above, from scores with `per_category_*` lists and `description` (model, data set, …)."""
+    prefix = "per_category_"
+    lists = {key.removeprefix(prefix): values for key, values in scores.items() if key.startswith(prefix)}
+    return {
+        **description,
+        "metrics": {key: value for key, value in scores.items() if isinstance(value, float)},
+        "per_category": {name: {score: values[i] for score, values in lists.items()} for i, name in enumerate(names)},
+    }
+
+
+def save_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write `evaluation.json` and, one class a line, `evaluation.csv`; undefined scores are null and empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "evaluation.json", text + "\n")
+    rows = list(without_nan(report["per_category"]).items())
+    table, columns = io.StringIO(), list(rows[0][1])
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["class", *columns])
+    writer.writerows([name, *(values[column] for column in columns)] for name, values in rows)
+    write_atomically(folder / "evaluation.csv", table.getvalue())
+
+
+def without_nan(value: Any) -> Any:
+    """`value`, with `None` in place of every float in it (in mappings and lists, too) that is NaN or infinite."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The scores as lines of text, in per cent; a dash where undefined."""
+    scores = {"iou": "IoU", "accuracy": "Acc", "fscore": "F", "boundary_iou": "Boundary"}
+    per_category = report["per_category"]
+    shown = {key: title for key, title in scores.items() if key in next(iter(per_category.values()))}
+    width = max(len("class"), len("mean"), *map(len, per_category))
+    lines = [f"{'class':<{width}}" + "".join(f"{title:>10}" for title in shown.values())]
+    lines += [
+        f"{name:<{width}}" + "".join(_percent(values[key]) for key in shown) for name, values in per_category.items()
+    ]
+    means = "".join(_percent(report["metrics"][f"mean_{key}"]) for key in shown)
+    accuracy = _percent(report["metrics"]["overall_accuracy"]).strip()
+    return "\n".join(
+        [*lines, f"{'mean':<{width}}{means}", f"{report['num_images']} images, pixel accuracy {accuracy}"]
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{'–':>10}" if math.isnan(value) else f"{100 * value:>10.2f}"
+
+
+__all__ = [
+    "MatchedSamples",
+    "build_report",
+    "match_classes",
+    "report_table",
+    "save_report",
+    "scores_of_classes",
+    "without_nan",
+]

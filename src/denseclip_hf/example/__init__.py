@@ -1,0 +1,1 @@
+"""The built-in scenes and the tiny CLIP trained on them."""

@@ -1,0 +1,24 @@
+"""Files and videos in, masks and overlays out; multi-scale views."""
+
+from .views import (
+    LOADING_DTYPES,
+    colorize,
+    comparison_picture,
+    load_model,
+    multi_scale_probabilities,
+    multi_scale_segmentation,
+    overlay,
+    sliding_window_logits,
+)
+
+
+__all__ = [
+    "LOADING_DTYPES",
+    "colorize",
+    "comparison_picture",
+    "load_model",
+    "multi_scale_probabilities",
+    "multi_scale_segmentation",
+    "overlay",
+    "sliding_window_logits",
+]

@@ -1,0 +1,198 @@
+"""Bringing a pretrained CLIP into a segmenter, and new classes into a trained one."""
+
+import os
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from torch import nn
+from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+from .configuration_clip_resnet import clip_config_class
+from .configuration_denseclip import check_ids
+from .modeling_clip_resnet import CLIPResNetModel, resize_position_grid
+from .open_vocabulary_denseclip import check_words
+from .prompts_denseclip import tokenize_classes
+
+
+# Where a tokenizer has its words. Without any, transformers may make up a CLIP's without words.
+TOKENIZER_FILES = {"tokenizer.json", "vocab.json"}
+POSITION_KEYS = ("vision_model.embeddings.position_embedding.weight", "vision_model.attention_pool.position_embedding")
+
+
+def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
+    """
+    `kind.from_pretrained(name, **options)`, whose failure says in one sentence what was asked for.
+
+    Raises:
+        OSError: if there is nothing of that name.
+        ValueError: if files are missing or damaged, or it is nothing that this library takes.
+    """
+    if kind is AutoTokenizer and os.path.isdir(name) and not TOKENIZER_FILES & set(os.listdir(name)):
+        raise ValueError(f"the folder {name} has no tokenizer: give one with a tokenizer.json (CLIP's own).")
+    try:
+        return kind.from_pretrained(name, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers fails in any of many ways on files that are no model
+        reason = reason_of(error)
+        if _is_refusal(error):
+            raise ValueError(f"{name} can not be loaded: {reason}.") from error
+        if not os.path.isdir(name) and isinstance(error, (OSError, HFValidationError)):
+            raise OSError(
+                f"{name} is neither a folder here nor a name on the Hub that can be read ({reason}): give another, or "
+                "a folder with what was downloaded elsewhere."
+            ) from error
+        part = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}.get(kind.__name__, "model")
+        remedy = "give another, or download or save it anew"
+        if part == "model" and os.path.isdir(name) and (checkpoint := get_last_checkpoint(os.fspath(name))):
+            remedy = f"give its last checkpoint, {checkpoint}, or finish the run"
+        raise ValueError(f"the {part} in {name} can not be loaded ({reason}): {remedy}.") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a sentence of this library's own, which has its remedy in it."""
+    where: Any = error.__traceback__
+    while where.tb_next:
+        where = where.tb_next
+    return (
+        isinstance(error, ValueError)
+        and where.tb_frame.f_globals.get("__package__", "").partition(".")[0] == __package__.partition(".")[0]
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none, to stand inside a sentence."""
+    if isinstance(error, StrictDataclassError):  # whose lines are one sentence
+        return " ".join(str(error).split()).rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
+    """
+    A CLIP model in float32 and its tokenizer, each loaded if it is given by name.
+
+    Raises:
+        OSError, ValueError: if the checkpoint is not a CLIP, and as [`load_pretrained`] does.
+    """
+    if isinstance(clip, (str, os.PathLike)):
+        tokenizer = clip if tokenizer is None else tokenizer
+        config = load_pretrained(_ConfigDict, clip)
+        if config.get("model_type") not in ("clip", "clip_resnet"):
+            raise ValueError(
+                f"`{clip}` holds a model of type {config.get('model_type')!r}, not a CLIP: name a directory or Hub "
+                "repository of a `CLIPModel` or a `CLIPResNetModel`."
+            )
+        model_class = CLIPResNetModel if clip_config_class(config) is CLIPResNetModel.config_class else CLIPModel
+        clip = load_pretrained(model_class, clip, dtype=torch.float32)
+    if not isinstance(clip, CLIPModel):
+        raise ValueError(
+            f"`clip` is a {type(clip).__name__}: give a whole `CLIPModel` or `CLIPResNetModel`, or its name."
+        )
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_pretrained(AutoTokenizer, tokenizer)
+    return clip, tokenizer
+
+
+class _ConfigDict:
+    """The raw contents of a model's config, read as models are."""
+
+    @staticmethod
+    def from_pretrained(name: "str | os.PathLike") -> dict[str, Any]:
+        return PreTrainedConfig.get_config_dict(name)[0]
+
+
+def class_names(id2label: "dict[int, str] | list[str]") -> list[str]:
+    """
+    The K names in the order of their ids.
+
+    Raises:
+        ValueError: if a mapping's ids are not 0 … K-1, for no class, one given twice, or an empty one.
+    """
+    if isinstance(id2label, dict):
+        check_ids(id2label)
+        by_id = {int(index): name for index, name in id2label.items()}
+        id2label = [by_id[index] for index in range(len(by_id))]
+    if not all(len(phrasings) == 1 for phrasings in check_words(id2label)):
+        raise ValueError("a class has one name: several phrasings of one are for `encode_texts`.")
+    return list(id2label)
+
+
+def load_clip_weights(model: nn.Module, clip: CLIPModel) -> None:
+    """Copy `clip`'s weights into `model.clip`, its position grid resized to the model's training resolution."""
+    wanted = model.clip.state_dict()
+    weights = {key: value for key, value in clip.state_dict().items() if key in wanted}
+    for key in POSITION_KEYS:
+        if key in weights:
+            side = round((wanted[key].shape[0] - 1) ** 0.5)
+            weights[key] = resize_position_grid(weights[key].float(), (side, side))
+    model.clip.load_state_dict(weights)
+
+
+def clip_report(model: nn.Module, clip: CLIPModel) -> str:
+    """What came from `clip` and what is new, in one message."""
+    millions = {"loaded": 0.0}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        part = "loaded" if part == "clip" else part
+        millions[part] = millions.get(part, 0.0) + parameter.numel() / 1e6
+    loaded = millions.pop("loaded")
+    before, after = clip.config.vision_config.image_size, model.config.image_size
+    stride = model.config.embedding_stride
+    grid = f"{before // stride}x{before // stride} positions" + (
+        f" resized to {after // stride}x{after // stride}" if before != after else ""
+    )
+    new = ", ".join(f"{part} ({count:.4g} M)" for part, count in millions.items())
+    name = clip.config.name_or_path or type(clip).__name__
+    return f"Loaded {loaded:.2f} M parameters from {name} ({grid}). Newly initialised, to be trained: {new}."
+
+
+def replace_classes(model: nn.Module, names: "dict[int, str] | list[str]", tokenizer) -> None:
+    """Do what [`DenseCLIPForSemanticSegmentation.set_classes`] says."""
+    config, names = model.config, class_names(names)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_pretrained(AutoTokenizer, tokenizer)
+    token_ids = tokenize_classes(names, tokenizer, config) if config.use_text_guidance else None
+    rows = {label: index for index, label in config.id2label.items()}
+    kept = [(new, rows[name]) for new, name in enumerate(names) if name in rows]
+    head = model.decode_head
+    head.classifier = _resized_convolution(head.classifier, kept, out_channels=len(names))
+    if config.use_text_guidance:
+        laterals, level = model.neck.lateral_convs, config.score_map_level
+        first = config.feature_channels[level]  # the score map's channels come after the features'
+        columns = [(i, i) for i in range(first)] + [(first + new, first + old) for new, old in kept]
+        laterals[level] = _resized_convolution(laterals[level], columns, in_channels=first + len(names))
+        model.prompts.set_token_ids(token_ids)
+        model._class_embeddings.clear()  # a compiled model compares no keys
+        config.class_token_ids = token_ids
+    config.palette = None
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+@torch.no_grad()
+def _resized_convolution(
+    old: nn.Conv2d, kept: list[tuple[int, int]], in_channels=None, out_channels=None
+) -> nn.Conv2d:
+    """A 1x1 convolution with other channels, that has `old`'s weights where `kept` (new, old) says."""
+    new = nn.Conv2d(in_channels or old.in_channels, out_channels or old.out_channels, 1).to(old.weight)
+    index = torch.tensor(kept, dtype=torch.long, device=old.weight.device).reshape(-1, 2)
+    if in_channels is None:
+        new.weight[index[:, 0]] = old.weight[index[:, 1]]
+        new.bias[index[:, 0]] = old.bias[index[:, 1]]
+    else:
+        new.weight[:, index[:, 0]] = old.weight[:, index[:, 1]]
+        new.bias.copy_(old.bias)
+    return new.requires_grad_(old.weight.requires_grad)
+
+
+__all__ = [
+    "class_names",
+    "clip_report",
+    "load_clip",
+    "load_clip_weights",
+    "load_pretrained",
+    "reason_of",
+    "replace_classes",
+]

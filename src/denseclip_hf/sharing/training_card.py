@@ -1,0 +1,95 @@
+"""The card of a model that was just trained: its recipe, its results and a picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.folders import default_palette
+from ..inference.drawing import overlay_with_legend
+from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .card import write_model_card
+from .card_results import results_of_training
+from .card_sections import environment, shown_name
+
+
+PICTURE = "example.png"
+
+
+def write_training_card(
+    folder: Path, model_args: Any, data_args: Any, args: Any, data: Any, metrics: Mapping[str, Any]
+) -> Path:
+    """
+    Complete the model of a finished run with its card and, where there is validation data, a picture of what the model
+    sees in the first of it.
+
+    Args:
+        folder (`Path`): where the model is written; the card's title is made of `args.output_dir`.
+        model_args ([`ModelArguments`]), data_args ([`DataArguments`]), args ([`DenseCLIPTrainingArguments`]): the run.
+        data ([`SegmentationData`]): what it was trained on.
+        metrics (`Mapping[str, Any]`): of `DenseCLIPTrainer.evaluate`; empty if nothing was measured.
+
+    Returns:
+        `Path` of the card.
+    """
+    from_nothing = model_args.model is None and model_args.clip_config != "{}"
+    results = None
+    if metrics:
+        model = DenseCLIPForSemanticSegmentation.from_pretrained(folder).eval()
+        processor = DenseCLIPImageProcessorPil.from_pretrained(folder)
+        split = data_args.validation_split or "validation"
+        results = results_of_training(metrics, model.config, data_args.dataset, split, processor.size)
+        results["num_images"] = metrics["eval_num_images"]
+        results["protocol"]["dtype"] = precision(args)
+        draw_example(model, processor, next(iter(data.validation))["image"]).save(folder / PICTURE)
+    return write_model_card(
+        folder,
+        name=shown_name(str(Path(args.output_dir).resolve())),
+        base_model=None if from_nothing else model_args.model or model_args.clip,
+        source="trained from random ones, nothing pretrained" if from_nothing else None,
+        dataset=data_args.dataset,
+        training=training_summary(data_args, args),
+        results=results,
+        picture=PICTURE if results else None,
+    )
+
+
+def training_summary(data_args: Any, args: Any) -> dict[str, Any]:
+    """What decides the result of a training run, in words and numbers, with versions and hardware."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    warm_up = args.warmup_steps
+    warm_up = f"{100 * warm_up:g} % of them warm-up" if 0 < warm_up < 1 else f"{warm_up:g} warm-up steps"
+    return {
+        "Steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "Batch size": batch,
+        "Optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}",
+        "Learning rate": f"{args.learning_rate:g}, image encoder x {args.image_encoder_lr_multiplier:g}, "
+        f"text encoder x {args.text_encoder_lr_multiplier:g}",
+        "Schedule": f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, {warm_up}",
+        "Crops": f"{data_args.crop_size} x {data_args.crop_size} pixels",
+        "Precision": precision(args),
+        "Seed": args.seed,
+        **environment(),
+    }
+
+
+def precision(args: Any) -> str:
+    """What a run's matrices are multiplied in."""
+    return {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision, args.mixed_precision)
+
+
+@torch.no_grad()
+def draw_example(model: Any, processor: Any, image: Any) -> Image.Image:
+    """`image` with `model`'s prediction painted over it, and a legend."""
+    picture = image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    outputs = model(**processor(picture, return_tensors="pt"))
+    (prediction,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[picture.size[::-1]])
+    palette = model.config.palette or default_palette(model.config.num_labels)
+    return overlay_with_legend(picture, prediction.numpy(), model.config.id2label, palette)
+
+
+__all__ = ["draw_example", "training_summary", "write_training_card"]

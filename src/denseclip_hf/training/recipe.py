@@ -1,0 +1,345 @@
+"""From flags or a recipe file to data, model and trainer: what the scripts share."""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
+
+from ..command_line import DataclassParser
+from ..data.arguments import DatasetArguments
+from ..data.check import check_dataset
+from ..data.loading import SegmentationData
+from ..model.configuration_clip_resnet import clip_config_class, refuse_unknown_options
+from ..model.configuration_denseclip import DenseCLIPConfig
+from ..model.freezing_denseclip import refuse_if_frozen
+from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from ..model.loading_denseclip import load_clip, load_pretrained
+from ..model.modeling_clip_resnet import CLIPResNetModel
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..plain_yaml import load_plain_yaml
+from ..transforms import AugmentedDataset, AugmentedStream, TrainTransform
+from .arguments import DenseCLIPTrainingArguments
+from .trainer import DenseCLIPTrainer
+
+
+logger = logging.getLogger(__name__)
+
+MAX_RECIPE_BYTES = 100_000
+# Of each split, looked at before training.
+CHECKED_SAMPLES = 20
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: a fresh segmenter around a CLIP, or a trained one that goes on."""
+
+    clip: str = field(
+        default="openai/clip-vit-base-patch16",
+        metadata={"help": "CLIP to start from: a directory, or a name on the Hub."},
+    )
+    clip_config: str = field(
+        default="{}", metadata={"help": "A CLIP's config as JSON: start from random weights instead of `clip`."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "A trained DenseCLIP to go on from, directory or Hub name, instead of `clip`."}
+    )
+    replace_classes: bool = field(
+        default=False, metadata={"help": "Give `model` the classes of the data where they differ."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer, directory or Hub name; by default the CLIP's or model's own."}
+    )
+    config: str = field(
+        default="{}", metadata={"help": "Options of DenseCLIPConfig as JSON, such as num_context_tokens."}
+    )
+
+
+@dataclass
+class DataArguments(DatasetArguments):
+    """What it is trained on, and how pictures are resized and augmented (sizes in pixels)."""
+
+    validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set without downloading it first."})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Samples, still encoded, from which a stream's next is drawn."}
+    )
+    crop_size: int = field(default=512, metadata={"help": "Side of the training crops."})
+    scale_long: int = field(default=2048, metadata={"help": "Longest side a picture is resized to."})
+    scale_short: int | None = field(
+        default=None, metadata={"help": "Short side a picture is resized to, `crop_size` by default."}
+    )
+    eval_scale_short: int | None = field(
+        default=None, metadata={"help": "Short side in evaluation, saved with the model; `scale_short` by default."}
+    )
+    ratio_min: float = field(default=0.5, metadata={"help": "Lowest random factor on that size in training."})
+    ratio_max: float = field(default=2.0, metadata={"help": "Highest random factor on that size in training."})
+    cat_max_ratio: float = field(default=0.75, metadata={"help": "Most of a crop one class may fill."})
+    photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
+    fast_jpeg: bool = field(default=False, metadata={"help": "Let the JPEG decoder shrink large pictures."})
+    check_data: bool = field(default=True, metadata={"help": "Look at a sample of the files before training."})
+
+
+def parse_arguments(
+    types: Sequence[Any],
+    argv: Sequence[str] | None = None,
+    needed: Sequence[str] = (),
+    description: str | None = None,
+) -> list[Any]:
+    """
+    Dataclasses from the command line: recipe files (.yaml, .yml, .json) first, each on top of the one before it, and
+    flags on top of them all. Mappings (`config`) are merged.
+
+    Args:
+        types (sequence of dataclasses): what to fill.
+        argv (sequence of `str`, *optional*): the arguments, `sys.argv[1:]` by default.
+        needed (sequence of `str`): options that must be given, by recipe or flag.
+        description (`str`, *optional*): begins the help.
+
+    Raises:
+        ValueError: for a recipe that is missing, no mapping, or an option that nobody knows or that is missing.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = DataclassParser(types, needed, description)
+    known = [option.name for kind in types for option in fields(kind)]
+    recipe: dict[str, Any] = {}
+    while argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        for name, value in read_recipe(argv.pop(0), known).items():
+            recipe[name] = _merged(recipe.get(name), value)
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    hints = {name: str(hint) for kind in types for name, hint in get_type_hints(kind).items()}
+    for name, value in recipe.items():
+        if isinstance(value, list) and "list" not in hints[name]:
+            raise ValueError(f"the recipe gives `{name}` a list, but it takes one value.")
+        if isinstance(value, dict) and not any(kind in hints[name] for kind in ("str", "dict")):
+            raise ValueError(f"the recipe gives `{name}` a mapping, but it takes one value.")
+        if value is None and "None" not in hints[name]:
+            raise ValueError(f"the recipe gives `{name}` no value, but it needs one: leave it out for its default.")
+        if isinstance(value, dict):
+            actions[name].type = partial(_merged_flag, value)
+        if value is not None and not (isinstance(value, bool) and "bool" in hints[name]):
+            value = _as_flag(actions[name], value)
+        parser.set_defaults(**{name: value})
+    return list(parser.parse_args_into_dataclasses(args=argv))
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """`above`, put over `below` where both are mappings."""
+    return {**below, **above} if isinstance(below, dict) and isinstance(above, dict) else above
+
+
+def _merged_flag(below: dict[str, Any], text: str) -> str:
+    """A flag put over the mapping of a recipe; what is no mapping stays as it is, to be refused where it is read."""
+    try:
+        return json.dumps(_merged(below, json.loads(text)))
+    except (ValueError, RecursionError):
+        return text
+
+
+def _as_flag(action: argparse.Action, value: Any) -> Any:
+    """A recipe's value as the default of `action`: a string, which argparse converts as it would a flag's."""
+    try:
+        if isinstance(value, list):
+            convert: Any = action.type or str
+            return [convert(str(item)) for item in value]
+        if isinstance(value, dict):
+            return json.dumps(value)
+        return str(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the recipe's value of `{action.dest}` can't be used: {error}.") from error
+
+
+def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]:
+    """
+    The mapping in a YAML or JSON file, read without executing anything.
+
+    Raises:
+        ValueError: if there is no such file, it is too large or no mapping, or an option is not among `known`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"there is no recipe {file}.")
+    if file.stat().st_size > MAX_RECIPE_BYTES:
+        raise ValueError(f"the recipe {file} has more than {MAX_RECIPE_BYTES} bytes, which no recipe needs.")
+    try:
+        text = file.read_text(encoding="utf-8")
+        recipe, exact = load_plain_yaml(text), load_plain_yaml(text, exponents=True)
+    except ValueError as error:
+        raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {file} must be a mapping from options to values.")
+    # An option's text becomes what the option is; only in mappings must 1e-3 be a number from the start.
+    recipe = {name: exact[name] if isinstance(value, dict) else value for name, value in recipe.items()}
+    for name in recipe:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f": did you mean `{close[0]}`?" if close else ", see `--help`."
+            raise ValueError(f"the option `{name}` of the recipe {file} is unknown{hint}")
+    return recipe
+
+
+def load_data(args: DataArguments) -> SegmentationData:
+    """
+    The data set of `args`, checked on a sample of its files unless that is switched off.
+
+    Raises:
+        ValueError: with the first problem that the check found, and as [`load_segmentation_dataset`] does.
+    """
+    data = args.load(
+        validation_split=args.validation_split,
+        streaming=args.streaming,
+        shuffle_buffer=args.shuffle_buffer,
+        decode=not args.fast_jpeg,
+        read_first=not args.check_data,  # the check does
+    )
+    if args.check_data:
+        report = check_dataset(data, max_samples=CHECKED_SAMPLES)
+        if not report.ok:
+            looked_at = sum(split.num_checked for split in report.splits.values())
+            raise ValueError(
+                f"{report.problems[0]} Problems in a first look at {looked_at} samples: {len(report.problems)}; "
+                f"`python scripts/check_data.py {args.dataset} --full` names all."
+            )
+        if int(os.environ.get("RANK", 0)) == 0:
+            logger.info("%s", report)
+            if report.unseen_classes:
+                all_seen = isinstance(data.train, Dataset) and len(data.train) <= CHECKED_SAMPLES
+                logger.log(
+                    logging.WARNING if all_seen else logging.INFO,
+                    "%d of %d classes are in none of the masks looked at: %s. `scripts/check_data.py --full` looks at "
+                    "all masks.",
+                    len(report.unseen_classes),
+                    len(data.id2label),
+                    ", ".join(report.unseen_classes),
+                )
+    return data
+
+
+def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int):
+    """Model and tokenizer of `args` for the classes of `data`."""
+    palette = [list(color) for color in data.palette]
+    own = _options(args.config, "config")
+    options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **own}
+    if args.model is not None:
+        return _trained_model(args.model, args, data)
+    clip: Any
+    if clip_config := _options(args.clip_config, "clip_config"):
+        tokenizer = _tokenizer_for(args, data)
+        clip = _random_clip(clip_config, tokenizer)
+    else:
+        clip, tokenizer = load_clip(args.clip, args.tokenizer)
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        clip, data.id2label, tokenizer=tokenizer, image_size=crop_size, **options
+    )
+    return model, tokenizer
+
+
+def _options(text: str, name: str) -> dict[str, Any]:
+    """The options in a flag that is JSON."""
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{name}` is not valid JSON ({error}).") from error
+    if not isinstance(options, dict):
+        raise ValueError(f'`{name}` must be a JSON mapping of options, such as {{"gamma_init": 1.0}}, got {text}.')
+    return options
+
+
+def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
+    model = load_pretrained(DenseCLIPForSemanticSegmentation, name, dtype="float32")
+    refuse_if_frozen(model.config, "be trained")
+    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or name)
+    if _options(args.config, "config"):
+        raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")
+    model.config.semantic_loss_ignore_index = data.ignore_index
+    names = list(data.id2label.values())
+    if names != list(dict(model.config.id2label or {}).values()):
+        if not args.replace_classes:
+            shown = ", ".join([*names[:3], "…"][: len(names)])
+            raise ValueError(
+                f"the data has {len(names)} classes ({shown}) and {name} was trained on {model.config.num_labels}: "
+                "pass --replace_classes to give the model the data's, starting the new ones anew."
+            )
+        model.set_classes(names, tokenizer)
+        model.config.palette = [list(color) for color in data.palette]
+    return model, tokenizer
+
+
+def _random_clip(config: dict[str, Any], tokenizer) -> CLIPModel:
+    """A CLIP with random weights, whose vocabulary is `tokenizer`'s."""
+    text = {
+        **config.get("text_config", {}),
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config_class = clip_config_class(config)
+    model_class: Any = CLIPModel if config_class is CLIPConfig else CLIPResNetModel
+    return model_class(config_class(**{**config, "text_config": text}))
+
+
+def _tokenizer_for(args: ModelArguments, data: SegmentationData):
+    """The named tokenizer, or for a CLIP from nothing a small one learnt from the class names."""
+    if args.tokenizer is not None:
+        return load_pretrained(AutoTokenizer, args.tokenizer)
+    from ..example.tiny_clip import example_corpus, make_example_tokenizer
+
+    return make_example_tokenizer([*data.id2label.values(), *example_corpus()])
+
+
+def make_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: DenseCLIPTrainingArguments, **kwargs
+) -> tuple[DenseCLIPTrainer, SegmentationData]:
+    """
+    Data, model, augmentation and image processor of a recipe, put together.
+
+    Raises:
+        OSError, ValueError: with one sentence, for a model, data or options that can't be used.
+    """
+    set_seed(args.seed)
+    known, given = DenseCLIPConfig(), _options(model_args.config, "config")  # before the data, which may take long
+    refuse_unknown_options(known, {name: value for name, value in given.items() if name not in known.to_dict()})
+    data = load_data(data_args)
+    if data.train is None:
+        raise ValueError(f"{data_args.dataset} has no training split: name it with `--train_split`.")
+    model, tokenizer = model_to_train(model_args, data, data_args.crop_size)
+    short = data_args.scale_short or data_args.crop_size
+    transform = TrainTransform(
+        crop_size=data_args.crop_size,
+        scale=(data_args.scale_long, short),
+        ratio_range=(data_args.ratio_min, data_args.ratio_max),
+        cat_max_ratio=data_args.cat_max_ratio,
+        photometric=data_args.photometric,
+        do_reduce_labels=data.do_reduce_labels,
+        ignore_index=data.ignore_index,
+        fast_jpeg=data_args.fast_jpeg,
+    )
+    # Files in a folder here are no stream, whatever `streaming` says.
+    augmented = AugmentedStream if isinstance(data.train, IterableDataset) else AugmentedDataset
+    eval_short = data_args.eval_scale_short or short
+    # A larger evaluation keeps the same room for the long side.
+    size = {"shortest_edge": eval_short, "longest_edge": max(data_args.scale_long * eval_short // short, eval_short)}
+    image_processor = DenseCLIPImageProcessorPil(size=size, do_reduce_labels=data.do_reduce_labels)
+    trainer = DenseCLIPTrainer(
+        model,
+        args,
+        train_dataset=augmented(data.train, transform, args.seed),
+        eval_dataset=data.validation,
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        do_reduce_labels=data.do_reduce_labels,
+        **kwargs,
+    )
+    return trainer, data
+
+
+__all__ = ["DataArguments", "ModelArguments", "load_data", "make_trainer", "model_to_train", "parse_arguments"]

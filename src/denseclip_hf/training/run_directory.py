@@ -1,0 +1,303 @@
+"""The directory of a training run: refused where something would be lost, resumed where a run was broken off."""
+
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import distributed
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..conversion.weights import asked_by_pickle
+from ..evaluation.report import without_nan
+from ..files import complete_or_gone, make_directory, write_atomically
+from ..model.loading_denseclip import reason_of
+from .arguments import DenseCLIPTrainingArguments
+from .stopping import TrainingStopped
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+logger = logging.getLogger(__name__)
+
+_locks: dict[Path, int] = {}  # file descriptors, by directory
+
+RECIPE_FILE = "recipe.json"
+WRITING_DIR = ".writing"
+# What of the training arguments decides the weights; the rest (logging, workers, ...) may differ when a run goes on.
+DECISIVE_ARGUMENTS = (
+    "learning_rate", "weight_decay", "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "per_device_train_batch_size", "auto_find_batch_size", "gradient_accumulation_steps", "max_grad_norm",
+    "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last",
+    "ignore_data_skip", "seed", "data_seed", "bf16", "fp16", "mixed_precision", "tf32", "metric_for_best_model",
+    "greater_is_better", "load_best_model_at_end", "image_encoder_lr_multiplier", "text_encoder_lr_multiplier",
+    "min_learning_rate", "poly_power", "warmup_start_ratio", "exempt_norms_and_biases",
+)  # fmt: skip
+HARMLESS_OPTIONS = ("check_data",)  # of the model and the data
+
+
+def recipe_of(model_args: Any, data_args: Any, args: DenseCLIPTrainingArguments) -> dict[str, Any]:
+    """Everything that decides what a run computes, as JSON values; `args.world_size` included."""
+    training = {name: getattr(args, name) for name in DECISIVE_ARGUMENTS}
+    recipe = {**asdict(model_args), **asdict(data_args), **training, "processes": args.world_size}
+    if getattr(data_args, "streaming", False):  # a stream's samples come in another order with other workers
+        recipe["dataloader_num_workers"] = args.dataloader_num_workers
+    for name in HARMLESS_OPTIONS:
+        recipe.pop(name, None)
+    return json.loads(json.dumps(recipe, default=str))
+
+
+def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_process: bool = True) -> str | None:
+    """
+    Make sure that `output_dir` can be that of a run of `recipe` and say which checkpoint it goes on from, if any.
+
+    Nothing is written yet, so that a start that fails leaves nothing: see [`keep_recipe`].
+
+    Args:
+        output_dir (`str` or `os.PathLike`): the run's directory.
+        recipe (`dict`): of [`recipe_of`].
+        main_process (`bool`): whether this is the process that clears up; it comes first, the others only read.
+
+    Returns:
+        Path of the last complete checkpoint, or `None` for a new run.
+
+    Raises:
+        OutputError: if the directory can't be written.
+        ValueError: if it holds other things than this run's, or a run of another recipe.
+    """
+    folder = Path(output_dir)
+    if main_process:
+        _check_writable(folder)
+        shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # a checkpoint that was broken off
+    if not folder.exists() or os.listdir(folder) in ([], [RECIPE_FILE]):  # new, or ended before it trained
+        return None
+    if not (folder / RECIPE_FILE).exists():
+        raise ValueError(
+            f"the output directory {folder} is not empty and holds no run of this program: name a new one, so that "
+            "nothing is overwritten."
+        )
+    if changes := changes_of_recipe(folder, recipe):
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({changes}): name a new output directory, or run that recipe."
+        )
+    if (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} holds a finished run of this recipe: name a new output directory to train again.")
+    if checkpoint := get_last_checkpoint(str(folder)):
+        _check_state(checkpoint)
+        logger.info("Going on from %s.", checkpoint)
+    return checkpoint
+
+
+def _check_writable(folder: Path) -> None:
+    """As [`make_directory`], but makes nothing."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError:  # not even that may be known
+        there = folder
+    make_directory(there)
+
+
+def keep_others_out(output_dir: str | os.PathLike) -> None:
+    """
+    Let no other process do this with `output_dir` until [`finish_run`]; where there is none yet, or no lock: nothing.
+
+    Raises:
+        ValueError: if another process has done so.
+    """
+    folder = Path(output_dir)
+    if fcntl is None or not folder.is_dir() or folder.absolute() in _locks:
+        return
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # of which `prepare_run` has more to say
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(
+            f"another run is writing into {folder}: wait until it has ended, or name another output directory."
+        ) from error
+    except OSError:  # a file system without locks
+        os.close(lock)
+    else:
+        _locks[folder.absolute()] = lock
+
+
+def _let_go() -> None:
+    """At the end of a run, and in a worker, which may live a while longer than the process that has the locks."""
+    for lock in _locks.values():
+        os.close(lock)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def keep_recipe(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> None:
+    """Write `recipe` into the directory of a run that begins; raises `OutputError` if that can't be written."""
+    make_directory(output_dir)
+    write_atomically(Path(output_dir) / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
+
+
+def changes_of_recipe(folder: Path, recipe: dict[str, Any]) -> str:
+    """In words, what `recipe` changes about that of the run in `folder`; empty if nothing. Raises `ValueError`."""
+    file = folder / RECIPE_FILE
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}), so whether that run is of this recipe can't be told: name a new output "
+            "directory."
+        ) from error
+    # An option that an earlier version did not write down can't be compared.
+    different = [name for name in recipe if name in before and before[name] != recipe[name]]
+    return ", ".join(f"{name} {before[name]!r} -> {recipe[name]!r}" for name in different[:5])
+
+
+def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> None:
+    """
+    Make sure that a run of `recipe` may go on from a checkpoint named by hand.
+
+    Raises:
+        ValueError: if there is none, or it is of a run of another recipe or of none that is known.
+    """
+    folder = Path(checkpoint).absolute()
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint: give a directory such as outputs/run/checkpoint-500.")
+    _check_state(checkpoint)
+    if not (folder.parent / RECIPE_FILE).is_file():
+        raise ValueError(
+            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so whether it is of this recipe can't be told: start "
+            f"from its weights with `--model {checkpoint}`."
+        )
+    if changes := changes_of_recipe(folder.parent, recipe):
+        raise ValueError(
+            f"{checkpoint} is of another recipe ({changes}): run that recipe, or start from its weights with `--model "
+            f"{checkpoint}`."
+        )
+
+
+def _check_state(checkpoint: str | os.PathLike) -> None:
+    with reading_checkpoint(checkpoint):
+        TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+
+
+@contextmanager
+def reading_checkpoint(checkpoint: str | os.PathLike) -> Iterator[None]:
+    """Whatever fails while a checkpoint of a run is read raises a `ValueError` of one sentence instead."""
+    try:
+        yield
+    except Exception as error:  # damaged files fail in any of many ways
+        wanted = asked_by_pickle(error)
+        reason = f"its pickle asks for {wanted}" if wanted else reason_of(error)
+        raise ValueError(
+            f"{checkpoint} can not be gone on from ({reason}): if it is damaged, remove it, and go on from "
+            "the one before."
+        ) from error
+
+
+def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> None:
+    """
+    Save `trainer`'s model into its output directory: written aside, then moved, the weights last.
+
+    Args:
+        trainer ([`DenseCLIPTrainer`]): whose training is over.
+        complete (`Callable`, *optional*): called on the main process with the directory it is written to, to put
+            results and card beside the weights.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    folder = Path(trainer.args.output_dir)
+    writing = folder / WRITING_DIR
+    with complete_or_gone(writing, "the final model", "the checkpoints" if get_last_checkpoint(str(folder)) else None):
+        trainer.save_model(str(writing))
+        trainer.accelerator.wait_for_everyone()
+        if complete is not None and trainer.is_world_process_zero():
+            complete(writing)
+    if trainer.is_world_process_zero():
+        for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            os.replace(file, folder / file.name)
+        writing.rmdir()
+    _let_go()
+
+
+def results_json(metrics: dict[str, Any]) -> str:
+    """Numbers, texts and lists of numbers of `metrics` as JSON, NaN (an undefined score) as null."""
+    kept = {key: value for key, value in metrics.items() if isinstance(value, (int, float, list, str))}
+    return json.dumps(without_nan(kept), indent=2, allow_nan=False) + "\n"
+
+
+def one_sentence_errors(main: Callable) -> Callable:
+    """Decorator of a script's `main`: what a user can mend ends in its one sentence and exit code 1, no traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except TrainingStopped as stop:  # it has said so
+            sys.exit(stop.exit_code)
+        except KeyboardInterrupt:
+            logger.warning("interrupted")
+            sys.exit(128 + signal.SIGINT)
+        except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
+            logger.debug("traceback", exc_info=True)
+            sys.stderr.write(f"error: {sentence_of(error)}\n")
+            sys.exit(1)
+
+    return wrapped
+
+
+def sentence_of(error: BaseException) -> str:
+    """The message of `error`, in one sentence also if it comes from a data-loader worker or another process."""
+    text = str(error).strip()
+    if isinstance(error, StrictDataclassError):  # of a config
+        return reason_of(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:  # a worker's, with its traceback
+        text = re.split(r"^[\w.]+: ", text, flags=re.MULTILINE)[-1].strip()
+        return text.splitlines()[-1] if "Traceback (" in text else text  # the last error may have no message
+    if text.startswith("DataLoader worker"):
+        return (
+            f"a process that reads data died ({text.rstrip(' .')}), as it does when memory runs out: start the same "
+            "command again, with fewer workers if this happens anew."
+        )
+    if distributed.is_initialized() and re.search(r"gloo|nccl|connection (closed|reset)", text, re.IGNORECASE):
+        return (
+            f"another process of this run is gone ({text.splitlines()[0]}): see what it said, then start the same "
+            "command again; training goes on from its last checkpoint."
+        )
+    return text or type(error).__name__
+
+
+__all__ = [
+    "changes_of_recipe",
+    "check_checkpoint",
+    "finish_run",
+    "keep_others_out",
+    "keep_recipe",
+    "one_sentence_errors",
+    "prepare_run",
+    "reading_checkpoint",
+    "recipe_of",
+    "results_json",
+    "sentence_of",
+]

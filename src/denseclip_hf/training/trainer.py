@@ -1,0 +1,340 @@
+"""`Trainer` for DenseCLIP: its recipe, what one watches while it trains, evaluation."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..evaluation.loop import evaluate_segmentation
+from ..metrics import scores_from_confusion_matrix
+from ..transforms import AugmentedDataset, AugmentedStream, EpochCallback
+from .adapters import is_adapted
+from .arguments import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
+from .batch_norm import frozen_batch_norms, synchronise_batch_norms
+from .callbacks import TrainingLog
+from .checkpoints import CheckpointingTrainer
+from .sampling import GlobalBatches, collate, training_loader
+from .stopping import OutlivesSignals, StopCallback, TrainingStopped
+
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """Raised when the loss or its gradient is NaN or infinite, before it reaches a weight or a checkpoint."""
+
+
+class DenseCLIPTrainer(CheckpointingTrainer):
+    """
+    `Trainer` with DenseCLIP's parameter groups, schedule, logging and evaluation.
+
+    Args:
+        model (`DenseCLIPForSemanticSegmentation`): the model, with or without adapters of `peft`.
+        args ([`DenseCLIPTrainingArguments`]): the recipe.
+        train_dataset ([`AugmentedDataset`] or [`AugmentedStream`]): augmented samples.
+        eval_dataset (*optional*): samples `{"image", "mask"}`, pictures and raw masks, see [`SegmentationData`]; or
+            several such sets in a `dict` by name.
+        image_processor ([`DenseCLIPImageProcessor`]): used in evaluation and saved with the model.
+        tokenizer (*optional*): saved with the model.
+        do_reduce_labels (`bool`): of the raw masks in `eval_dataset`.
+        kwargs: further arguments of `Trainer`.
+    """
+
+    model: Any
+    optimizer: Any
+    args: DenseCLIPTrainingArguments
+
+    def __init__(
+        self,
+        model,
+        args: DenseCLIPTrainingArguments,
+        train_dataset=None,
+        eval_dataset=None,
+        image_processor=None,
+        tokenizer=None,
+        do_reduce_labels: bool = False,
+        **kwargs,
+    ):
+        if args.n_gpu > 1:  # torch's DataParallel, whose copies of the model have no parameters to train
+            logger.warning("One of %d devices is used: `accelerate launch` uses all.", args.n_gpu)
+            args._n_gpu = 1
+        if args.world_size > 1:
+            synchronise_batch_norms(model, args.device.type)
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.image_processor, self.tokenizer, self.do_reduce_labels = image_processor, tokenizer, do_reduce_labels
+        self._log = TrainingLog()
+        self._unchecked: list[tuple[torch.Tensor, Any]] = []  # losses of the step that runs, and their files' names
+        self._still: list[nn.Module] = []  # batch norms that keep their statistics
+        self._batches: GlobalBatches | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=kwargs.pop("data_collator", collate),
+            **kwargs,
+        )
+        if isinstance(train_dataset, (AugmentedDataset, AugmentedStream)):
+            self.add_callback(EpochCallback(train_dataset))
+        if self.is_fsdp_enabled:
+            hold_scalars(self.model)
+        self._stop = StopCallback()
+        self.add_callback(self._stop)
+        self._check_best_metric()
+
+    def _check_best_metric(self) -> None:
+        """Refuse a `metric_for_best_model` that evaluation does not give: Trainer only does so after the first one."""
+        asked, rows = self.args.metric_for_best_model, self.eval_dataset
+        if asked is None or self.args.eval_strategy == "no" or type(self).evaluate is not DenseCLIPTrainer.evaluate:
+            return
+        scores = [key for key, value in scores_from_confusion_matrix(torch.eye(1)).items() if isinstance(value, float)]
+        scores += ["loss"] if self.model.config.inference_mode == "whole" else []
+        if isinstance(rows, dict):
+            scores = ["mean_iou", *(f"{name}_{key}" for name in rows for key in scores)]
+        if asked.removeprefix("eval_") not in scores:
+            raise ValueError(
+                f"`metric_for_best_model` is {asked!r}, which evaluation does not give: name one of "
+                f"{', '.join(scores)}."
+            )
+
+    def train(self, *args, **kwargs):
+        """
+        [`Trainer.train`], which SIGTERM and Ctrl-C end with a checkpoint and [`TrainingStopped`].
+
+        Raises:
+            ValueError: if the data does not suffice for a single step.
+            NonFiniteLossError: if a loss or gradient is NaN or infinite.
+        """
+        with self._stop.listening():
+            try:
+                output = super().train(*args, **kwargs)
+            except TrainingStopped:  # loggers close their books, as at any other end
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+                raise
+        if not output.global_step:
+            raise ValueError("the training stream gives not a single batch, so nothing was trained: fill it.")
+        return output
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        """[`Trainer._init_training_state`]; from the last step's checkpoint no further step is taken."""
+        start = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else start
+
+    def end(self):
+        """[`Trainer.end`]; what wraps the model goes first, as freed after the processes part it can hang."""
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
+    def get_train_dataloader(self):
+        """Batches of this process, see [`GlobalBatches`]; of an [`AugmentedStream`], pass after pass, endlessly."""
+        args, dataset = self.args, self.train_dataset
+        if not (isinstance(dataset, AugmentedStream) or hasattr(dataset, "__len__")):
+            loader = super().get_train_dataloader()
+            loader.worker_init_fn = OutlivesSignals(loader.worker_init_fn)
+            return loader
+        batch_size = self._train_batch_size
+        loader, self._batches = training_loader(dataset, args, batch_size, self.data_collator)
+        non_blocking = self.accelerator.non_blocking
+        # The batches are this process's already: accelerate sees just the one.
+        return prepare_data_loader(
+            loader, args.device, 1, 0, put_on_device=True, dispatch_batches=False, non_blocking=non_blocking
+        )
+
+    # Recipe
+
+    def create_optimizer(self, model=None):
+        """
+        An optimizer of the groups of [`parameter_groups`]; parameters whose rate is 0 are frozen and not in it.
+
+        Raises:
+            ValueError: naming a parameter that no group covers.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        args = self.args
+        model = self.model if model is None else model
+        groups = parameter_groups(
+            model,
+            args.learning_rate,
+            args.weight_decay,
+            args.image_encoder_lr_multiplier,
+            args.text_encoder_lr_multiplier,
+            args.exempt_norms_and_biases,
+        )
+        for group in groups:
+            for parameter in group["params"]:  # an adapter has already frozen what it is not to train
+                parameter.requires_grad_(group["lr"] > 0 and (parameter.requires_grad or not is_adapted(model)))
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        trained = [group for group in groups if group["params"]]
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+        self.optimizer = optimizer_class(trained, **options)
+        self._log.rates = {group["name"]: 0.0 for group in groups}
+        self._still = frozen_batch_norms(model)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The original's schedule over `num_training_steps`, [`poly_learning_rate`], or another that is asked for."""
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        if warmup_steps >= num_training_steps and self.is_world_process_zero():
+            logger.warning(
+                "The warm-up of %d steps does not end within the %d steps of this run, which hardly trains: lower "
+                "`warmup_steps`.",
+                warmup_steps,
+                num_training_steps,
+            )
+        if self.lr_scheduler is not None or self.args.lr_scheduler_type != "polynomial":
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        factors = [self._rate_factor(group["lr"], num_training_steps) for group in optimizer.param_groups]
+        self.lr_scheduler = LambdaLR(optimizer, factors)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _rate_factor(self, base_lr: float, total_steps: int) -> Callable[[int], float]:
+        args = self.args
+
+        def factor(step: int) -> float:
+            rate = poly_learning_rate(
+                step,
+                base_lr,
+                total_steps=total_steps,
+                min_lr=args.min_learning_rate,
+                power=args.poly_power,
+                warmup_steps=args.get_warmup_steps(total_steps),
+                warmup_ratio=args.warmup_start_ratio,
+            )
+            return rate / base_lr
+
+        return factor
+
+    # Loss and what is logged
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        The model's loss; in training, weighted so that its mean over the processes and batches of a step is the mean
+        over all pictures of the step, however unevenly they are spread.
+        """
+        names = inputs.pop("name", None)
+        if self.args.channels_last:
+            inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
+        if model.training and self._shares_class_embeddings:
+            self.model.share_class_embeddings(until_next=not self.accelerator.sync_gradients)
+        for batch_norm in self._still:
+            batch_norm.eval()
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            share = len(inputs["labels"]) / self._pictures_in_step()
+            self._unchecked.append((loss.detach(), names))
+            self._log.add(outputs, inputs["labels"], share, self.model.config.semantic_loss_ignore_index)
+            self._log.note_rates(self.optimizer.param_groups)
+            # What it is divided by again: here by Trainer, then by averaging gradients over the processes.
+            loss = loss * (share * self.current_gradient_accumulation_steps * self.args.world_size)
+        return (loss, outputs) if return_outputs else loss
+
+    def _pictures_in_step(self) -> int:
+        """Pictures, of all processes, in the step that runs."""
+        if self._batches is not None:
+            return self._batches.pictures_in_step(self.state.global_step)
+        return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+
+    @property
+    def _shares_class_embeddings(self) -> bool:
+        """Whether micro-batches share a pass through the text tower: not one that is spread or compiled."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The last moment before the optimizer steps: one look at the device checks the losses and the gradient."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        checked, self._unchecked = self._unchecked, []
+        values = [loss for loss, _ in checked]
+        if norm is not None and self.accelerator.scaler is None:  # a scaler leaves out steps that overflow by itself
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            values.append(torch.as_tensor(whole, dtype=torch.float32, device=self.args.device))
+        if values and not torch.stack(values).isfinite().all():
+            self._refuse_step(checked, values[-1])
+        return norm
+
+    def _refuse_step(self, losses: list[tuple[torch.Tensor, Any]], norm: torch.Tensor) -> None:
+        bad = [(loss, names) for loss, names in losses if not loss.isfinite()]
+        what = f"the loss is {bad[0][0].item()}" if bad else f"the norm of the gradient is {norm.item()}"
+        if not bad and self.args.world_size > 1:
+            losses = []  # it may be another process's pictures
+        files = [str(name) for _, names in bad or losses for name in names or ()]
+        on = f" on {', '.join(files)}" if files else ""
+        raise NonFiniteLossError(
+            f"{what} at step {self.state.global_step}{on}: training stops before it reaches a weight; the checkpoints "
+            f"in {self.args.output_dir} are from before. Lower `learning_rate` or look at these files."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """[`Trainer.log`]; beside the loss, both its parts, accuracy, rates and speed, all of every process."""
+        if "loss" in logs:
+            logs |= self._log.next_line(self.accelerator)
+        super().log(logs, start_time)
+
+    # Evaluation: every image once, at its own size, only a K x K matrix kept
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, Any]:
+        """
+        Scores on `eval_dataset`, or the trainer's own; every picture is counted once, on however many processes.
+
+        Args:
+            eval_dataset (sequence or stream of `{"image", "mask"}`, *optional*): pictures and raw masks. Of a `dict`
+                of such sets each is evaluated, its name after the prefix; `eval_mean_iou` is the mean of all
+                `eval_NAME_mean_iou`.
+            ignore_keys: has no effect.
+            metric_key_prefix (`str`): what all keys begin with.
+
+        Returns:
+            `dict`: what [`evaluate_segmentation`] returns, the keys with `eval_` before them: `eval_mean_iou`, ….
+
+        Raises:
+            ValueError: if there is nothing to evaluate on.
+        """
+        start = time.perf_counter()
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("there is no picture to evaluate on: give the trainer an `eval_dataset`.")
+        if isinstance(rows, dict) and rows:
+            results = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()]
+            scores = {key: value for result in results for key, value in result.items()}
+            best = [scores[f"{metric_key_prefix}_{name}_mean_iou"] for name in rows]
+            return scores | {f"{metric_key_prefix}_mean_iou": sum(best) / len(best)}
+        scores = evaluate_segmentation(
+            self.model,
+            rows,
+            self.image_processor,
+            do_reduce_labels=self.do_reduce_labels,
+            accelerator=self.accelerator,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            progress=not self.args.disable_tqdm,
+        )
+        scalars = {f"{metric_key_prefix}_{k}": v for k, v in scores.items() if isinstance(v, (int, float))}
+        self.log(dict(scalars))
+        metrics = {
+            **scalars,
+            **{f"{metric_key_prefix}_{k}": v for k, v in scores.items() if not isinstance(v, (int, float))},
+        }
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._log.leave_out(time.perf_counter() - start)
+        return metrics
+
+
+def hold_scalars(model: nn.Module) -> None:
+    """FSDP2 shards no parameter without a dimension: CLIP's temperature, which is not trained, becomes a buffer."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+
+
+__all__ = ["DenseCLIPTrainer", "NonFiniteLossError"]

@@ -1,0 +1,273 @@
+"""The app: the page in a process of its own, as a visitor and a browser find it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from conftest import photo
+from forked import run_script
+from PIL import Image
+from test_app_answers import CLASSES, WORDS
+
+from denseclip_hf.app.answers import segment
+
+
+APP = Path(__file__).parents[2] / "app.py"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# The machine may be busy with many other things.
+PATIENCE = 600
+
+
+@pytest.fixture(scope="module")
+def app_url(word_model_dir, tmp_path_factory):
+    """The address of `app.py` in a process of its own, which ends with the tests."""
+    pytest.importorskip("gradio")
+    folder = tmp_path_factory.mktemp("app")
+    log = folder / "log"
+    environment = {
+        **os.environ, "DENSECLIP_MODELS": str(word_model_dir), "GRADIO_TEMP_DIR": str(folder / "files"),
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NO_PROXY": "*",
+    }  # fmt: skip
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, str(APP), "--device", "cpu"],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+        )
+    try:
+        end, marker = time.monotonic() + PATIENCE, "The page is at"
+        while marker not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield log.read_text().split(marker)[1].split()[0]
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def asked(url, data=None, headers=None):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(urllib.request.Request(url, data, headers or {}), timeout=PATIENCE)
+
+
+def contents(*question):
+    with asked(*question) as answer:
+        return answer.read().decode()
+
+
+def status(*question):
+    try:
+        with asked(*question) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["/file=", "/gradio_api/file="])
+def test_only_files_of_the_page_are_served(app_url, word_model_dir, route):
+    for file in (word_model_dir / "config.json", APP, Path(__file__), Path("/etc/hostname"), Path("log")):
+        assert status(f"{app_url}{route}{quote(str(file))}") in (403, 404), file
+    assert status(app_url) == 200
+
+
+@pytest.mark.slow
+def test_uploads_are_limited(app_url):
+    def upload(size):
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        body = head + bytes(size) + b"\r\n--x--\r\n"
+        return status(f"{app_url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+
+    assert upload(1000) == 200
+    assert upload(21 * 2**20) == 413
+
+
+@pytest.mark.slow
+def test_addresses_are_not_fetched(app_url):
+    """A picture by its address would come without a limit, from wherever a visitor says."""
+    page = json.loads(contents(f"{app_url}/config"))
+    number = next(i for i, event in enumerate(page["dependencies"]) if event["api_name"] == "on_segment")
+    head = {"Content-Type": "application/json"}
+    for place in range(5):  # whichever part of the page it pretends to be for
+        data = [None, "random", "the model's classes", "", False, 0.6]
+        data[place] = {"path": "https://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
+        question = {"data": data, "fn_index": number, "session_hash": f"s{place}"}
+        contents(f"{app_url}/gradio_api/queue/join", json.dumps(question).encode(), head)
+        answer = contents(f"{app_url}/gradio_api/queue/data?session_hash=s{place}")
+        assert "an address is not fetched" in answer, answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "sentence"), [([], "at least one model"), (["--model", "no/where"], "no/where is")])
+def test_app_without_a_model_ends_with_one_sentence(flags, sentence):
+    pytest.importorskip("gradio")
+    environment = {k: v for k, v in os.environ.items() if k != "DENSECLIP_MODELS"} | {"HF_HUB_OFFLINE": "1"}
+    code, said = run_script(APP, *flags, environment=environment)
+    assert code == 1 and sentence in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_space_needs_nothing_installed_but_the_requirements(tmp_path):
+    pytest.importorskip("gradio")
+    shutil.copy(APP, tmp_path)
+    shutil.copytree(APP.parent / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    code = "import runpy; runpy.run_path('app.py'); import denseclip_hf; print(denseclip_hf.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
+def test_a_space_gets_what_the_package_needs():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
+    project = tomllib.loads((APP.parent / "pyproject.toml").read_text())["project"]
+    lines = (APP.parent / "requirements.txt").read_text().splitlines()
+    needed = [*project["dependencies"], *project["optional-dependencies"]["app"]]
+    assert [line for line in lines if not line.startswith("#")] == needed
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if BROWSER is None:
+        pytest.skip("no browser is installed (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=1000 * PATIENCE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, app_url):
+    """The page as a visitor finds it; whatever it asks of other hosts is refused and remembered."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(1000 * PATIENCE)
+    page.elsewhere = []
+
+    def only_the_app(route):
+        if route.request.url.startswith((app_url, "data:", "blob:")):
+            return route.continue_()
+        page.elsewhere.append(route.request.url)
+        return route.abort()
+
+    page.route("**/*", only_the_app)
+    page.goto(app_url)
+    page.locator("#segment").wait_for()
+    yield page
+    page.close()
+
+
+def upload(page, file):
+    page.locator("#picture input[type=file]").set_input_files(file)
+    page.locator("#picture img").wait_for()
+
+
+def legend(page, *names):
+    """What the legend says once it names one of `names`, by class."""
+    entries = "[...document.querySelectorAll('#overlay .legend li')].map(entry => entry.innerText)"
+    page.wait_for_function(f"names => {entries}.some(text => names.some(n => text.startsWith(n)))", arg=list(names))
+    entries = [text.rsplit(" ", 2) for text in page.locator("#overlay .legend li").all_inner_texts()]
+    return {name: int(percent) for name, percent, _ in entries}
+
+
+def shares(answer):
+    counts = np.bincount(answer.segmentation.flat, minlength=len(answer.names)) / answer.segmentation.size
+    return {name: pytest.approx(100 * n, abs=1.1) for name, n in zip(answer.names, counts, strict=True) if n}
+
+
+def downloaded(page, button):
+    with page.expect_download() as download:
+        page.locator(button).click()
+    return download.value.suggested_filename, Image.open(download.value.path())
+
+
+@pytest.mark.slow
+def test_visitor_segments_tries_words_and_downloads(page, app_models, photo_file):
+    upload(page, photo_file)
+    page.locator("#segment").click()
+    answer = segment(app_models, photo(), "random")
+    assert legend(page, *CLASSES) == shares(answer)
+
+    canvas = page.locator("#overlay .paint")
+    drawn = page.evaluate("""() => {
+        const canvas = document.querySelector('#overlay .paint');
+        return [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data];
+    }""")
+    colors = np.array(drawn).reshape(64, 96, 4)
+    assert (colors[..., :3] == np.array(answer.palette)[answer.segmentation]).all()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for x, y in ((10, 8), (48, 32), (90, 60)):
+        page.mouse.move(box["x"] + (x + 0.5) * box["width"] / 96, box["y"] + (y + 0.5) * box["height"] / 64)
+        assert page.locator("#overlay .tip").inner_text() == CLASSES[answer.segmentation[y, x]]
+
+    name, mask = downloaded(page, "#mask")
+    assert name == "holiday_mask.png" and mask.mode == "P" and (np.asarray(mask) == answer.segmentation).all()
+    name, painted = downloaded(page, "#painted")
+    assert name == "holiday_overlay.png" and painted.width == 96 and painted.height > 64
+
+    opacity = page.locator("#opacity input[type=number]")
+    opacity.fill("0")
+    opacity.press("Enter")
+    page.wait_for_function("getComputedStyle(document.querySelector('#overlay .paint')).opacity === '0'")
+
+    page.locator("#mode").get_by_label("words of your own").click()
+    page.locator("#words textarea").fill("\n".join(WORDS))
+    page.locator("#segment").click()
+    answer = segment(app_models, photo(), "random", WORDS)
+    assert legend(page, *WORDS) == shares(answer)
+    _, mask = downloaded(page, "#mask")
+    assert (np.asarray(mask) == answer.segmentation).all()
+
+    for word in ("house", "a red bus"):
+        page.locator("#chosen input").fill(word)
+        page.locator("#chosen input").press("Enter")
+    page.locator("#draw").click()
+    page.locator("#maps img").nth(1).wait_for()
+    captions = page.locator("#maps .caption-label").all_inner_texts()
+    assert [caption.rsplit(" ", 3)[0] for caption in captions] == ["house", "a red bus"]
+    assert page.elsewhere == []
+
+
+def complaint(page):
+    """What the page says after a click on the button; it goes on working."""
+    page.locator("#segment").click()
+    toast = page.locator("[data-testid=toast-body]").first
+    toast.wait_for()
+    # At once, as it goes by itself after ten seconds.
+    text = toast.evaluate("it => { it.querySelector('[data-testid=toast-close]').click(); return it.innerText; }")
+    toast.wait_for(state="detached")
+    return text
+
+
+@pytest.mark.slow
+def test_visitor_reads_what_is_wrong(page, app_models, photo_file, tmp_path):
+    assert "choose a picture first" in complaint(page)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    page.locator("#picture input[type=file]").set_input_files(broken)
+    page.locator("#picture button[aria-label='Clear'], #picture img").first.wait_for()
+    text = complaint(page)
+    assert "broken.png cannot be read as a picture" in text and str(tmp_path) not in text and "gradio" not in text
+    page.reload()
+    upload(page, photo_file)
+    page.locator("#mode").get_by_label("words of your own").click()
+    for words, sentence in (("sky\nsky", "'sky' is given twice"), ("sky\n\nroad", "none of them empty")):
+        page.locator("#words textarea").fill(words)
+        assert sentence in complaint(page)
+    page.locator("#words textarea").fill("sky\nroad")
+    page.locator("#segment").click()
+    assert legend(page, "sky", "road") == shares(segment(app_models, photo(), "random", ["sky", "road"]))

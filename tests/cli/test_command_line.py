@@ -1,0 +1,69 @@
+"""Flags of dataclasses: what is accepted, refused and shown."""
+
+import logging
+
+import pytest
+from test_recipes import KINDS
+
+from denseclip_hf.command_line import log_to_terminal
+from denseclip_hf.evaluation.measure import EvaluationArguments
+from denseclip_hf.training.recipe import parse_arguments
+
+
+def shown(capsys, kinds, *argv, **options):
+    """What is printed before the end."""
+    with pytest.raises(SystemExit):
+        parse_arguments(kinds, argv, **options)
+    printed = capsys.readouterr()
+    return printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [([], None), (["--do_reduce_labels"], True), (["--do-reduce-labels", "false"], False)],
+)
+def test_a_flag_that_may_be_unset_needs_no_value(flags, value):
+    assert parse_arguments(KINDS, flags)[1].do_reduce_labels is value
+    assert parse_arguments([EvaluationArguments], flags)[0].do_reduce_labels is value
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--max_stepz=3"], "the flag `--max_stepz` is unknown: did you mean `--max_steps`?"),
+        (["--qqq", "3"], "the flag `--qqq` is unknown: see `--help`."),
+        (["--max_steps", "3", "r.yaml"], "`r.yaml` belongs to no flag: recipes (.yaml, .yml, .json) come first."),
+        (["--output_dir", "x"], "give `--dataset`, by flag or recipe: see `--help`."),
+        ([], "give `--dataset` and `--output_dir`, by flag or recipe: see `--help`."),
+    ],
+)
+def test_unknown_and_missing_flags_are_one_sentence(argv, sentence):
+    with pytest.raises(ValueError) as error:
+        parse_arguments(KINDS, argv, needed=["dataset", "output_dir"])
+    assert str(error.value).startswith(sentence)
+
+
+def test_what_is_needed_may_stand_in_a_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("dataset: streets\n")
+    assert parse_arguments(KINDS, [str(tmp_path / "r.yaml")], needed=["dataset"])[1].dataset == "streets"
+
+
+def test_help_begins_with_this_librarys_options(capsys):
+    said = shown(capsys, KINDS, "--help", description="Train.\n\n    an example")
+    assert said.splitlines()[0].endswith("[RECIPE.yaml ...] [--option VALUE ...]") and "\n    an example\n" in said
+    order = ["What is trained", "--clip ", "What it is trained on", "--dataset ", "How it is trained", "--output_dir "]
+    order += ["--image_encoder_lr_multiplier ", "Further options", "--adam_beta1 "]
+    assert sorted(order, key=said.index) == order
+    assert "--crop-size" not in said and "(default: None)" not in said and "(default: 512)" in said
+    assert "--no_photometric Switch `--photometric` off. --fast_jpeg" in " ".join(said.split())
+
+
+def test_a_value_of_another_type_is_two_lines(capsys):
+    assert len(shown(capsys, KINDS, "--max_steps", "x").splitlines()) == 2
+
+
+def test_what_the_hub_says_is_said_once(monkeypatch):
+    hub = logging.getLogger("huggingface_hub")  # whose own handler writes it too
+    monkeypatch.setattr(hub, "propagate", True)
+    log_to_terminal()
+    assert hub.handlers and not hub.propagate

@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from denseclip_hf.devices import DTYPES, device_of
+from denseclip_hf.inference import LOADING_DTYPES
+
+
+@pytest.mark.parametrize("table", [DTYPES, LOADING_DTYPES])
+def test_every_dtype_option_takes_long_and_short_names(table):
+    names = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] * 2
+    assert [table[name] for name in names] == dtypes
+
+
+def test_devices_by_name():
+    assert device_of("cpu") == "cpu" and device_of("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_sentence(name):
+    with pytest.raises(ValueError, match=f"`--device` '{name}' can not be used .*: give auto or cpu") as caught:
+        device_of(name)
+    assert "\n" not in str(caught.value)

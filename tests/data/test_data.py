@@ -1,0 +1,322 @@
+"""Data sets: every layout that is read, and every refusal with its words."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from sample_data import (
+    NAMES,
+    PALETTE,
+    SIZE,
+    hub_like,
+    make_mask,
+    make_pixels,
+    write_classes,
+    write_folder,
+    write_pairs,
+)
+
+from denseclip_hf.data import folders as data_layouts
+from denseclip_hf.data import load_segmentation_dataset
+from denseclip_hf.data.check import check_dataset
+from denseclip_hf.transforms import AugmentedStream, TrainTransform
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "set")
+
+
+# Layouts on disk
+
+
+def test_folder_with_splits(folder):
+    data = load_segmentation_dataset(folder)
+    assert data.id2label == dict(enumerate(NAMES)) and data.label2id["car"] == 2
+    assert data.palette == [tuple(color) for color in PALETTE]
+    assert (data.ignore_index, data.do_reduce_labels) == (255, False)
+    assert (len(data.train), len(data.validation)) == (4, 2)
+    sample = data.train[3]
+    assert sample["image"].mode == "RGB" and sample["image"].size == SIZE
+    assert np.array_equal(sample["mask"], make_mask(3))
+    assert np.array_equal(data.train.select([2, 1])[0]["mask"], make_mask(2))
+
+
+def test_folder_without_splits_holds_the_same_samples_out_every_time(tmp_path):
+    write_pairs(tmp_path, 30)
+    write_classes(tmp_path)
+    first, second = (load_segmentation_dataset(tmp_path, validation_fraction=0.3) for _ in range(2))
+    assert len(first.train) + len(first.validation) == 30 and 2 <= len(first.validation) <= 18
+    paths = [[row["mask"]["path"] for row in data.validation.with_format(None)] for data in (first, second)]
+    assert paths[0] == paths[1]
+    assert load_segmentation_dataset(tmp_path, validation_fraction=0).validation is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_held_out_share_of_few_samples(tmp_path, count):
+    write_pairs(tmp_path, count)
+    data = load_segmentation_dataset(tmp_path, classes=NAMES)
+    assert len(data.train) == max(1, count - 1)
+    assert (data.validation is None) == (count == 1)
+
+
+def test_files_added_later_do_not_move_others():
+    pairs = [(Path(f"{i}.jpg"), Path(f"{i}.png")) for i in range(200)]
+    few, many = (set(data_layouts.hold_out(chosen, 0.2)[1]) for chosen in (pairs[:100], pairs))
+    assert few <= many and 20 < len(many) < 60
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [NAMES, dict(enumerate(NAMES)), {"2": "car", "0": "sky", "1": "road"}, {"id2label": NAMES}],
+    ids=["list", "mapping", "text keys", "id2label"],
+)
+def test_classes_given_by_the_caller(tmp_path, classes):
+    write_pairs(tmp_path / "training", 2)
+    data = load_segmentation_dataset(tmp_path, classes=classes, ignore_index=255)
+    assert list(data.id2label.items()) == list(enumerate(NAMES))
+    assert len(set(data.palette)) == 3
+
+
+def test_classes_given_as_a_file_replace_those_of_the_folder(folder, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps(["a", "b", "c"]))
+    data = load_segmentation_dataset(folder, classes=tmp_path / "names.json")
+    assert data.id2label[2] == "c" and data.palette[0] == (0, 0, 255)
+
+
+def test_ade20k(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    for split in ("training", "validation"):
+        masks = partial(make_mask, highest=150)
+        write_pairs(root, 2, f"images/{split}", f"annotations/{split}", masks)
+    for path in (tmp_path, root):
+        data = load_segmentation_dataset(path)
+        assert (len(data.train), len(data.validation)) == (2, 2)
+        assert len(data.id2label) == 150 and data.id2label[0] == "wall" and data.id2label[7] == "bed"
+        assert data.palette[0] == (120, 120, 120) and data.do_reduce_labels and data.ignore_index == 255
+
+
+def test_cityscapes(tmp_path):
+    stored = np.array([[7, 8, 0], [33, 29, 255]], dtype=np.uint8)
+    for split in ("train", "val"):
+        images, masks = tmp_path / "leftImg8bit" / split / "ulm", tmp_path / "gtFine" / split / "ulm"
+        images.mkdir(parents=True), masks.mkdir(parents=True)
+        Image.new("RGB", (3, 2)).save(images / "ulm_000_019_leftImg8bit.png")
+        Image.fromarray(stored).save(masks / "ulm_000_019_gtFine_labelIds.png")
+        Image.fromarray(stored).save(masks / "ulm_000_019_gtFine_instanceIds.png")
+    for ignore_index in (255, 200, -100):
+        data = load_segmentation_dataset(tmp_path, ignore_index=ignore_index)
+        i = ignore_index
+        assert data.train[0]["mask"].tolist() == [[0, 1, i], [18, i, i]]
+    assert len(data.id2label) == 19 and data.id2label[18] == "bicycle" and not data.do_reduce_labels
+    with pytest.raises(ValueError, match="has 19 classes, but 2 names are given: give one for each of road, sidewalk"):
+        load_segmentation_dataset(tmp_path, classes="road,sidewalk")
+
+
+# `datasets`
+
+
+@pytest.mark.parametrize(
+    ("image", "label"), [("image", "label"), ("pixel_values", "annotation"), ("image", "whatever"), ("photo", "mask")]
+)
+def test_columns_are_detected(image, label):
+    data = load_segmentation_dataset(hub_like(image=image, label=label, scene=1), classes=NAMES)
+    assert data.train.column_names == ["image", "mask"]
+    assert data.train[0]["image"].size == SIZE and data.train[0]["mask"].shape == SIZE[::-1]
+
+
+def test_columns_given_by_the_caller():
+    rows = hub_like(image="label", label="image")  # named the wrong way round
+    data = load_segmentation_dataset(
+        {"train": rows, "validation": rows}, classes=NAMES, image_column="label", label_column="image"
+    )
+    assert np.array_equal(data.train[1]["mask"], make_mask(1))
+    assert np.array_equal(data.train[1]["image"], make_pixels(1))
+
+
+def test_a_class_number_per_picture_is_not_a_mask():
+    rows = hub_like(label="annotation").add_column("label", [0, 1, 2, 0])
+    assert load_segmentation_dataset(rows, classes=NAMES).train[0]["mask"].shape == SIZE[::-1]
+
+
+def test_splits_in_a_mapping_and_on_disk(tmp_path):
+    splits = datasets.DatasetDict({"train": hub_like(3), "validation": hub_like(2), "test": hub_like(1)})
+    splits.save_to_disk(tmp_path / "saved")
+    splits["train"].to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    for source, sizes in ((splits, (3, 2)), (tmp_path / "saved", (3, 2)), (tmp_path / "hub", (2, 1))):
+        data = load_segmentation_dataset(source, classes=NAMES)
+        assert (len(data.train), len(data.validation)) == sizes
+
+
+def test_class_names_from_features():
+    feature = datasets.Sequence(datasets.Sequence(datasets.ClassLabel(names=NAMES)))
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    masks = [make_mask(i).clip(max=2).tolist() for i in range(3)]
+    rows = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(make_pixels(i)) for i in range(3)], "label": masks}, features
+    )
+    data = load_segmentation_dataset(rows, validation_fraction=0)
+    assert data.id2label == dict(enumerate(NAMES))
+    assert data.train[1]["mask"].tolist() == masks[1]
+
+
+def test_class_names_from_features_are_checked_unless_others_are_given():
+    feature = datasets.Sequence(datasets.Sequence(datasets.ClassLabel(names=["Sky", "sky "])))
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    image = Image.fromarray(make_pixels(0))
+    masks = [make_mask(0).clip(max=1).tolist()]
+    rows = datasets.Dataset.from_dict({"image": [image], "label": masks}, features)
+    with pytest.raises(ValueError, match="the data set's label column must name .*'sky' stands there twice"):
+        load_segmentation_dataset(rows, validation_fraction=0)
+    data = load_segmentation_dataset(rows, validation_fraction=0, classes=["sky", "cloud"])
+    assert list(data.id2label.values()) == ["sky", "cloud"]
+
+
+def test_streams(tmp_path):
+    hub_like(4).to_parquet(tmp_path / "train.parquet")
+    data = load_segmentation_dataset(tmp_path, classes=NAMES, streaming=True)
+    samples = list(data.train)
+    assert len(samples) == 4 and data.validation is None
+    assert np.array_equal(samples[2]["mask"], make_mask(2))
+    augmented = list(AugmentedStream(data.train, TrainTransform(crop_size=8)))
+    assert augmented[3]["pixel_values"].shape == (3, 8, 8)
+    assert check_dataset(data, full=True).splits["train"].num_checked == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        (partial(hub_like, image="a", label="b"), {}, "Which columns .* a, b; set image_column"),
+        (hub_like, {"image_column": "picture"}, "no column 'picture'"),
+        (hub_like, {"classes": None}, "class names are unknown"),
+        (hub_like, {"train_split": "trian"}, "no split 'trian'; the data set has train"),
+        (hub_like, {"validation_fraction": 1.5}, "validation_fraction is 1.5"),
+        (lambda: {"test": hub_like()}, {}, "Which split trains.* test"),
+        (lambda: {"train": hub_like().select([])}, {}, "A split has no samples; remove it or fill it"),
+    ],
+)
+def test_refusals_about_datasets(rows, options, words):
+    with pytest.raises(ValueError, match=words):
+        load_segmentation_dataset(rows(), **{"classes": NAMES, **options})
+
+
+# Refusals of folders
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (
+            lambda f: (f / "train/masks/002.png").unlink(),
+            r"picture .*002.jpg has no mask of that name; add it or remove it",
+        ),
+        (
+            lambda f: (f / "train/images/002.jpg").unlink(),
+            r"mask .*002.png has no picture of that name; add it or remove it",
+        ),
+        (
+            lambda f: [p.unlink() for p in (f / "train/images").iterdir()],
+            r"train.images holds no pictures \(.*\); put them there",
+        ),
+        (lambda f: (f / "train/masks").rename(f / "train/annotation"), r"train.masks does not exist"),
+        (lambda f: (f / "train/images/000.png").write_bytes(b""), "differ only in their suffix"),
+        (lambda f: (f / "classes.json").unlink(), "class names of .* are unknown; give `classes`"),
+        (lambda f: (f / "classes.json").write_text("{"), "classes.json is not a JSON file"),
+        (lambda f: write_classes(f, id2label={"0": "sky", "2": "car"}), r"ids \[1\] are missing"),
+        (lambda f: write_classes(f, id2label=["a", "b", "a"]), "'a' stands there twice"),
+        (lambda f: write_classes(f, id2label=["a", "B", "b "]), "'b' stands there twice .capital letters and blanks"),
+        (lambda f: write_classes(f, id2label=["a", "", "b"]), "one is empty"),
+        (lambda f: write_classes(f, id2label=["a", "\ud800", "b"]), "holds half a character"),
+        (lambda f: write_classes(f, id2label=7), "must name the classes"),
+        (lambda f: write_classes(f, id2label={"x": "a"}), r"\['x'\] are no ids"),
+        (lambda f: write_classes(f, palette=PALETTE[:2]), "3 classes but 2 palette colours"),
+        (lambda f: write_classes(f, palette=[[0, 0, 256]] * 3), "three whole numbers 0…255"),
+        (lambda f: write_classes(f, ignore_index="255"), "whole number as ignore_index"),
+        (
+            lambda f: write_classes(f, id2label=["a", "b"], palette=None),
+            r"holds the ids 2, .* with 2 classes; complete the class list",
+        ),
+    ],
+)
+def test_folders_that_are_refused(folder, break_it, words):
+    break_it(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_segmentation_dataset(folder)
+
+
+def test_refusals_are_one_sentence_per_file(folder):
+    (folder / "train/images/001.jpg").unlink()
+    (folder / "train/images/002.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"001.png \(and 1 more\)"):
+        load_segmentation_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("empty", "no data set that is recognised; put pictures into"), ("absent", "is no folder")]
+)
+def test_no_data_set_there(tmp_path, name, words):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=words):
+        load_segmentation_dataset(tmp_path / name)
+
+
+def test_a_folder_whose_splits_have_other_names(folder):
+    (folder / "val").rename(folder / "held_out")
+    (folder / "train").rename(folder / "first")
+    with pytest.raises(ValueError, match="Which split trains. Set train_split to one of first, held_out"):
+        load_segmentation_dataset(folder)
+
+
+def test_a_name_that_is_no_data_set(monkeypatch):
+    def absent(*args, **kwargs):
+        raise ConnectionError("no route to the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(FileNotFoundError, match="nobody/nothing can be read neither .* nor .*no route .* check the"):
+        load_segmentation_dataset("nobody/nothing")
+
+
+def test_a_file_of_class_names_that_is_missing(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="names.json, which should hold the class names, does not exist"):
+        load_segmentation_dataset(folder, classes=tmp_path / "names.json")
+
+
+def test_a_split_that_nobody_asks_for_may_be_without_masks(folder):
+    shutil.copytree(folder / "val" / "images", folder / "test" / "images")
+    data = load_segmentation_dataset(folder)
+    assert (len(data.train), len(data.validation)) == (4, 2)
+    with pytest.raises(FileNotFoundError, match="test/masks does not exist"):
+        load_segmentation_dataset(folder, validation_split="test")
+
+
+def test_missing_cityscapes_masks(tmp_path):
+    (tmp_path / "leftImg8bit/train/ulm").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="unpack Cityscapes"):
+        load_segmentation_dataset(tmp_path)
+    Image.new("RGB", (3, 2)).save(tmp_path / "leftImg8bit/train/ulm/ulm_0_leftImg8bit.png")
+    with pytest.raises(FileNotFoundError, match="ulm_0_leftImg8bit.png has no mask"):
+        load_segmentation_dataset(tmp_path)
+
+
+def test_paths_in_classes_json_are_not_followed(folder, tmp_path):
+    (tmp_path / "secret.json").write_text(json.dumps(["x", "y", "z"]))
+    write_classes(folder, id2label=str(tmp_path / "secret.json"))
+    with pytest.raises(ValueError, match="must name the classes"):
+        load_segmentation_dataset(folder)
+
+
+def test_a_sample_from_elsewhere_is_read_like_those_of_the_data_set(folder, tmp_path):
+    data = load_segmentation_dataset(folder)
+    write_pairs(tmp_path, 1)
+    sample = data.reader.read(tmp_path / "images/000.jpg", tmp_path / "masks/000.png")
+    assert np.array_equal(sample["mask"], make_mask(0))
+
+
+def test_default_palette_has_a_color_for_each_class():
+    palette = data_layouts.default_palette(150)
+    assert len(set(palette)) == 150 and palette == data_layouts.default_palette(150)

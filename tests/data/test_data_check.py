@@ -1,0 +1,112 @@
+"""The check of a data set."""
+
+import dataclasses
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_data import NAMES, SIZE, hub_like, truncated, write_folder, write_pairs
+
+from denseclip_hf.data import load_segmentation_dataset
+from denseclip_hf.data.check import check_dataset
+from denseclip_hf.evaluation.measure import EvaluationArguments
+from denseclip_hf.training.recipe import DataArguments
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "set")
+
+
+def test_report_counts_by_hand(folder):
+    mask = np.array([[0, 0, 0, 1], [255, 255, 1, 1]], dtype=np.uint8)
+    for index in range(4):
+        Image.new("RGB", (4, 2)).save(folder / f"train/images/{index:03}.jpg")
+        Image.fromarray(mask).save(folder / f"train/masks/{index:03}.png")
+    report = check_dataset(load_segmentation_dataset(folder), full=True)
+    train = report.splits["train"]
+    assert train.pixels_per_class.tolist() == [12, 12, 0] and train.images_per_class.tolist() == [4, 4, 0]
+    assert train.void_share == 0.25 and train.sizes == [(4, 2)] * 4
+    assert report.ok and report.unseen_classes == []  # the validation masks show the third class
+    assert "all 4x2 pixels" in str(report) and "No problems." in str(report)
+
+
+def test_report_names_every_problem(folder):
+    truncated(folder / "train/images/000.jpg")
+    Image.fromarray(np.full(SIZE[::-1], 9, np.uint8)).save(folder / "val/masks/001.png")
+    data = load_segmentation_dataset(folder, read_first=False)
+    report = check_dataset(data, full=True)
+    assert not report.ok and len(report.problems) == 2
+    assert "000.jpg cannot be read" in report.problems[0] and "holds the ids 9" in report.problems[1]
+    assert report.splits["train"].num_checked == 4 and len(report.splits["train"].sizes) == 3
+    assert "Problems: 2" in str(report)
+
+
+def test_problems_of_a_kind_are_printed_together(tmp_path):
+    folder = write_folder(tmp_path / "my set")
+    write_pairs(folder / "train", 9)
+    for mask in (folder / "train/masks").iterdir():
+        Image.fromarray(np.full(SIZE[::-1], 100 + int(mask.stem), np.uint8)).save(mask)
+    truncated(folder / "train/images/008.jpg")
+    report = check_dataset(load_segmentation_dataset(folder, read_first=False), full=True)
+    *alike, rest, other = str(report).partition("Problems: 9\n")[2].splitlines()
+    assert alike == report.problems[:3] and other == report.problems[8]
+    assert rest == "… and 5 more of this kind: 003.png, 004.png, 005.png, 006.png, 007.png"
+
+
+def test_a_split_without_samples_is_a_problem():
+    data = load_segmentation_dataset({"train": hub_like(4).select([])}, classes=NAMES, read_first=False)
+    assert check_dataset(data).problems == ["train: the split has no samples; remove it or fill it."]
+
+
+def test_report_of_a_stream_and_of_a_split_without_sound_samples(folder, tmp_path):
+    for mask in (folder / "val" / "masks").iterdir():
+        mask.write_bytes(b"")
+    data = load_segmentation_dataset(folder, read_first=False)
+    report = check_dataset(data, full=True)
+    assert "none of them sound" in str(report) and not report.ok
+    rows = hub_like(4).to_iterable_dataset()
+    stream = load_segmentation_dataset({"train": rows}, classes=NAMES[:2], read_first=False)  # masks hold 0…2
+    (problem,) = check_dataset(stream).problems
+    assert problem.startswith("train: sample 0: ") and "holds the ids 2" in problem
+
+
+def test_quick_check_looks_at_the_same_few_samples(folder):
+    data = load_segmentation_dataset(folder)
+    first, second = (check_dataset(data, max_samples=2) for _ in range(2))
+    assert first.splits["train"].num_checked == 2
+    assert str(first) == str(second)
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_looking_at_nothing_is_refused(folder, number):
+    with pytest.raises(ValueError, match=f"`max_samples` is {number}, .*: give 1 or more"):
+        check_dataset(load_segmentation_dataset(folder), max_samples=number)
+
+
+def test_script_names_its_options_as_train_and_evaluate_do(monkeypatch, capsys):
+    script = str(Path(__file__).parents[2] / "scripts" / "check_data.py")
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    shown = capsys.readouterr().out
+    asked = set(re.findall(r"--(\w+)", shown)) - {"help", "full", "max_samples"}
+    fields = {field.name for kind in (DataArguments, EvaluationArguments) for field in dataclasses.fields(kind)}
+    assert "dataset_config" in asked and asked <= fields
+    assert "Samples per split without --full. (default: 50)" in " ".join(shown.split())
+
+
+def test_script_prints_a_table_and_tells_by_its_exit_code(folder, monkeypatch, capsys):
+    script = str(Path(__file__).parents[2] / "scripts" / "check_data.py")
+    for expected, words in ((0, "No problems."), (1, "000.jpg cannot be read"), (1, "no data set that is recognised")):
+        if expected:
+            truncated(folder / "train/images/000.jpg")
+        source = folder / "train" / "masks" if "recognised" in words else folder
+        monkeypatch.setattr("sys.argv", [script, str(source), "--full"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(script, run_name="__main__")
+        printed = capsys.readouterr()
+        assert stop.value.code == expected and words in printed.out + printed.err

@@ -1,0 +1,275 @@
+"""The training augmentation: geometry against the original's results, draws, and what reaches the workers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from denseclip_hf.model.resizing_denseclip import fit_within
+from denseclip_hf.transforms import (
+    TrainTransform,
+    crop_is_varied,
+    photometric_distortion,
+    resize_region,
+    sample_rng,
+)
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+GOLDEN = json.loads((FIXTURES / "preprocess.json").read_text())
+TENSORS = load_file(FIXTURES / "preprocess.safetensors")
+PICTURES = ["landscape", "portrait", "upscale"]
+BOXES = GOLDEN["random_crop"]["boxes"]
+
+
+def make_sample(height=60, width=80, seed=0):
+    """A smooth picture and a mask of 3 x 4 blocks of classes 0…4."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    blocks = rng.integers(0, 5, (3, 4), dtype=np.uint8)
+    mask = np.kron(blocks, np.ones((height // 3, width // 4), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC), mask
+
+
+SMALL = TrainTransform(crop_size=24, scale=(128, 32))
+
+
+def whole_only(**options):
+    """A transform that leaves size and colours alone and never flips: the crop is the whole picture."""
+    defaults = {"crop_size": (60, 80), "scale": (80, 60), "ratio_range": (1, 1), "cat_max_ratio": 1}
+    return TrainTransform(**{**defaults, "flip_probability": 0, "photometric": False, **options})
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_resized_size_picture_and_mask_agree_with_the_original(name):
+    image, mask = TENSORS[f"in/{name}/image"], TENSORS[f"in/{name}/label"]
+    expected, expected_mask = TENSORS[f"out/{name}/resized"], TENSORS[f"out/{name}/label_resized"]
+    height, width = fit_within(*mask.shape, *sorted(GOLDEN["img_scale"]))
+    assert (height, width) == expected_mask.shape
+    resized = np.asarray(resize_region(Image.fromarray(image), (height, width), (0, 0, height, width)))
+    assert np.abs(resized.astype(int) - expected).max() <= 1
+    transform = whole_only(crop_size=(height, width), scale=(width, height))
+    assert np.array_equal(transform(Image.fromarray(image), mask, sample_rng(0, 0, 0))["labels"], expected_mask)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_normalised_and_padded_pixels_agree_with_the_original(name):
+    image, mask = TENSORS[f"out/{name}/resized"], TENSORS[f"out/{name}/label_resized"]
+    transform = whole_only(crop_size=tuple(GOLDEN["pad_size"]), scale=mask.shape)
+    result = transform(Image.fromarray(image), mask, sample_rng(0, 0, 0))
+    np.testing.assert_allclose(result["pixel_values"], TENSORS[f"out/{name}/padded_pixel_values"], atol=1e-5)
+    assert np.array_equal(result["labels"], TENSORS[f"out/{name}/padded_label"])
+
+
+@pytest.mark.parametrize("new_size", [(150, 211), (61, 77), (400, 333), (157, 80)])
+@pytest.mark.parametrize("corner", [(0, 0), (13, 7), (29, 45)])
+def test_crop_of_the_resized_is_the_resized_crop(new_size, corner):
+    image = Image.fromarray(TENSORS["in/landscape/image"])
+    whole = np.asarray(resize_region(image, new_size, (0, 0, *new_size)))
+    (top, left), (bottom, right) = corner, (corner[0] + 32, corner[1] + 32)
+    part = np.asarray(resize_region(image, new_size, (top, left, bottom, right)))
+    assert np.abs(part.astype(int) - whole[top:bottom, left:right]).max() <= 1
+
+
+def test_resizing_equals_torch_without_antialiasing():
+    image = TENSORS["in/portrait/image"]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    expected = torch.nn.functional.interpolate(pixels, (90, 61), mode="bilinear")[0].permute(1, 2, 0).numpy()
+    difference = expected - np.asarray(resize_region(Image.fromarray(image), (90, 61), (0, 0, 90, 61)))
+    assert difference.min() > -0.01 and difference.max() < 1.01  # fractions are cut off
+
+
+@pytest.mark.parametrize("box", BOXES, ids=[str(box["box_y1_y2_x1_x2"]) for box in BOXES])
+def test_crop_rule_agrees_with_the_original(box):
+    y1, y2, x1, x2 = box["box_y1_y2_x1_x2"]
+    crop = TENSORS["in/crop/label"][y1:y2, x1:x2]
+    assert crop_is_varied(crop, GOLDEN["random_crop"]["cat_max_ratio"], ignore_index=255) == box["accepted"]
+
+
+@pytest.mark.parametrize("ignore_index", [255, -100, 0])
+def test_a_crop_without_labels_is_not_varied(ignore_index):
+    assert not crop_is_varied(np.full((4, 4), ignore_index, dtype=np.int64), 0.75, ignore_index)
+
+
+def test_crops_follow_the_rule_more_often_than_chance():
+    mask = np.zeros((96, 96), dtype=np.uint8)
+    mask[:40, :40] = 1
+    image = Image.new("RGB", (96, 96))
+    options = {"crop_size": 48, "scale": (96, 96), "ratio_range": (1, 1)}
+    varied = [
+        sum(
+            crop_is_varied(
+                TrainTransform(**options, cat_max_ratio=r)(image, mask, sample_rng(0, 0, i))["labels"].numpy()
+            )
+            for i in range(40)
+        )
+        for r in (1, 0.75)
+    ]
+    assert varied[1] > 1.5 * varied[0]
+
+
+# The whole transform
+
+
+@pytest.mark.parametrize("size", [(60, 80), (300, 40), (15, 20)])
+def test_shapes_and_types(size):
+    height, width = size
+    image, mask = Image.new("RGB", (width, height)), np.zeros(size, dtype=np.uint8)
+    result = TrainTransform(crop_size=(24, 40), scale=(128, 32))(image, mask, sample_rng(0, 0, 1))
+    assert result["pixel_values"].shape == (3, 24, 40) and result["pixel_values"].dtype == torch.float32
+    assert result["labels"].shape == (24, 40) and result["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("ignore_index", [255, 200, -100])
+def test_padding_and_reduced_labels_use_the_ignore_index(ignore_index):
+    image, mask = make_sample()
+    before = mask.copy()
+    transform = whole_only(crop_size=(70, 90), do_reduce_labels=True, ignore_index=ignore_index)
+    result = transform(image, mask, sample_rng(0, 0, 0))
+    assert (result["labels"][60:] == ignore_index).all() and (result["labels"][:, 80:] == ignore_index).all()
+    assert (result["pixel_values"][:, 60:] == 0).all() and (result["pixel_values"][:, :, 80:] == 0).all()
+    inside = result["labels"][:60, :80].numpy()
+    assert np.array_equal(inside, np.where(mask == 0, ignore_index, mask.astype(int) - 1))
+    assert np.array_equal(mask, before)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_picture_and_mask_stay_aligned(index):
+    mask = make_sample(height=120, width=160, seed=index)[1]
+    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=np.uint8)
+    transform = TrainTransform(
+        crop_size=48, scale=(256, 64), photometric=False, image_mean=(0, 0, 0), image_std=(1, 1, 1)
+    )
+    result = transform(Image.fromarray(colors[mask]), mask, sample_rng(0, 0, index))
+    labels = result["labels"]
+    labelled = labels != 255
+    expected = torch.from_numpy(colors.astype(np.float32) / 255)[labels.clamp(max=4)].permute(2, 0, 1)
+    wrong = (result["pixel_values"] - expected).abs().amax(0) > 0.5
+    # Only pixels on the border of two blocks may differ.
+    assert wrong[labelled].float().mean() < 0.05
+
+
+def test_flip_turns_picture_and_mask():
+    image, mask = make_sample()
+    plain, flipped = (whole_only(flip_probability=p)(image, mask, sample_rng(0, 0, 0)) for p in (0, 1))
+    assert torch.equal(flipped["pixel_values"], plain["pixel_values"].flip(-1))
+    assert torch.equal(flipped["labels"], plain["labels"].flip(-1))
+
+
+def test_sizes_that_differ_are_refused():
+    with pytest.raises(ValueError, match="80x60 pixels and its mask 60x80"):
+        SMALL(Image.new("RGB", (80, 60)), np.zeros((80, 60), dtype=np.uint8), sample_rng(0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"crop_size": 0}, "positive"), ({"scale": (0, 5)}, "positive"), ({"ratio_range": (2, 1)}, "lowest, highest")],
+)
+def test_senseless_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        TrainTransform(**options)
+
+
+def test_a_truncated_picture_is_named(tmp_path):
+    image, mask = make_sample()
+    path = tmp_path / "broken.jpg"
+    image.save(path)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match="broken.jpg cannot be decoded"):
+        SMALL(Image.open(path), mask, sample_rng(0, 0, 0))
+
+
+def test_fast_jpeg_is_close_and_repeatable(tmp_path):
+    image, mask = make_sample(height=243, width=324)
+    path = tmp_path / "large.jpg"
+    image.save(path, quality=95)
+    exact = whole_only(scale=(81, 61))(Image.open(path), mask, sample_rng(0, 0, 0))
+    fast = [whole_only(scale=(81, 61), fast_jpeg=True)(Image.open(path), mask, sample_rng(0, 0, 0)) for _ in range(2)]
+    assert torch.equal(fast[0]["pixel_values"], fast[1]["pixel_values"])
+    assert not torch.equal(fast[0]["pixel_values"], exact["pixel_values"])
+    assert (fast[0]["pixel_values"] - exact["pixel_values"]).abs().mean() < 0.03
+
+
+# Colours
+
+
+def opencv_hsv(pixels):
+    """Hue 0…179, saturation and value 0…255 of an (n, 3) array, as OpenCV stores them in 8 bits."""
+    red, green, blue = pixels.astype(float).T
+    value, spread = pixels.max(1).astype(float), np.ptp(pixels.astype(float), axis=1)
+    safe = np.where(spread == 0, 1, spread)
+    hue = np.where(value == red, (green - blue) / safe % 6, (red - green) / safe + 4)
+    hue = np.where((value == green) & (value != red), (blue - red) / safe + 2, hue)
+    saturation = np.where(value == 0, 0, 255 * spread / np.where(value == 0, 1, value))
+    return np.stack([np.round(hue * 30) % 180, np.round(saturation), value], 1)
+
+
+def rgb_of(hsv):
+    hue, saturation, value = hsv.T
+    sector = (np.array([[5], [3], [1]]) + hue / 30) % 6
+    shade = np.clip(np.minimum(sector, 4 - sector), 0, 1)
+    return (value - value * saturation / 255 * shade).T
+
+
+class Scripted:
+    """A generator whose draws are given: five coins (below 0.5 = yes), brightness, two gains, a hue shift."""
+
+    def __init__(self, coins, shift=0.0, gains=(1.0, 1.0), hue=0):
+        self.coins, self.shift, self.gains, self.hue = np.array(coins), shift, gains, hue
+
+    def random(self, size):
+        return self.coins
+
+    def uniform(self, low, high, size=None):
+        return self.shift if size is None else np.array(self.gains)
+
+    def integers(self, low, high):
+        return self.hue
+
+
+YES, NO = 0.0, 1.0
+
+
+@pytest.mark.parametrize("saturation", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("hue", [-18, 0, 7, 17])
+def test_saturation_and_hue_agree_with_opencv_arithmetic(saturation, hue):
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 3), dtype=np.uint8)
+    rng = Scripted([NO, NO, NO, YES, YES], gains=(1.0, saturation), hue=hue)
+    result = np.asarray(photometric_distortion(Image.fromarray(pixels[None]), rng))[0]
+    hsv = opencv_hsv(pixels)
+    hsv[:, 1] = np.clip(np.floor(hsv[:, 1] * saturation), 0, 255)
+    hsv[:, 0] = (hsv[:, 0] + hue) % 180
+    difference = np.abs(result - rgb_of(hsv))
+    # Both round hue, OpenCV to 2 degrees, PIL to 1.4: up to 9 of 255 on a saturated colour.
+    assert difference.mean() < 3 and difference.max() < 16
+
+
+@pytest.mark.parametrize("contrast_first", [YES, NO])
+def test_brightness_and_contrast_by_hand(contrast_first):
+    image = Image.fromarray(np.array([[[0, 100, 250]]], dtype=np.uint8))
+    rng = Scripted([YES, contrast_first, YES, NO, NO], shift=30.0, gains=(1.5, 1.0))
+    # (0, 100, 250) + 30 = (30, 130, 255 clipped), × 1.5 = (45, 195, 255 clipped)
+    assert np.asarray(photometric_distortion(image, rng))[0, 0].tolist() == [45, 195, 255]
+
+
+def test_contrast_may_come_before_or_after_hue_and_saturation():
+    image = Image.fromarray(np.array([[[100, 120, 240]]], dtype=np.uint8))
+    results = [
+        np.asarray(photometric_distortion(image, Scripted([NO, first, YES, YES, NO], gains=(1.5, 0.5))))[0, 0]
+        for first in (YES, NO)
+    ]
+    # Before: blue is clipped to 255, then halved saturation; after: halved saturation, then clipped.
+    assert results[0].tolist() == pytest.approx([202, 217, 255], abs=3)
+    assert results[1].tolist() == pytest.approx([255, 255, 255], abs=3)
+
+
+def test_no_coin_no_change():
+    image, _ = make_sample()
+    assert np.array_equal(photometric_distortion(image, Scripted([NO] * 5)), image)

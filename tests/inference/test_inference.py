@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import torch
+from conftest import golden_case, golden_model, tiny_model
+from PIL import Image
+
+from denseclip_hf import DenseCLIPImageProcessor
+from denseclip_hf.inference import (
+    colorize,
+    comparison_picture,
+    multi_scale_probabilities,
+    overlay,
+    sliding_window_logits,
+)
+from denseclip_hf.inference.views import scaled_views
+
+
+CASES = ["seg_vit", "seg_resnet"]
+PALETTE = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def golden(request):
+    case, tensors = golden_case(request.param)
+    model = golden_model(request.param)
+    model.config.inference_mode = "slide"
+    return model, tensors, [view["flip"] for view in case["tta"]["views"]]
+
+
+@pytest.fixture
+def processor():
+    return DenseCLIPImageProcessor(size={"shortest_edge": 96, "longest_edge": 128})
+
+
+def test_sliding_window_equals_the_original(golden):
+    model, tensors, _ = golden
+    logits = sliding_window_logits(model, tensors["in/img_b"], 64, 43)
+    torch.testing.assert_close(logits, tensors["out/slide"], atol=1e-4, rtol=0)
+
+
+def test_multi_scale_equals_the_original_on_its_own_views(golden, processor, monkeypatch):
+    model, tensors, flips = golden
+    views = [(tensors[f"in/tta/view{i}"], flip) for i, flip in enumerate(flips)]
+    monkeypatch.setattr("denseclip_hf.inference.views.scaled_views", lambda *args: iter(views))
+    image = tensors["in/tta/image"].numpy()
+    (probabilities,) = multi_scale_probabilities(model, image, image_processor=processor)
+    torch.testing.assert_close(probabilities[None], tensors["out/tta/probs"], atol=1e-5, rtol=0)
+    assert torch.equal(probabilities.argmax(0)[None], tensors["out/tta/pred"])
+    monkeypatch.setattr("denseclip_hf.inference.views.scaled_views", lambda *args: iter(views[1:2]))
+    (mirrored,) = multi_scale_probabilities(model, image, image_processor=processor)
+    torch.testing.assert_close(mirrored[None], tensors["out/tta/probs_view1"], atol=1e-5, rtol=0)
+
+
+def test_whole_view_equals_the_original(golden, processor, monkeypatch):
+    model, tensors, _ = golden
+    monkeypatch.setattr(
+        "denseclip_hf.inference.views.scaled_views", lambda *args: iter([(tensors["in/tta/view2"], False)])
+    )
+    model.config.inference_mode = "whole"
+    (probabilities,) = multi_scale_probabilities(model, tensors["in/tta/image"].numpy(), image_processor=processor)
+    model.config.inference_mode = "slide"
+    torch.testing.assert_close(probabilities[None], tensors["out/tta/whole_probs_view2"], atol=1e-5, rtol=0)
+
+
+def test_views_have_the_originals_sizes_and_order(golden, processor):
+    _, tensors, flips = golden
+    views = list(scaled_views(tensors["in/tta/image"].numpy(), processor, (0.75, 1.0, 1.25), True))
+    assert [flipped for _, flipped in views] == flips
+    for index, (pixel_values, _) in enumerate(views):
+        torch.testing.assert_close(pixel_values, tensors[f"in/tta/view{index}"], atol=1e-6, rtol=0)
+
+
+def test_multi_scale_equals_the_original_from_the_picture_on(golden, processor):
+    model, tensors, _ = golden
+    image = Image.fromarray(tensors["in/tta/image"].numpy())
+    (probabilities,) = multi_scale_probabilities(model, image, (0.75, 1.0, 1.25), image_processor=processor)
+    torch.testing.assert_close(probabilities[None], tensors["out/tta/probs"], atol=1e-4, rtol=0)
+    assert torch.equal(probabilities.argmax(0)[None], tensors["out/tta/pred"])
+
+
+def test_probabilities_sum_to_one_at_every_images_size(processor):
+    images = [Image.new("RGB", (50, 40), "red"), Image.new("RGB", (31, 47), "blue")]
+    first, second = multi_scale_probabilities(tiny_model(), images, (1.0,), image_processor=processor)
+    assert (first.shape, second.shape) == ((3, 40, 50), (3, 47, 31))
+    torch.testing.assert_close(first.sum(0), torch.ones(40, 50))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda array: array,
+        lambda array: torch.from_numpy(array).permute(2, 0, 1),
+        lambda array: torch.from_numpy(array)[None],
+        lambda array: [torch.from_numpy(array).permute(2, 0, 1)[None]],
+    ],
+)
+def test_every_form_of_a_picture_has_the_probabilities_of_the_picture(processor, form):
+    model = tiny_model().train()
+    picture = Image.effect_noise((50, 40), 60).convert("RGB")
+    (expected,) = multi_scale_probabilities(model, picture, (1.0,), image_processor=processor)
+    (probabilities,) = multi_scale_probabilities(model, form(np.array(picture)), (1.0,), image_processor=processor)
+    assert torch.equal(probabilities, expected) and model.training
+
+
+def test_window_sizes_may_be_numpy_integers():
+    images = torch.randn(1, 3, 64, 96)
+    model = tiny_model().train()
+    logits = sliding_window_logits(model, images, np.int64(64), (np.int64(32), 32))
+    assert logits.shape == (1, 3, 64, 96) and model.training
+
+
+@pytest.mark.parametrize("size", [(100, 90), (2400, 64)])
+def test_default_preprocessing_is_the_published_one(size):
+    model = tiny_model(crop_size=64)
+    image = Image.effect_noise(size, 60).convert("RGB")
+    processor = DenseCLIPImageProcessor(size={"shortest_edge": 64, "longest_edge": 2048})
+    default = multi_scale_probabilities(model, image, (1.0,), False)[0]
+    assert torch.equal(default, multi_scale_probabilities(model, image, (1.0,), False, image_processor=processor)[0])
+
+
+def test_no_scale_is_refused(processor):
+    with pytest.raises(ValueError, match="at least one factor"):
+        multi_scale_probabilities(tiny_model(), Image.new("RGB", (50, 40)), (), image_processor=processor)
+
+
+def test_colors_are_the_palettes_and_void_is_black():
+    picture = np.asarray(colorize(np.array([[0, 2], [255, 1]]), PALETTE))
+    assert picture.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 255, 0]]]
+
+
+def test_overlay_blends():
+    picture = overlay(Image.new("RGB", (2, 1), "white"), np.array([[0, 1]]), PALETTE, opacity=0.5)
+    assert picture.getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_comparison_has_every_picture_and_a_legend():
+    red, blue = Image.new("RGB", (40, 30), (255, 0, 0)), Image.new("RGB", (40, 30), (0, 0, 255))
+    sheet = comparison_picture([[red, blue]], ["left", "right"], {0: "sky", 1: "sea", 2: "sand"}, PALETTE, width=160)
+    colors = {color: count for count, color in sheet.getcolors(100_000)}
+    assert colors[(255, 0, 0)] >= 160 * 120 and colors[(0, 0, 255)] >= 160 * 120 and (0, 255, 0) in colors

@@ -1,0 +1,171 @@
+import json
+
+import pytest
+import torch
+from conftest import EOS, SOS, tiny_config
+from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig
+
+from denseclip_hf import CLIPResNetConfig, CLIPResNetVisionConfig, DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+
+
+def test_config_survives_json(kind, tmp_path):
+    config = tiny_config(kind, inference_mode="slide", crop_size=[64, 96], stride=[43, 64])
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "denseclip"
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is DenseCLIPConfig
+    assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+
+
+def test_default_config_is_the_published_vit():
+    config = DenseCLIPConfig()
+    assert (config.image_size, config.crop_size, config.stride) == (640, [640, 640], [426, 426])
+    assert (config.out_indices, config.score_map_level, config.embedding_stride) == ([3, 5, 7, 11], 2, 16)
+
+
+def test_preset_rn50_is_the_published_one():
+    config = DenseCLIPConfig.from_preset("denseclip-rn50")
+    assert isinstance(config.clip_config, CLIPResNetConfig)
+    assert config.feature_channels == [256, 512, 1024, 2048]
+    assert (config.crop_size, config.stride, config.score_map_level) == ([512, 512], [341, 341], 3)
+
+
+def test_vision_config_decides_the_tower():
+    resnet = DenseCLIPConfig(clip_config={"vision_config": {"model_type": "clip_resnet_vision_model"}})
+    assert isinstance(resnet.clip_config.vision_config, CLIPResNetVisionConfig)
+    assert not DenseCLIPConfig(clip_config=CLIPConfig()).has_resnet
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"score_map_level": 4}, "`score_map_level` must be 0"),
+        ({"crop_size": 32, "stride": 33}, "smaller than `stride`"),
+        ({"crop_size": [1, 2, 3]}, "pair"),
+        ({"class_token_ids": [[SOS, 5, EOS]]}, "1 entries but `id2label` has 3 classes"),
+        ({"class_token_ids": [[5, EOS]] * 3}, "must start with SOS"),
+        ({"class_token_ids": [[SOS, 5]] * 3}, "must start with SOS"),
+        ({"class_token_ids": [[SOS, EOS, 5, EOS]] * 3}, "only EOS"),
+        ({"class_token_ids": [[SOS, 100, EOS]] * 3}, "outside the vocabulary"),
+        ({"class_token_ids": [[SOS, *range(11), EOS]] * 3}, "13 tokens, but 12 fit beside 4"),
+        ({"num_context_tokens": -1}, "0 \\(fixed prompt\\) or more"),
+        ({"prompt_template": "a photo"}, "must contain {} once"),
+        ({"inference_mode": "tiled"}, '"whole" or "slide"'),
+        ({"sliding_window_batch_size": 0}, "at least 1"),
+        ({"palette": [[0, 0, 0]]}, "1 colours for 3 classes"),
+        ({"palette": [[0, 0, 0], [0, 0], [0, 0, 0]]}, "three numbers from 0 to 255"),
+        ({"palette": [[0, 0, 0], [300, 0, 0], [0, 0, 0]]}, "three numbers from 0 to 255"),
+        ({"temperature": 0}, "positive"),
+        ({"temperature": float("nan")}, "`temperature` must be a finite number"),
+        ({"gamma_init": float("inf")}, "`gamma_init` must be a finite number"),
+        ({"context_decoder_num_attention_heads": 0}, "must be at least 1, got 0"),
+        ({"context_decoder_num_layers": -1}, "must be at least 1, got -1"),
+        ({"neck_hidden_size": 0}, "`neck_hidden_size` must be at least 1"),
+        ({"id2label": {0: "a", 1: "b", 2: "a"}}, "names 'a' twice"),
+        ({"drop_path_rate": 1.0}, "`drop_path_rate` must lie in"),
+        ({"context_decoder_num_attention_heads": 3}, "must divide"),
+        ({"semantic_loss_ignore_index": 1}, "is one of the 3 classes"),
+        ({"num_context_tokens": 14, "class_token_ids": None}, "leaves no room for a class name"),
+        ({"id2label": {1: "a", 2: "b", 3: "c"}}, "must be 0 … 2 without gaps"),
+        ({"id2label": ["a", "b", "c"]}, "must be a mapping from class ids to names"),
+        ({"top_k": 5}, "no option `top_k`"),
+        ({"clip_config": {"vision_config": {"hidden_sise": 32}}}, "did you mean `hidden_size`"),
+        ({"clip_config": {"vission_config": {}}}, "did you mean `vision_config`"),
+        ({"gama_init": 1.0}, "no option `gama_init`: did you mean `gamma_init`"),
+    ],
+)
+def test_wrong_combinations_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_config(**options)
+
+
+def test_two_numbers_of_classes_are_refused():
+    with pytest.raises(ValueError, match="`num_labels` is 5, but `id2label` names 1 classes"):
+        DenseCLIPConfig(num_labels=5, id2label={0: "sky"})
+
+
+@pytest.mark.parametrize("out_indices", [[0, 1, 2], [0, 1, 2, 4]])
+def test_blocks_the_vit_has_not_are_refused(out_indices):
+    with pytest.raises(ValueError, match="four blocks in 0…3"):
+        tiny_config("vit", out_indices=out_indices)
+
+
+def test_vit_blocks_for_a_resnet_are_refused():
+    with pytest.raises(ValueError, match="leave it out for a ResNet"):
+        tiny_config("resnet", out_indices=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"depths": [1, 1, 1]}, "four positive block counts"),
+        ({"embedding_size": 5}, "even"),
+        ({"num_attention_heads": 7}, "must divide"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1"),
+        ({"image_size": 100}, "multiple of the stride 32"),
+        ({"image_sice": 64}, "did you mean `image_size`"),
+    ],
+)
+def test_wrong_resnets_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CLIPResNetVisionConfig(**options)
+
+
+def test_resnet_clip_takes_no_vit():
+    with pytest.raises(ValueError, match="must be a ResNet's, got a CLIPVisionConfig"):
+        CLIPResNetConfig(vision_config=CLIPVisionConfig())
+
+
+def test_unknown_options_of_a_resnet_clip_are_refused():
+    with pytest.raises(ValueError, match="`CLIPResNetConfig` has no option `vission_config`: did you mean"):
+        CLIPResNetConfig(vission_config={})
+
+
+def test_resnet_clip_has_one_embedding_size():
+    with pytest.raises(ValueError, match="must equal `vision_config.projection_dim`"):
+        CLIPResNetConfig(projection_dim=7, vision_config={"projection_dim": 8})
+
+
+def test_legacy_special_tokens_are_clips_own():
+    """OpenAI's configs on the Hub say bos 0 and eos 2, though the vocabulary ends with the real ones."""
+    config = DenseCLIPConfig(clip_config={"text_config": {"bos_token_id": 0, "eos_token_id": 2}})
+    assert config.special_token_ids == (49406, 49407)
+
+
+@pytest.mark.parametrize(("contexts", "template"), [(8, "{}"), (0, "a photo of a {}.")])
+def test_prompt_template_follows_the_contexts(contexts, template):
+    assert DenseCLIPConfig(num_context_tokens=contexts).prompt_template == template
+
+
+def test_classes_are_kept_in_the_order_of_their_ids():
+    names = {str(i): f"class {i}" for i in sorted(range(12), key=str)}
+    assert list(DenseCLIPConfig(id2label=names).id2label.items()) == [(i, f"class {i}") for i in range(12)]
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="denseclip-rn50"):
+        DenseCLIPConfig.from_preset("rn50")
+
+
+def test_a_clips_own_data_type_does_not_outlive_it(kind, tmp_path):
+    clip = tiny_config(kind).clip_config.to_dict()
+    for part in (clip, clip["text_config"], clip["vision_config"]):
+        part["dtype"] = "float32"
+    model = DenseCLIPForSemanticSegmentation(tiny_config(kind, clip_config=clip))
+    model.save_pretrained(tmp_path)
+    assert "float32" not in json.dumps(json.loads((tmp_path / "config.json").read_text())["clip_config"])
+    half = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_options_of_every_transformers_config_survive_a_file(tmp_path):
+    config = tiny_config()
+    config.tie_word_embeddings = False
+    config.save_pretrained(tmp_path)
+    assert DenseCLIPConfig.from_pretrained(tmp_path).tie_word_embeddings is False
+
+
+def test_a_clip_is_not_taken_for_a_segmenter(kind, tmp_path):
+    tiny_config(kind).clip_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="from_clip"):
+        DenseCLIPConfig.from_pretrained(tmp_path)

@@ -1,0 +1,214 @@
+"""Models around a CLIP, and new names on a trained one."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+from conftest import EOS, SOS, Tokenizer, forward, tiny_config, tiny_model
+from transformers import AutoModelForSemanticSegmentation, CLIPModel
+
+from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
+from denseclip_hf.example.tiny_clip import make_example_clip
+from denseclip_hf.model.loading_denseclip import load_clip, load_pretrained
+from denseclip_hf.model.modeling_clip_resnet import resize_position_grid
+
+
+def tiny_clip(kind):
+    config = tiny_config(kind).clip_config
+    torch.manual_seed(5)
+    return (CLIPModel if kind == "vit" else CLIPResNetModel)(config)
+
+
+SIZES = {"context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2, "neck_hidden_size": 8}
+
+
+def test_from_clip_keeps_clip_and_resizes_its_positions(kind, images):
+    clip = tiny_clip(kind)
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        clip, ["sky", "road"], tokenizer=Tokenizer(), image_size=128, **SIZES
+    )
+    ours, theirs = model.clip.state_dict(), clip.state_dict()
+    key = {
+        "vit": "vision_model.embeddings.position_embedding.weight",
+        "resnet": "vision_model.attention_pool.position_embedding",
+    }
+    key = key[kind]
+    side = {"vit": 8, "resnet": 4}[kind]
+    assert torch.equal(ours[key], resize_position_grid(theirs[key], (side, side)))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if k != key)
+    assert model.config.id2label == {0: "sky", 1: "road"}
+    assert (model.config.image_size, model.config.crop_size) == (128, [128, 128])
+    assert torch.equal(model.gamma, torch.full((12,), 1e-4))
+    assert forward(model.eval(), images).logits.shape[1] == 2
+
+
+def test_from_clip_trains_at_the_published_size(kind):
+    model = DenseCLIPForSemanticSegmentation.from_clip(tiny_clip(kind), ["sky"], Tokenizer(), **SIZES)
+    assert model.config.image_size == {"vit": 640, "resnet": 512}[kind]
+
+
+def test_from_clip_takes_token_ids_without_a_tokenizer():
+    ids = [[SOS, 5, EOS]]
+    model = DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), ["sky"], class_token_ids=ids, **SIZES)
+    assert model.config.class_token_ids == ids
+
+
+def test_from_clip_by_directory_reports_what_is_new(kind, tmp_path, caplog):
+    tiny_clip(kind).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        DenseCLIPForSemanticSegmentation.from_clip(tmp_path, ["sky"], tokenizer=Tokenizer(), image_size=96, **SIZES)
+    assert "Newly initialised" in caplog.text and "decode_head" in caplog.text and "resized to" in caplog.text
+
+
+def test_from_clip_makes_the_baseline_without_tokenizer(kind):
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        tiny_clip(kind), ["sky"], image_size=64, use_text_guidance=False, **SIZES
+    )
+    assert model.clip.text_model is None
+
+
+def test_from_clip_orders_names_by_their_ids():
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        tiny_clip("vit"), {"1": "road", "0": "sky"}, tokenizer=Tokenizer(), image_size=64, **SIZES
+    )
+    assert model.config.id2label == {0: "sky", 1: "road"}
+    with pytest.raises(ValueError, match="without gaps"):
+        DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), {1: "sky"}, tokenizer=Tokenizer())
+
+
+def test_from_clip_refuses_what_is_no_clip(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type 'denseclip', not a CLIP"):
+        DenseCLIPForSemanticSegmentation.from_clip(tmp_path, ["sky"])
+
+
+def test_from_clip_needs_a_tokenizer_for_names():
+    with pytest.raises(ValueError, match="pass `tokenizer=`"):
+        DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), ["sky"])
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"), [(["a b c d e f g h i j k l"], "tokens with SOS and EOS"), ([" "], "empty")]
+)
+def test_from_clip_refuses_names_that_do_not_fit(names, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), names, tokenizer=Tokenizer())
+
+
+def test_set_classes_keeps_what_known_classes_learnt(kind, images):
+    model = tiny_model(kind)
+    weight = model.decode_head.classifier.weight.clone()
+    before = forward(model, images)
+    model.set_classes(["new", "class 2", "class 0", "newer"], Tokenizer())
+    assert model.config.id2label == {0: "new", 1: "class 2", 2: "class 0", 3: "newer"}
+    assert torch.equal(model.decode_head.classifier.weight[[1, 2]], weight[[2, 0]])
+    after = forward(model, images)
+    assert after.logits.shape[1] == after.score_maps.shape[1] == 4
+    assert before.logits.shape[1] == 3
+
+
+def test_set_classes_round_trips_through_disk(images, tmp_path):
+    model = tiny_model()
+    model.set_classes(["sky", "road", "car", "tree", "house"], Tokenizer())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+    assert torch.equal(forward(loaded, images).logits, forward(model, images).logits)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ([], "at least one"),
+        ({}, "at least one"),
+        (["sky", ""], "none of them empty .the 2. of 2 is"),
+        (["sky", "sky"], "'sky' is given twice"),
+        ("sky", "must be a list of texts"),
+        ([["sky", "heaven"], "road"], "a class has one name"),
+        ({1: "sky", 2: "road"}, "must be 0 … 1 without gaps"),
+    ],
+)
+@pytest.mark.parametrize("guided", [False, True])
+def test_class_names_that_are_refused(names, sentence, guided):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model(use_text_guidance=guided).set_classes(names, Tokenizer())
+    with pytest.raises(ValueError, match=sentence):
+        DenseCLIPForSemanticSegmentation.from_clip(tiny_model().clip, names, Tokenizer(), use_text_guidance=guided)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    class Other:
+        def __call__(self, text):
+            return {"input_ids": [1, 5, 2]}
+
+    model = tiny_model()
+    before = copy.deepcopy(model.config)
+    with pytest.raises(ValueError, match="tokenizer is not the model's: its texts go from token 1 to 2, the model's"):
+        model.set_classes(["cat", "dog"], Other())
+    assert model.config.to_dict() == before.to_dict()
+    with pytest.raises(ValueError, match="tokenizer is not the model's"):
+        model.encode_texts(["cat"], Other())
+
+
+def test_set_classes_takes_a_mapping():
+    model = tiny_model()
+    model.set_classes({1: "road", 0: "sky"}, Tokenizer())
+    assert model.config.id2label == {0: "sky", 1: "road"}
+
+
+@pytest.mark.parametrize(
+    ("clip", "error", "sentence"),
+    [
+        ("no/such/directory", OSError, "no/such/directory is neither a folder here nor a name on the Hub"),
+        ("no-such-name", OSError, "no-such-name is neither a folder here"),
+        (torch.nn.Identity(), ValueError, "`clip` is a Identity: give a whole `CLIPModel`"),
+    ],
+)
+def test_what_is_no_clip_is_refused(clip, error, sentence):
+    with pytest.raises(error, match=sentence):
+        DenseCLIPForSemanticSegmentation.from_clip(clip, ["sky"], Tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("model.safetensors", b"", "the model in .* can not be loaded .*download or save it anew"),
+        ("config.json", b'{"model_type": "clip", "vision_config": 5}', "the model in .* can not be loaded"),
+        ("tokenizer.json", b"{}", "the tokenizer in .* can not be loaded"),
+        ("tokenizer.json", b'{"model":', "the tokenizer in .* can not be loaded"),
+    ],
+)
+def test_a_damaged_clip_is_refused_by_name(tmp_path, file, content, sentence):
+    make_example_clip(tmp_path / "clip")
+    (tmp_path / "clip" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_clip(tmp_path / "clip")
+    assert str(tmp_path / "clip") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_refusals_of_this_library_keep_their_own_remedy(tmp_path):
+    """A CLIP is a model, here or on the Hub, only no segmenter: neither damaged nor misspelt."""
+    make_example_clip(tmp_path / "clip")
+
+    class FromTheHub:
+        @staticmethod
+        def from_pretrained(name):
+            return DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path / "clip")
+
+    for kind, name in ((DenseCLIPForSemanticSegmentation, str(tmp_path / "clip")), (FromTheHub, "openai/clip")):
+        with pytest.raises(ValueError, match=f"{name} can not be loaded: this is a CLIP, not a segmenter") as caught:
+            load_pretrained(kind, name)
+        assert not re.search("name on the Hub|anew|give another", str(caught.value))
+
+
+def test_a_clip_without_a_tokenizer_is_told_so(tmp_path):
+    tiny_clip("vit").save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="the folder .*clip has no tokenizer: give one with a tokenizer.json"):
+        load_clip(tmp_path / "clip")
+
+
+def test_a_run_that_has_not_ended_is_told_so(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match="can not be loaded .*: give its last checkpoint, .*checkpoint-6, or finish"):
+        load_pretrained(DenseCLIPForSemanticSegmentation, tmp_path)

@@ -1,0 +1,202 @@
+import pytest
+import torch
+from conftest import tiny_model
+from torch.nn import functional as F
+
+from denseclip_hf import DenseCLIPForSemanticSegmentation
+from denseclip_hf.example.tiny_clip import example_clip_model, example_corpus, make_example_tokenizer
+from denseclip_hf.model.image_encoder_denseclip import encode_image
+from denseclip_hf.model.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
+from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits
+
+
+SIZES = {"context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2, "neck_hidden_size": 8}
+NAMES = ["sky", "house", "a tree with yellow leaves"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_example_tokenizer(example_corpus(num_scenes=5), vocab_size=700)
+
+
+@pytest.fixture(scope="module")
+def clip(tokenizer):
+    return example_clip_model(tokenizer, "vit")
+
+
+@pytest.fixture(params=[0, 4], ids=["fixed prompt", "contexts"])
+def model(request, clip, tokenizer):
+    torch.manual_seed(0)
+    options = {"num_context_tokens": request.param, "image_size": 64, **SIZES}
+    return DenseCLIPForSemanticSegmentation.from_clip(clip, NAMES, tokenizer, **options).eval()
+
+
+def dense_embeddings(model, images):
+    with torch.no_grad():
+        _, context, (height, width) = encode_image(model.clip, model.pyramid, images, model.config)
+    return context[:, 1:].unflatten(1, (height, width))
+
+
+# Embeddings of texts
+
+
+def test_without_templates_texts_are_read_as_the_models_own_classes(model, tokenizer):
+    torch.testing.assert_close(model.encode_texts(NAMES, tokenizer), model.encode_classes(), atol=1e-5, rtol=0)
+
+
+def test_templates_are_averaged_as_clip_does_and_keep_their_length(model, clip, tokenizer):
+    expected = []
+    for name in NAMES:
+        sentences = [template.format(name) for template in ZERO_SHOT_TEMPLATES]
+        tokens = tokenizer(sentences, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            vectors = clip.get_text_features(**tokens).pooler_output
+        expected.append(F.normalize(F.normalize(vectors, dim=-1).mean(0), dim=0) * vectors.norm(dim=-1).mean())
+    embeds = model.encode_texts(NAMES, tokenizer, ZERO_SHOT_TEMPLATES)
+    torch.testing.assert_close(embeds, torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_several_sentences_describe_one_class(model, tokenizer):
+    both, first, second = (
+        model.encode_texts([words], tokenizer)[0] for words in (["sky", "blue heaven"], "sky", "blue heaven")
+    )
+    expected = F.normalize(F.normalize(first, dim=0) + F.normalize(second, dim=0), dim=0)
+    expected *= (first.norm() + second.norm()) / 2
+    torch.testing.assert_close(both, expected, atol=1e-5, rtol=0)
+
+
+def test_a_class_of_one_sentence_is_the_same_beside_one_of_several(model, tokenizer):
+    alone = model.encode_texts(["sky"], tokenizer)
+    beside = model.encode_texts(["sky", ["car", "a car", "vehicle"]], tokenizer)
+    torch.testing.assert_close(beside[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_contexts_go_before_templates_only_when_asked(model, tokenizer):
+    plain, asked = (model.encode_texts(NAMES, tokenizer, ["a {}."], use_contexts=c) for c in (None, True))
+    assert torch.allclose(plain, asked) == (model.config.num_context_tokens == 0)
+
+
+def test_many_prompts_go_in_passes(model, tokenizer, monkeypatch):
+    at_once = model.encode_texts(NAMES, tokenizer, ZERO_SHOT_TEMPLATES)
+    monkeypatch.setattr("denseclip_hf.model.open_vocabulary_denseclip.PROMPTS_PER_PASS", 4)
+    torch.testing.assert_close(model.encode_texts(NAMES, tokenizer, ZERO_SHOT_TEMPLATES), at_once, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "templates", "sentence"),
+    [
+        ([], None, "at least one"),
+        (["sky", "  "], None, "none of them empty"),
+        ([["sky", ""]], None, "none of them empty"),
+        (["sky", "car", "sky"], None, "'sky' is given twice"),
+        (["sky", "car", "sky "], None, "'sky ' is given twice"),
+        (["a red  car", "A red car"], None, "'A red car' is given twice"),
+        ([["sky", "heaven"], "car", ["Heaven", "sky"]], None, "'Heaven' is given twice"),
+        (["sky", 3], None, "must be texts"),
+        (["sky", [None]], None, "must be texts"),
+        ("sky", None, "must be a list"),
+        (["sky " * 80], None, "tokens with SOS and EOS, but 7[37] fit"),
+        (["sky"], ["a photo"], "one {} each"),
+        (["sky"], [], "one {} each"),
+    ],
+)
+def test_bad_words_are_refused(model, tokenizer, texts, templates, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        model.encode_texts(texts, tokenizer, templates)
+
+
+# Segmentation from score maps
+
+
+def test_each_pixel_goes_to_the_nearest_embedding(kind, images):
+    model = tiny_model(kind)
+    z = dense_embeddings(model, images)[0]
+    rows, columns = z.shape[:2]
+    places = [(0, 0), (rows - 1, columns - 1), (0, columns - 1)]
+    classes = torch.stack([3.0 * z[place] for place in places])  # length does not matter
+    found = model.predict_from_scores(images[:1], classes, [(rows, columns)], use_context_decoder=False)
+    assert [found.segmentation[0][place].item() for place in places] == [0, 1, 2]
+    expected = torch.einsum("hwd,kd->khw", F.normalize(z, dim=-1), F.normalize(classes, dim=-1))
+    torch.testing.assert_close(found.score_maps[0], expected, atol=1e-5, rtol=0)
+
+
+def test_own_classes_have_the_score_maps_of_forward(kind, images):
+    model = tiny_model(kind)
+    with torch.no_grad():
+        score_maps = model(images).score_maps
+    found = model.predict_from_scores(images)
+    assert torch.equal(found.score_maps, score_maps)
+    upsampled = F.interpolate(score_maps, (64, 64), mode="bilinear").argmax(1)
+    assert torch.equal(torch.stack(found.segmentation), upsampled)
+
+
+def test_result_has_each_pictures_size_and_any_number_of_classes(kind, images):
+    found = tiny_model(kind).predict_from_scores(images, torch.randn(7, 12), [(30, 50), (9, 4)])
+    assert [tuple(s.shape) for s in found.segmentation] == [(30, 50), (9, 4)] and found.score_maps.shape[1] == 7
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_pictures_of_mixed_sizes_have_the_results_they_have_alone(sliding):
+    model = tiny_model(**({"inference_mode": "slide", "crop_size": 48, "stride": 32} if sliding else {}))
+    pictures = [torch.randn(3, 64, 96), torch.randn(1, 3, 96, 64), torch.randn(3, 64, 96)]
+    classes, sizes = torch.randn(5, 12), [(10, 20), (30, 20), (64, 96)]
+    for targets in (None, sizes):
+        found = model.predict_from_scores(pictures, classes, targets)
+        for index, picture in enumerate(pictures):
+            pixels = picture.reshape(1, *picture.shape[-3:])
+            alone = model.predict_from_scores(pixels, classes, targets and targets[index : index + 1])
+            torch.testing.assert_close(found.score_maps[index], alone.score_maps[0], atol=1e-5, rtol=0)
+            assert found.segmentation[index].shape == alone.segmentation[0].shape
+
+
+def test_sliding_models_slide_over_scores(images):
+    model = tiny_model(inference_mode="slide", crop_size=48, stride=32)
+    classes = torch.randn(5, 12)
+    sliding = model.predict_from_scores(images, classes).score_maps
+    model.config.inference_mode = "whole"
+    by_hand = sliding_window_logits(
+        lambda crops: model.predict_from_scores(crops, classes).score_maps, images, (48, 48), (32, 32), 1
+    )
+    torch.testing.assert_close(sliding, by_hand, atol=1e-5, rtol=0)
+
+
+def test_model_stays_as_it_was(model, tokenizer, images):
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.predict_from_scores(images, model.encode_texts(["car", "road"], tokenizer))
+    assert model.training and model.config.num_labels == 3
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_set_classes_serves_scores_without_training(model, tokenizer, images):
+    words = ["car", "road", "a person on a bicycle", "sky"]
+    by_embedding = model.predict_from_scores(images, model.encode_texts(words, tokenizer))
+    model.set_classes(words, tokenizer)
+    found = model.predict_from_scores(images)
+    torch.testing.assert_close(found.score_maps, by_embedding.score_maps, atol=1e-5, rtol=0)
+
+
+def test_half_precision(images):
+    model = tiny_model().to(torch.bfloat16)
+    assert model.predict_from_scores(images, torch.randn(4, 12)).segmentation[0].shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "sentence"),
+    [
+        ({"use_text_guidance": False}, {}, "no text guidance"),
+        ({}, {"text_embeds": torch.ones(3, 5)}, r"shape \(classes, 12\)"),
+        ({}, {"text_embeds": torch.ones(0, 12)}, r"shape \(classes, 12\)"),
+        ({}, {"target_sizes": [(4, 4)]}, "2 pictures but 1 target sizes"),
+        ({}, {"pixel_values": []}, "must hold pictures"),
+    ],
+)
+def test_bad_calls_are_refused(images, options, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model(**options).predict_from_scores(**{"pixel_values": images, **arguments})
+
+
+def test_baseline_reads_no_words(tokenizer):
+    with pytest.raises(ValueError, match="no text guidance"):
+        tiny_model(use_text_guidance=False).encode_texts(["sky"], tokenizer)

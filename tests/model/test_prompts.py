@@ -1,0 +1,108 @@
+"""Packed prompts are an optimisation: they must equal one sequence per class through CLIP's own text model."""
+
+import pytest
+import torch
+from conftest import EOS, SOS, tiny_config, tiny_model
+
+from denseclip_hf.model.prompts_denseclip import PADDING, PREFIX, pack_prompts, tokenize_classes
+
+
+def straightforward(model, class_token_ids):
+    """Every prompt alone through the text tower: embeddings, causal mask, encoder, norm at EOS, projection."""
+    text, contexts = model.clip.text_model, model.prompts.context_vectors
+    embeddings = []
+    for ids in class_token_ids:
+        tokens = text.embeddings.token_embedding(torch.tensor([ids]))
+        if contexts is not None:
+            tokens = torch.cat([tokens[:, :1], contexts[None], tokens[:, 1:]], dim=1)
+        length = tokens.shape[1]
+        hidden = text.embeddings(inputs_embeds=tokens)
+        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+        hidden = text.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+        embeddings.append(model.clip.text_projection(text.final_layer_norm(hidden[:, -1])))
+    return torch.cat(embeddings)
+
+
+NAMES = {
+    "lengths differ": [[SOS, 1, EOS], [SOS, 2, 3, 4, EOS], [SOS, 5, 6, EOS]],
+    "one class": [[SOS, 1, 2, EOS]],
+    "a name begins another": [[SOS, 1, EOS], [SOS, 1, 2, EOS], [SOS, 1, 2, 3, EOS]],
+    "common first words": [[SOS, 7, 8, 1, EOS], [SOS, 7, 8, 2, EOS]],
+    "the same name twice": [[SOS, 1, EOS], [SOS, 1, EOS]],
+    "empty names": [[SOS, EOS], [SOS, 1, EOS]],
+}
+
+
+@pytest.mark.parametrize("contexts", [0, 4])
+@pytest.mark.parametrize("most", [1, 3, 512])
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_packed_equals_straightforward(names, most, contexts, monkeypatch):
+    monkeypatch.setattr("denseclip_hf.model.prompts_denseclip.pack_prompts.__defaults__", (most,))
+    model = tiny_model(num_labels=len(names), class_token_ids=names, num_context_tokens=contexts)
+    with torch.no_grad():
+        torch.testing.assert_close(model.prompts(model.clip), straightforward(model, names), atol=1e-5, rtol=0)
+
+
+def test_packed_gradients_equal_straightforward():
+    names = NAMES["lengths differ"]
+    model = tiny_model(class_token_ids=names)
+    gradients = []
+    for embeddings in (model.prompts(model.clip), straightforward(model, names)):
+        model.zero_grad()
+        embeddings.square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)
+
+
+def test_contexts_take_the_text_towers_type():
+    model = tiny_model()
+    model.clip.bfloat16()
+    assert model.prompts.context_vectors.dtype == torch.float32
+    assert model.prompts(model.clip).dtype == torch.bfloat16
+
+
+def test_layout_by_hand():
+    packed = pack_prompts([[SOS, 7, 1, EOS], [SOS, 7, EOS]], num_context_tokens=2)
+    assert packed.token_ids.tolist() == [[SOS, SOS, SOS, 7, 1, EOS, EOS]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4]]
+    assert packed.owners.tolist() == [[PREFIX] * 4 + [0, 0, 1]]
+    assert packed.eos_index.tolist() == [5, 6]
+
+
+def test_groups_are_padded_to_one_length():
+    packed = pack_prompts([[SOS, 1, EOS], [SOS, 2, EOS], [SOS, 3, EOS]], num_context_tokens=1, max_tokens=4)
+    assert packed.owners.tolist() == [[PREFIX, PREFIX, 0, 0, 1, 1], [PREFIX, PREFIX, 2, 2, PADDING, PADDING]]
+    assert packed.eos_index.tolist() == [3, 5, 9]
+
+
+def test_text_work_grows_with_distinct_tokens():
+    names = [[SOS, i, EOS] for i in range(90)]
+    assert pack_prompts(names, num_context_tokens=8).token_ids.numel() == 9 + 2 * 90
+
+
+def as_letters(text):
+    """A tokenizer that reads every letter as a token."""
+    return {"input_ids": (SOS, *map(ord, text), EOS)}
+
+
+def test_a_name_may_fill_every_place_beside_the_contexts():
+    config = tiny_config(num_context_tokens=4)  # of 16 places
+    ten = "a" * 10
+    assert tokenize_classes([ten], as_letters, config) == [[SOS, *[97] * 10, EOS]]
+    with pytest.raises(ValueError, match=f"'{ten}a' has 13 tokens with SOS and EOS, but 12 fit beside 4 contexts"):
+        tokenize_classes([ten, ten + "a"], as_letters, config)
+
+
+def test_names_are_put_into_the_template():
+    config = tiny_config(prompt_template="a {}.")
+    assert tokenize_classes(["b"], as_letters, config) == [[SOS, *map(ord, "a b."), EOS]]
+    with pytest.raises(ValueError, match="a class name is empty"):
+        tokenize_classes(["b", " "], as_letters, config)
+    config = tiny_config(prompt_template="{c}{{}}")  # no format string: only {} stands for something
+    assert tokenize_classes(["b"], as_letters, config) == [[SOS, *map(ord, "{c}{b}"), EOS]]
+
+
+def test_the_layout_is_no_weight():
+    assert not any(name in key for key in tiny_model().state_dict() for name in ("token_ids", "owners", "eos_index"))

@@ -1,0 +1,160 @@
+"""Resizing of pictures, labels and logits: as OpenCV does it, and in strips as at once."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from denseclip_hf.model import resizing_denseclip
+from denseclip_hf.model.resizing_denseclip import check_finite, fit_within, resize_argmax, resize_image, resize_labels
+
+
+@pytest.mark.parametrize(
+    ("size", "bounds", "expected"),
+    [
+        ((480, 640), (512, 2048), (512, 683)),
+        ((640, 480), (512, 2048), (683, 512)),
+        ((100, 1000), (512, 2048), (205, 2048)),
+        ((3000, 4000), (640, 2048), (640, 853)),
+        ((5, 5), (3, None), (3, 3)),
+        ((1, 5000), (512, 2048), (1, 2048)),
+        ((3, 2), (5, 100), (8, 5)),
+    ],
+)
+def test_size_keeps_the_aspect_ratio_within_both_bounds(size, bounds, expected):
+    assert fit_within(*size, *bounds) == expected
+
+
+def test_bilinear_without_antialiasing_by_default():
+    # halving reads the two pixels around each new centre: (10 + 20) / 2 and (30 + 45) / 2, rounded half up
+    image = torch.tensor([[[10, 20, 30, 45]]], dtype=torch.uint8)
+    assert resize_image(image, (1, 2)).tolist() == [[[15, 38]]]
+    # a quarter reads only the two pixels in the middle; antialiasing weighs all of them
+    image = torch.tensor([[[0, 100, 100, 0]]], dtype=torch.uint8)
+    assert resize_image(image, (1, 1)).item() == 100
+    assert resize_image(image, (1, 1), antialias=True).item() < 80
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((480, 640), (512, 683)), ((300, 400), (41, 300)), ((1, 50), (2, 20)), ((9, 1), (30, 3))]
+)
+@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+def test_whole_number_arithmetic_is_within_a_grey_level_in_any_strips(monkeypatch, old, new, layout):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*old, 3), dtype=np.uint8))
+    image = image.permute(2, 0, 1) if layout == "channels last" else image.permute(2, 0, 1).contiguous()
+    expected = F.interpolate(image[None].float(), size=new, mode="bilinear", align_corners=False)[0]
+    resized = resize_image(image, new)
+    assert resized.dtype == torch.uint8 and (resized - expected).abs().max() < 1
+    monkeypatch.setattr(resizing_denseclip, "_PICTURE_STRIP_ELEMENTS", 1)
+    assert torch.equal(resize_image(image, new), resized)
+
+
+@pytest.mark.slow
+def test_resizing_a_large_picture_takes_the_memory_of_its_result():
+    code = (
+        "import torch\n"
+        "from denseclip_hf.model.resizing_denseclip import resize_image\n"
+        "from denseclip_hf.training.callbacks import peak_memory\n"
+        "peak = lambda: peak_memory('cpu') / 2**20\n"
+        "resize_image(torch.zeros(20, 20, 3, dtype=torch.uint8).permute(2, 0, 1), (9, 9))\n"
+        "image = torch.ones(8000, 8000, 3, dtype=torch.uint8).permute(2, 0, 1)\n"
+        "before = peak(); resize_image(image, (512, 512)); print(peak() - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert float(result.stdout) < 64  # MiB; as floats it would have been 732
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [(5, 3, [0, 1, 3]), (2, 5, [0, 0, 0, 1, 1]), (4, 4, [0, 1, 2, 3]), (7, 1, [0])],
+)
+def test_labels_take_the_pixel_above_and_left(old, new, expected):
+    labels = torch.arange(old)
+    assert resize_labels(labels[None], (1, new))[0].tolist() == expected
+    assert resize_labels(labels[:, None], (new, 1))[:, 0].tolist() == expected
+
+
+# Logits
+
+
+@pytest.mark.parametrize("strip_elements", [2**23, 60])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((7, 9), (31, 40)),
+        ((40, 30), (17, 11)),
+        ((5, 5), (5, 20)),
+        ((1, 1), (4, 3)),
+        ((16, 16), (16, 16)),
+        ((9, 4), (500, 3)),
+    ],
+)
+def test_strips_equal_the_whole(monkeypatch, old, new, strip_elements):
+    monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", strip_elements)
+    logits = torch.randn(2, 6, *old, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(logits, new, mode="bilinear", align_corners=False)
+    classes = resize_argmax(logits, new)
+    assert classes.dtype == torch.int64
+    assert torch.equal(classes, expected.argmax(dim=1))
+    rows = resizing_denseclip.resized_rows(logits[1], 0, new[0], *new)
+    torch.testing.assert_close(rows, expected[1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits(dtype):
+    logits = torch.randn(1, 5, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = F.interpolate(logits.float(), (30, 20), mode="bilinear", align_corners=False).argmax(dim=1)
+    assert torch.equal(resize_argmax(logits, (30, 20)), expected)
+
+
+@pytest.mark.parametrize(
+    ("logits", "size", "message"),
+    [
+        (torch.zeros(3, 4, 4), (8, 8), "batch, classes"),
+        (torch.zeros(1, 3, 4, 4), (0, 8), "positive"),
+        (torch.zeros(1, 3, 4, 4).index_fill(3, torch.tensor(1), float("nan")), (8, 8), "^x.png: .* NaN or infinite"),
+    ],
+)
+def test_resize_argmax_refuses(logits, size, message):
+    with pytest.raises(ValueError, match=message):
+        resize_argmax(logits, size, "x.png")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scores_must_be_finite(bad, dtype):
+    scores = torch.tensor([[60000.0, 60000.0], [-60000.0, 0.0]]).to(dtype)
+    check_finite(scores)
+    scores[1, 1] = bad
+    with pytest.raises(ValueError, match="^x.png: the model's scores are NaN or infinite .* use bfloat16 or float32"):
+        check_finite(scores, "x.png")
+
+
+def test_looking_for_nan_breaks_no_graph_and_needs_no_picture():
+    logits = torch.randn(2, 5, 6, 7)
+    compiled = torch.compile(lambda x: check_finite(x) or x + 1, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(logits), logits + 1)
+    assert resize_argmax(logits[:0], (9, 8)).shape == (0, 9, 8)
+
+
+def test_no_floats_of_all_classes_at_full_size(monkeypatch):
+    largest = []
+    original = resizing_denseclip.resized_rows
+    monkeypatch.setattr(
+        resizing_denseclip, "resized_rows", lambda *args: largest.append(original(*args)) or largest[-1]
+    )
+    resize_argmax(torch.zeros(1, 150, 16, 16), (400, 600))
+    assert max(rows.numel() for rows in largest) <= 2**23 < 150 * 400 * 600
+
+
+def test_highest_scores_in_strips_equal_those_of_the_whole(monkeypatch):
+    monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", 60)
+    logits = torch.randn(2, 6, 7, 9, generator=torch.Generator().manual_seed(0))
+    for size in ((31, 40), (7, 9)):
+        scores, classes = F.interpolate(logits, size, mode="bilinear", align_corners=False).max(dim=1)
+        found = resizing_denseclip.resize_max(logits, size)
+        assert torch.equal(found[0], classes)
+        torch.testing.assert_close(found[1], scores, rtol=0, atol=2e-5)

@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from denseclip_hf.model import sliding_window_denseclip
+from denseclip_hf.model.fpn_denseclip import resize_bilinear
+from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits, window_starts
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride", "starts"),
+    [
+        (512, 512, 341, [0]),
+        (513, 512, 341, [0, 1]),
+        (853, 512, 341, [0, 341]),
+        (2048, 512, 341, [0, 341, 682, 1023, 1364, 1536]),
+        (5, 5, 5, [0]),
+    ],
+)
+def test_windows_cover_the_side_and_end_with_it(length, window, stride, starts):
+    assert window_starts(length, window, stride) == starts
+    assert starts[-1] + window == length
+
+
+def test_a_side_shorter_than_the_window_has_one():
+    assert window_starts(3, 5, 1) == [0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_overlaps_are_averaged_by_hand(batch_size):
+    image = torch.zeros(1, 3, 1, 5)
+    image[0, 0, 0] = torch.arange(5.0)
+    calls = []
+
+    def predict(crops):
+        calls.append(len(crops))
+        return crops[:, :1] + crops[:, :1, :, :1]  # every window adds its first pixel
+
+    logits = sliding_window_logits(predict, image, (1, 3), (1, 1), batch_size)
+    # windows begin at 0, 1, 2; pixel 2 lies in all three: 2 + (0 + 1 + 2) / 3
+    assert logits[0, 0, 0].tolist() == [0.0, 1.5, 3.0, 4.5, 6.0]
+    assert sum(calls) == 3 and max(calls) <= batch_size
+
+
+@pytest.mark.parametrize(("chunk", "classes"), [(2 * 64, [2, 2, 1]), (3 * 64 - 1, [2, 2, 1]), (1, [1] * 5)])
+def test_windows_are_resized_a_few_classes_at_a_time(monkeypatch, chunk, classes):
+    resized = []
+    monkeypatch.setattr(sliding_window_denseclip, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(
+        sliding_window_denseclip,
+        "resize_bilinear",
+        lambda x, size: resized.append(x.shape[1]) or resize_bilinear(x, size),
+    )
+    small = torch.randn(1, 5, 2, 2)
+    logits = sliding_window_logits(lambda crops: small, torch.zeros(1, 3, 4, 16), (4, 16), (4, 4))
+    assert resized == classes
+    torch.testing.assert_close(logits, resize_bilinear(small, (4, 16)))
+
+
+def test_half_precision_logits_are_averaged_in_float32():
+    small = torch.randn(1, 2, 2, 2, dtype=torch.bfloat16)
+    logits = sliding_window_logits(lambda crops: small, torch.zeros(1, 3, 8, 8), (8, 8), (4, 4))
+    assert torch.equal(logits, resize_bilinear(small.float(), (8, 8)))
+
+
+def test_accelerators_take_four_windows_at_a_time():
+    calls = []
+    images = torch.zeros(1, 3, 4, 20, device="meta")
+    logits = sliding_window_logits(lambda crops: calls.append(len(crops)) or crops, images, (4, 4), (4, 4))
+    assert calls == [4, 1] and logits.shape == (1, 3, 4, 20) and logits.is_meta
+
+
+def test_steps_down_and_right_are_their_own():
+    calls, images = [], torch.randn(1, 3, 8, 8)
+    logits = sliding_window_logits(lambda crops: calls.append(len(crops)) or crops, images, (4, 4), (1, 4))
+    assert sum(calls) == 5 * 2
+    torch.testing.assert_close(logits, images)
+
+
+def test_batches_of_images_share_windows_calls():
+    calls = []
+
+    def predict(crops):
+        calls.append(len(crops))
+        return crops
+
+    images = torch.randn(3, 3, 8, 12)
+    torch.testing.assert_close(sliding_window_logits(predict, images, (4, 4), (4, 4), batch_size=6), images)
+    assert calls == [6, 6, 6]
+
+
+def test_a_small_image_is_used_as_it_is():
+    seen = []
+    sliding_window_logits(lambda crops: seen.append(crops.shape) or crops, torch.randn(1, 3, 5, 9), (8, 8), (4, 4))
+    assert seen == [(1, 3, 5, 8)] * 2  # on a CPU one by one: batches are slower there
+
+
+def test_logits_of_another_size_are_resized_to_the_window():
+    logits = sliding_window_logits(
+        lambda crops: torch.ones(len(crops), 2, 1, 1), torch.zeros(1, 3, 6, 6), (4, 4), (3, 3)
+    )
+    assert torch.equal(logits, torch.ones(1, 2, 6, 6))
+
+
+def test_a_window_without_logits_is_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        sliding_window_logits(lambda crops: crops[:1], torch.zeros(1, 3, 4, 8), (4, 4), (4, 4), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("crop", "stride", "batch"),
+    [((4, 4), (5, 4), 1), ((4, 4), (4, 5), 1), ((4, 4), (0, 4), 1), ((4, 4), (4, 0), 1), ((4, 4), (4, 4), 0)],
+)
+def test_nonsense_is_refused(crop, stride, batch):
+    with pytest.raises(ValueError, match="must be between 1 and `crop_size`"):
+        sliding_window_logits(lambda crops: crops, torch.zeros(1, 3, 8, 8), crop, stride, batch)
+
+
+def test_no_image_is_refused():
+    with pytest.raises(ValueError, match="holds no image"):
+        sliding_window_logits(lambda crops: crops, torch.zeros(0, 3, 8, 8), (4, 4), (4, 4))

@@ -1,0 +1,202 @@
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from test_recipes import KINDS
+
+from denseclip_hf.training.ablations import (
+    ROWS,
+    VARIANTS,
+    ablation_json,
+    ablation_tables,
+    mean_and_spread,
+    read_measurements,
+)
+from denseclip_hf.training.recipe import parse_arguments
+from denseclip_hf.training.run_directory import recipe_of
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def options(variant):
+    files = [str(CONFIGS / "ade20k_rn50.yaml"), str(CONFIGS / "ablations" / f"{variant}.yaml"), "--bf16", "false"]
+    model, _, args = parse_arguments(KINDS, files)
+    return json.loads(model.config), args.text_encoder_lr_multiplier, args.image_encoder_lr_multiplier
+
+
+def test_every_variant_is_a_recipe_and_every_recipe_a_variant():
+    assert set(VARIANTS) == {path.stem for path in (CONFIGS / "ablations").glob("*.yaml")}
+
+
+def test_variants_change_what_their_row_says_and_nothing_else():
+    slide = {"inference_mode": "slide"}
+    assert {variant: options(variant) for variant in VARIANTS} == {
+        "final": (slide, 0.0, 0.1),
+        "image_encoder_full_rate": (slide, 0.0, 1.0),
+        "text_encoder_trained": (slide, 0.1, 0.1),
+        "template_prompt": ({**slide, "num_context_tokens": 0}, 0.0, 0.1),
+        "gamma_fixed": ({**slide, "gamma_learnable": False}, 0.0, 0.1),
+        "gamma_one": ({**slide, "gamma_init": 1.0}, 0.0, 0.1),
+        "baseline": ({**slide, "use_text_guidance": False}, 0.0, 0.1),
+        "baseline_full_rate": ({**slide, "use_text_guidance": False}, 0.0, 1.0),
+    }
+
+
+def test_tables_put_the_measured_beside_the_published(tmp_path):
+    for seed, iou in enumerate([0.40, 0.42]):
+        run = tmp_path / "gamma_one" / f"seed-{seed}"
+        run.mkdir(parents=True)
+        (run / "eval_results.json").write_text(json.dumps({"eval_mean_iou": iou}))
+    measured = read_measurements(tmp_path, VARIANTS, [0, 1])
+    assert read_measurements(tmp_path, ["gamma_one"], [1, 7]) == {"gamma_one": [42.0]}
+    tables = ablation_tables(measured)
+    assert "| 1.0, learnable | 42.8 | 41.0 ± 1.4 (2) |" in tables
+    assert "| 1e-4, fixed | 42.6 | - |" in tables
+    entries = ablation_json(measured)
+    assert len(entries) == len(ROWS) and entries[7]["measured"] == [40.0, 42.0]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"eval_mean_iou": null}', '{"eval_mean_iou": "high"}'])
+def test_results_without_a_mean_iou_are_refused_by_name(tmp_path, content):
+    run = tmp_path / "final" / "seed-3"
+    run.mkdir(parents=True)
+    (run / "eval_results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"seed-3.eval_results.json holds no mIoU \(.*\): remove .*seed-3 and start"):
+        read_measurements(tmp_path, VARIANTS, [3])
+
+
+def test_one_run_has_no_spread():
+    assert mean_and_spread([41.25]) == "41.2 (1)"
+
+
+def finished(folder, iou, flags, seed):
+    """A finished run of `final` as `scripts/ablate.py` starts it."""
+    files = [str(CONFIGS / "ablation_example.yaml"), str(CONFIGS / "ablations" / "final.yaml"), "--seed", str(seed)]
+    folder = folder / "final" / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(recipe_of(*parse_arguments(KINDS, [*files, *flags]))))
+    (folder / "eval_results.json").write_text(json.dumps({"eval_mean_iou": iou}))
+
+
+def ablate():
+    spec = importlib.util.spec_from_file_location("ablate", CONFIGS.parent / "scripts" / "ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, capsys):
+    module = ablate()
+    for seed, iou in ((0, 0.4), (7, 0.9)):
+        finished(tmp_path, iou, ["--max_steps", "5"], seed)
+    command = [str(CONFIGS / "ablation_example.yaml"), "--output_dir", str(tmp_path), "--variants", "final"]
+    module.main([*command, "--seeds", "0", "--", "--max_steps", "5"])
+    tables = capsys.readouterr().out
+    assert "| 1e-4, learnable (final) | 43.5 | 40.0 (1) |" in tables  # not the seed that was not asked for
+    with pytest.raises(SystemExit, match="^1$"):
+        module.main([*command, "--seeds", "0", "--", "--max_steps", "9"])
+    assert "seed-0 holds a run of another recipe (max_steps 5 -> 9): name a new" in capsys.readouterr().err
+    (tmp_path / "final" / "seed-0" / "recipe.json").unlink()
+    with pytest.raises(SystemExit, match="^1$"):
+        module.main([*command, "--seeds", "0", "--", "--max_steps", "5"])
+    assert "seed-0 holds results without their recipe.json" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_back_a_run_that_is_about_to_start(tmp_path, monkeypatch):
+    """Its process would not be there yet to hear it."""
+    module, started = ablate(), []
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def directory(args, variant, seed):
+        module.stopping.wait(5)  # in the thread of this run
+        return tmp_path / variant / f"seed-{seed}"
+
+    monkeypatch.setattr(module, "wait", interrupt)
+    monkeypatch.setattr(module, "directory", directory)
+    monkeypatch.setattr(module.subprocess, "Popen", started.append)
+    args = module.parse([str(CONFIGS / "ablation_example.yaml"), "--output_dir", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        module.train_all(args, [("final", 0)])
+    assert module.stopping.is_set() and not started
+
+
+# In place of a training: seed 0 may fail, the others go on until `go` is there; of a signal they end after a while.
+STAND_IN = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+here, seed, end = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[-1]).name, time.monotonic() + 60
+try:
+    (here / f"{seed} started").touch()
+    if seed == "seed-0" and (here / "fail").exists():
+        sys.exit(1)
+    while not (here / "go").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+(here / f"{seed} ended").touch()
+"""
+
+
+def start_ablations(folder, *flags, within=()):
+    """`scripts/ablate.py` on seeds 0 to 3 of a variant, in a process group of its own as in a terminal."""
+    launcher = shlex.join([*within, sys.executable, "-c", STAND_IN, str(folder)])
+    command = [sys.executable, CONFIGS.parent / "scripts" / "ablate.py", CONFIGS / "ablation_example.yaml", *flags]
+    command += ["--output_dir", folder / "out", "--variants", "final", "--seeds", *"0123", "--launcher", launcher]
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell ignores in its background jobs
+    return subprocess.Popen([*map(str, command)], preexec_fn=heard, **options)
+
+
+def wait_for(file, process):
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_failure_is_said_at_once_and_starts_nothing_else(tmp_path):
+    (tmp_path / "fail").touch()
+    process = start_ablations(tmp_path, "--parallel", "2")
+    try:
+        while "final with seed 0 failed: see" not in process.stderr.readline():
+            assert process.poll() is None
+        assert not (tmp_path / "seed-1 ended").exists()
+        (tmp_path / "go").touch()
+        assert process.wait(60) == 1 and "error: final with seed 0 failed" in process.stderr.read()
+    finally:
+        process.kill()
+    assert {file.name for file in tmp_path.glob("seed*")} == {"seed-0 started", "seed-1 started", "seed-1 ended"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("send", "number", "word", "within"),
+    [
+        (os.killpg, signal.SIGINT, "Interrupted.", ()),
+        (os.kill, signal.SIGTERM, "Terminated.", ()),
+        (os.kill, signal.SIGTERM, "Terminated.", ("sh", "-c", '"$@"; exit', "sh")),  # ends before what it started
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM to a launcher"],
+)
+def test_after_a_signal_the_runs_in_progress_end_and_nothing_else_starts(tmp_path, send, number, word, within):
+    process = start_ablations(tmp_path, within=within)
+    try:
+        wait_for(tmp_path / "seed-0 started", process)
+        send(process.pid, number)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number and "Traceback" not in said
+    assert word in said
+    assert {file.name for file in tmp_path.glob("seed*")} == {"seed-0 started", "seed-0 ended"}

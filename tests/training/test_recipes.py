@@ -1,0 +1,295 @@
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import pictures, write_folder
+
+from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation, DenseCLIPTrainingArguments
+from denseclip_hf.training.recipe import (
+    DataArguments,
+    ModelArguments,
+    load_data,
+    make_trainer,
+    model_to_train,
+    parse_arguments,
+)
+from denseclip_hf.training.run_directory import one_sentence_errors
+from denseclip_hf.transforms import AugmentedDataset
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+KINDS = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
+TINY_CLIP = {
+    "model_type": "clip_resnet",
+    "text_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "vision_config": {"embedding_size": 4, "depths": [1, 1, 1, 1], "num_attention_heads": 4, "projection_dim": 12},
+}
+TINY = {"neck_hidden_size": 8, "decode_head_hidden_size": 8, "context_decoder_hidden_size": 8}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder: three classes, six pictures."""
+    return write_folder(tmp_path / "data", 6)
+
+
+def tiny_arguments(folder, **options):
+    model = ModelArguments(clip_config=json.dumps(TINY_CLIP), config=json.dumps({**TINY, **options}))
+    return model, DataArguments(dataset=str(folder), crop_size=64, scale_long=128)
+
+
+@pytest.mark.parametrize("recipe", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_recipes_parse_and_describe_a_model(recipe):
+    model_args, data_args, args = parse_arguments(KINDS, [str(recipe), "--bf16", "false"])
+    options = json.loads(model_args.config)
+    assert DenseCLIPConfig(**options).inference_mode in ("whole", "slide")
+    assert data_args.crop_size > 0 and args.learning_rate > 0
+    text = recipe.read_text()
+    assert f"configs/{recipe.name}" in text, "a recipe opens with the command that runs it"
+    assert "mIoU" in text or "demo" in text
+
+
+@pytest.mark.parametrize("recipe", [path for path in CONFIGS if path.stem.startswith("ade20k")], ids=lambda p: p.stem)
+def test_published_recipes_keep_the_published_rates(recipe):
+    _, data_args, args = parse_arguments(KINDS, [str(recipe), "--bf16", "false"])
+    assert (args.learning_rate, args.weight_decay, args.max_steps, args.warmup_steps) == (1e-4, 1e-4, 80_000, 1500)
+    assert data_args.crop_size == (640 if "vit" in recipe.stem else 512)
+    devices = 1 if "one_gpu" in recipe.stem else 8
+    assert devices * args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("learning_rate: 1e-3\nmax_steps: 7\nconfig: {gamma_init: 1.0}\nphotometric: false\n")
+    model, data, args = parse_arguments(KINDS, [str(recipe), "--max_steps", "9"])
+    assert (args.learning_rate, args.max_steps, data.photometric) == (1e-3, 9, False)
+    assert json.loads(model.config) == {"gamma_init": 1.0}
+
+
+def test_a_flags_mapping_is_put_over_the_recipes(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("config: {gamma_init: 1.0, neck_hidden_size: 8}\nclip_config: {model_type: clip_resnet}\n")
+    ablation = CONFIGS[0].parent / "ablations" / "template_prompt.yaml"
+    flags = ["--config", '{"gamma_init": 2.0}', "--clip_config", '{"projection_dim": 12}']
+    model, *_ = parse_arguments(KINDS, [str(recipe), str(ablation), *flags])
+    assert json.loads(model.config) == {"gamma_init": 2.0, "neck_hidden_size": 8, "num_context_tokens": 0}
+    assert json.loads(model.clip_config) == {"model_type": "clip_resnet", "projection_dim": 12}
+    assert parse_arguments(KINDS, [str(recipe), "--config", "{"])[0].config == "{"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("learning_rat: 1", "did you mean `learning_rate`"),
+        ("- a list", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+        ("x: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_broken_recipes_are_refused(text, sentence, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        parse_arguments(KINDS, [str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"config": "{"}, "`config` is not valid JSON"),
+        ({"config": "[1]"}, "`config` must be a JSON mapping of options"),
+        ({"clip_config": "7"}, "`clip_config` must be a JSON mapping of options"),
+    ],
+)
+def test_options_that_are_no_json_are_refused(folder, options, sentence):
+    model_args = ModelArguments(**{"clip_config": json.dumps(TINY_CLIP), **options})
+    with pytest.raises(ValueError, match=sentence):
+        model_to_train(model_args, load_data(DataArguments(dataset=str(folder))), 64)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [('{"tau": 0.05}', "has no option `tau`"), ("{", "not valid JSON")])
+def test_unknown_options_are_refused_before_the_data_is_read(tmp_path, text, sentence):
+    training = DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True)
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer(ModelArguments(config=text), DataArguments(dataset="no/where"), training)
+
+
+def test_lists_and_missing_values_in_a_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("report_to: [none]\nmetric_for_best_model: null\ninclude_for_metrics: [loss, inputs]\n")
+    _, _, args = parse_arguments(KINDS, [str(recipe), "--output_dir", str(tmp_path)])
+    assert args.report_to == [] and args.include_for_metrics == ["loss", "inputs"]
+    for text, words in (("null", "no value, but it needs one"), ("{}", "a mapping"), ("[1]", "a list")):
+        recipe.write_text(f"crop_size: {text}\n")
+        with pytest.raises(ValueError, match=f"gives `crop_size` {words}"):
+            parse_arguments(KINDS, [str(recipe)])
+
+
+def test_data_without_a_training_split_is_refused(folder, tmp_path):
+    (tmp_path / "only").mkdir()
+    folder.rename(tmp_path / "only" / "val")
+    (tmp_path / "only" / "val" / "classes.json").rename(tmp_path / "only" / "classes.json")
+    model_args, data_args = tiny_arguments(tmp_path / "only")
+    with pytest.raises(ValueError, match="has no training split: name it with `--train_split`"):
+        make_trainer(model_args, data_args, DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True))
+
+
+def test_missing_recipe_and_data_set_are_named():
+    with pytest.raises(ValueError, match="there is no recipe nowhere.yaml"):
+        parse_arguments(KINDS, ["nowhere.yaml"])
+    with pytest.raises(ValueError, match="name a data set"):
+        load_data(DataArguments())
+
+
+def test_a_clip_that_is_nowhere_is_named(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model_args, data_args = ModelArguments(clip="nobody/nothing"), DataArguments(dataset=str(folder))
+    with pytest.raises(OSError, match="nobody/nothing is neither a folder here nor a name on the Hub"):
+        model_to_train(model_args, load_data(data_args), 64)
+
+
+def test_a_folder_trains_from_random_weights(folder, tmp_path):
+    args = DenseCLIPTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer, data = make_trainer(*tiny_arguments(folder), args)
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_mean_iou"] <= 1
+    trainer.save_model()
+    assert trainer.model.config.id2label == {0: "sky", 1: "road", 2: "car"} and data.validation is not None
+    assert len(trainer.model.config.palette) == 3
+    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= saved
+    # and a trained one goes on, here with another class
+    (folder / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "tree"}}))
+    data = load_data(DataArguments(dataset=str(folder)))
+    sentence = (
+        f"the data has 3 classes (sky, road, tree) and {tmp_path / 'out'} was trained on 3: pass --replace_classes to "
+        "give the model the data's, starting the new ones anew."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        model_to_train(ModelArguments(model=str(tmp_path / "out")), data, 64)
+    model, _ = model_to_train(ModelArguments(model=str(tmp_path / "out"), replace_classes=True), data, 64)
+    assert model.config.id2label[2] == "tree"
+
+
+@pytest.fixture
+def trained(folder, tmp_path):
+    """A model of three classes."""
+    model_args, data_args = tiny_arguments(folder)
+    for part in model_to_train(model_args, load_data(data_args), 64):
+        part.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_a_trained_model_keeps_its_own_config(trained, folder):
+    again = ModelArguments(model=trained, config=json.dumps({"gamma_init": 2.0}))
+    with pytest.raises(ValueError, match="keeps its own"):
+        model_to_train(again, load_data(DataArguments(dataset=str(folder))), 64)
+
+
+def test_a_frozen_model_is_refused_when_it_is_loaded(trained, folder, tmp_path):
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(trained)
+    model.freeze_classes()
+    model.save_pretrained(shutil.copytree(trained, tmp_path / "frozen"))
+    with pytest.raises(ValueError, match="classes are frozen, so it can not be trained"):
+        model_to_train(ModelArguments(model=str(tmp_path / "frozen")), load_data(DataArguments(str(folder))), 64)
+
+
+def test_a_trained_model_goes_on_in_float32(trained, folder, tmp_path):
+    """Half precision would round most steps of the published rate away."""
+    half = shutil.copytree(trained, tmp_path / "half")
+    DenseCLIPForSemanticSegmentation.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(half)
+    assert DenseCLIPForSemanticSegmentation.from_pretrained(half).dtype == torch.bfloat16
+    model, _ = model_to_train(ModelArguments(model=str(half)), load_data(DataArguments(str(folder))), 64)
+    assert model.dtype == torch.float32
+
+
+def test_fewer_classes_in_the_data_than_in_the_model(trained, tmp_path):
+    root = write_folder(tmp_path / "two", 3)
+    for mask in (root / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(mask)) % 2).save(mask)
+    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road"}}))
+    data = load_data(DataArguments(dataset=str(root)))
+    sentence = (
+        f"the data has 2 classes (sky, road) and {trained} was trained on 3: pass --replace_classes to give the model "
+        "the data's, starting the new ones anew."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        model_to_train(ModelArguments(model=trained), data, 64)
+    model, _ = model_to_train(ModelArguments(model=trained, replace_classes=True), data, 64)
+    assert model.config.num_labels == 2
+
+
+def test_a_trained_model_takes_over_what_means_no_class(trained, folder, tmp_path):
+    for mask in (folder / "masks").iterdir():
+        ids = np.array(Image.open(mask))
+        Image.fromarray(np.where(ids == 255, 99, ids).astype(np.uint8)).save(mask)
+    with pytest.raises(ValueError, match="holds the ids 99, but only 0…2 and 255 .* set ignore_index"):
+        load_data(DataArguments(dataset=str(folder)))
+    data = load_data(parse_arguments(KINDS, ["--dataset", str(folder), "--ignore_index", "99"])[1])
+    model, _ = model_to_train(ModelArguments(model=trained), data, 64)
+    assert model.config.semantic_loss_ignore_index == 99
+
+
+def test_files_in_a_folder_are_no_stream(folder, tmp_path):
+    model_args, data_args = tiny_arguments(folder)
+    args = DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True, max_steps=1)
+    trainer, data = make_trainer(model_args, replace(data_args, streaming=True), args)
+    assert isinstance(trainer.train_dataset, AugmentedDataset) and len(trainer.train_dataset) == len(data.train)
+
+
+def test_exponents_in_a_recipe_are_numbers(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "config: {gamma_init: 1e-3, x: -2E+3, y: .5e1, z: 1e, v: '1e3'}\nlearning_rate: 1e-4\nrun_name: 12e45"
+    )
+    model_args, _, args = parse_arguments(KINDS, [str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path)])
+    assert json.loads(model_args.config) == {"gamma_init": 1e-3, "x": -2e3, "y": 5.0, "z": "1e", "v": "1e3"}
+    assert args.learning_rate == 1e-4 and args.run_name == "12e45"
+
+
+def test_values_of_another_kind_end_in_a_sentence(capsys):
+    @one_sentence_errors
+    def main():
+        DenseCLIPConfig(temperature="warm")
+
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "temperature" in said and said.count("\n") == 1
+
+
+def test_what_means_no_class_must_be_no_class(folder):
+    with pytest.raises(
+        ValueError, match=r"ignore_index is 2, but that is the id of a class \(car\): set ignore_index"
+    ):
+        load_data(DataArguments(dataset=str(folder), ignore_index=2))
+    with pytest.raises(ValueError, match=r"ignore_index is 3, but that is the id of a class \(car\): set"):
+        load_data(DataArguments(dataset=str(folder), ignore_index=3, do_reduce_labels=True))  # stored as 3
+    names = ",".join(f"class {i}" for i in range(256))
+    with pytest.raises(ValueError, match=r"ignore_index is 255, but .* none of the 256 classes has, such as 65535"):
+        load_data(DataArguments(dataset=str(folder), classes=names))
+
+
+def test_the_look_at_the_data_is_logged(folder, caplog):
+    for mask in (folder / "masks").iterdir():
+        Image.fromarray(np.zeros((72, 80), dtype=np.uint8)).save(mask)
+    with caplog.at_level("INFO"):
+        load_data(DataArguments(dataset=str(folder)))
+    assert "all 80x72 pixels" in caplog.text and "100.00%" in caplog.text and "No problems." in caplog.text
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("2 of 3 classes are in none of the masks looked at: road, car.")
+
+
+def test_data_that_does_not_fit_stops_before_training(folder):
+    Image.fromarray(pictures(1)[0]["mask"] + 7).save(folder / "masks" / "3.png")
+    words = r"3.png holds the ids .* Problems in a first look at 6 samples: 1; `python scripts/check_data.py "
+    with pytest.raises(ValueError, match=words):
+        load_data(DataArguments(dataset=str(folder)))

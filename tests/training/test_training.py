@@ -1,0 +1,230 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, golden_case, golden_model, tiny_model
+from PIL import Image
+
+from denseclip_hf import DenseCLIPImageProcessor, DenseCLIPTrainer, DenseCLIPTrainingArguments
+from denseclip_hf.conversion.keys import ORIGINAL_KEY_TABLE, rename
+from denseclip_hf.training import parameter_groups, poly_learning_rate
+from denseclip_hf.transforms import AugmentedDataset, TrainTransform
+
+
+OPTIM = json.loads((FIXTURES / "optim.json").read_text())
+NO_DROPOUT = {"context_decoder_dropout": 0.0, "decode_head_dropout": 0.0, "drop_path_rate": 0.0}
+
+
+def pictures(count=8, size=(80, 72)):
+    """Three horizontal bands whose colours tell their classes, with noise."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(count):
+        mask = np.repeat(np.sort(rng.integers(0, 3, size[1])), size[0]).reshape(size[1], size[0]).astype(np.uint8)
+        mask[:, :3] = 255
+        colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])[mask % 3]
+        picture = np.clip(colors + rng.normal(0, 20, colors.shape), 0, 255).astype(np.uint8)
+        samples.append({"image": Image.fromarray(picture), "mask": mask})
+    return samples
+
+
+def write_folder(root, count, suffix=".jpg"):
+    """The same pictures as a user's folder: images, masks, classes.json."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for index, sample in enumerate(pictures(count)):
+        sample["image"].save(root / "images" / f"{index}{suffix}")
+        Image.fromarray(sample["mask"]).save(root / "masks" / f"{index}.png")
+    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "car"}}))
+    return root
+
+
+def trainer_for(output_dir, model=None, samples=None, evaluate=True, **options):
+    samples = pictures() if samples is None else samples
+    transform = TrainTransform(crop_size=64, scale=(128, 64))
+    defaults = {
+        "max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": True,
+        "save_strategy": "no", "report_to": [], "disable_tqdm": True, "learning_rate": 1e-3,
+    }  # fmt: skip
+    return DenseCLIPTrainer(
+        tiny_model() if model is None else model,
+        DenseCLIPTrainingArguments(output_dir=str(output_dir), **{**defaults, **options}),
+        train_dataset=AugmentedDataset(samples, transform),
+        eval_dataset=samples if evaluate else None,
+        image_processor=DenseCLIPImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}),
+    )
+
+
+# Parameter groups
+
+
+@pytest.mark.parametrize("name", ["seg_vit", "seg_resnet"])
+def test_groups_are_the_originals(name):
+    model = golden_model(name)
+    groups = parameter_groups(model, lr=1e-4, weight_decay=1e-4)
+    ours = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    original = {key: (v["lr"], v["weight_decay"]) for key, v in OPTIM["params"][name].items()}
+    state = {k.removeprefix("state_dict/"): v for k, v in golden_case(name)[1].items()}
+    parameters, compared = dict(model.named_parameters()), 0
+    for key, (lr, decay) in original.items():
+        for our_key in rename({key: state[key]}, ORIGINAL_KEY_TABLE):
+            assert ours[id(parameters[our_key])] == (pytest.approx(lr), decay), our_key
+            compared += 1
+    assert compared == len(parameters) - 1  # CLIP's temperature is not part of the original
+
+
+def test_every_parameter_is_in_one_group(kind):
+    model = tiny_model(kind)
+    grouped = [p for group in parameter_groups(model, 1.0, 1.0) for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("text, image", [(0.0, 0.1), (0.1, 0.1), (0.0, 1.0), (0.5, 0.0)])
+def test_multipliers(text, image):
+    groups = parameter_groups(tiny_model(), 2.0, 0.0, image, text)
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["text_encoder"] == 2 * text and rates["image_encoder"] == 2 * image
+    assert rates["decoder"] == rates["context_decoder_norms"] == 2.0 and rates["logit_scale"] == 0.0
+
+
+def test_exemption_covers_norms_and_biases():
+    groups = parameter_groups(tiny_model(), 1.0, 0.5, exempt_norms_and_biases=True)
+    for group in groups:
+        if group["name"] not in ("logit_scale",):
+            assert all((p.dim() < 2) == (group["weight_decay"] == 0.0) for p in group["params"])
+    exempt = {group["name"] for group in groups if group["name"].endswith("_without_decay")}
+    assert exempt == {f"{name}_without_decay" for name in ("text_encoder", "image_encoder", "decoder", "logit_scale")}
+
+
+def test_unknown_parameter_is_refused():
+    model = tiny_model()
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="no parameter group covers extra.weight"):
+        parameter_groups(model, 1.0, 1.0)
+
+
+def test_baseline_has_groups_too(kind):
+    groups = parameter_groups(tiny_model(kind, use_text_guidance=False), 1.0, 1.0)
+    assert {group["name"] for group in groups} == {"image_encoder", "decoder"}
+
+
+# Schedule
+
+
+@pytest.mark.parametrize("base_lr", OPTIM["schedule"]["lr"])
+def test_schedule_is_the_originals(base_lr):
+    schedule = OPTIM["schedule"]
+    for step, expected in zip(schedule["iters"], schedule["lr"][base_lr], strict=True):
+        assert poly_learning_rate(step, float(base_lr), total_steps=80_000) == pytest.approx(expected, rel=1e-9)
+
+
+def test_schedule_without_warmup_starts_at_the_base():
+    assert poly_learning_rate(0, 0.5, total_steps=10, warmup_steps=0) == 0.5
+    assert poly_learning_rate(10, 0.5, total_steps=10, warmup_steps=0) == 1e-6
+    assert poly_learning_rate(12, 0.5, total_steps=10, warmup_steps=0) == 1e-6
+
+
+def test_trainer_steps_every_group_on_its_own_rate(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=20, warmup_steps=3)
+    trainer.create_optimizer_and_scheduler(20)
+    base = [group["lr"] for group in parameter_groups(trainer.model, 1e-3, 1e-4) if group["lr"]]
+    for step in range(20):
+        for group, base_lr in zip(trainer.optimizer.param_groups, base, strict=True):
+            expected = poly_learning_rate(step, base_lr, total_steps=20, warmup_steps=3)
+            assert group["lr"] == pytest.approx(expected, rel=1e-12)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+
+
+def test_other_schedules_are_transformers_own(tmp_path):
+    trainer = trainer_for(tmp_path, lr_scheduler_type="constant")
+    trainer.create_optimizer_and_scheduler(4)
+    assert {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}["image_encoder"] == 1e-4
+
+
+def test_defaults_are_the_published_recipe():
+    args = DenseCLIPTrainingArguments(output_dir="unused")
+    beta1, beta2 = OPTIM["adamw_defaults"]["betas"]
+    expected = {
+        "learning_rate": 1e-4, "weight_decay": 1e-4, "max_steps": 80_000, "num_train_epochs": 3.0,
+        "lr_scheduler_type": "polynomial", "min_learning_rate": 1e-6, "poly_power": 0.9,
+        "warmup_steps": 1500, "warmup_start_ratio": 1e-6,
+        "image_encoder_lr_multiplier": 0.1, "text_encoder_lr_multiplier": 0.0, "max_grad_norm": 0.0,
+        "adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": OPTIM["adamw_defaults"]["eps"],
+        "exempt_norms_and_biases": False, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
+        "dataloader_drop_last": True, "remove_unused_columns": False, "logging_nan_inf_filter": False,
+        "metric_for_best_model": "mean_iou", "greater_is_better": True, "channels_last": False,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_epochs_that_are_given_count(caplog):
+    assert DenseCLIPTrainingArguments("unused", num_train_epochs=2).max_steps == -1
+    assert DenseCLIPTrainingArguments("unused", max_steps=-1).num_train_epochs == 3.0
+    assert DenseCLIPTrainingArguments("unused", max_steps=-1, num_train_epochs=2).num_train_epochs == 2
+    assert DenseCLIPTrainingArguments("unused", max_steps=7).max_steps == 7
+    assert not caplog.text
+    assert DenseCLIPTrainingArguments("unused", max_steps=7, num_train_epochs=2).max_steps == 7
+    assert "max_steps 7 counts, not num_train_epochs 2: to train for epochs, pass `--max_steps -1`" in caplog.text
+
+
+@pytest.mark.parametrize("steps", [0, -2])
+def test_steps_that_mean_nothing_are_refused(steps):
+    with pytest.raises(ValueError, match=f"max_steps is {steps}: give a positive number"):
+        DenseCLIPTrainingArguments("unused", max_steps=steps)
+
+
+def test_nothing_is_pushed_while_training(tmp_path):
+    """Trainer would push the pickle of its arguments, with the token in it, and half-written checkpoints."""
+    with pytest.raises(ValueError, match="training does not push, .*: push what it .* `scripts/push_to_hub.py"):
+        DenseCLIPTrainingArguments("unused", push_to_hub=True, hub_token="secret")
+    with pytest.raises(ValueError, match="training does not push"):
+        trainer_for(tmp_path).push_to_hub()
+
+
+@pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_on_a_cpu_that_is_slow_in_it_is_told(tmp_path, caplog, monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    DenseCLIPTrainingArguments(str(tmp_path), bf16=True, use_cpu=True)
+    assert ("bf16 is many times slower on it than float32" in caplog.text) == slow
+
+
+def test_without_a_launcher_one_of_several_devices_trains(tmp_path, caplog):
+    """torch's DataParallel would give the contexts no gradient."""
+    trainer = trainer_for(tmp_path)
+    trainer.args._n_gpu = 2
+    again = DenseCLIPTrainer(trainer.model, trainer.args, trainer.train_dataset)
+    assert again.args.n_gpu == 1 and again._train_batch_size == 2
+    assert "One of 2 devices is used: `accelerate launch` uses all" in caplog.text
+
+
+def test_several_sets_are_evaluated_by_name(tmp_path):
+    sets = {"day": pictures(), "night": pictures()[:2]}
+    trainer = trainer_for(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.eval_dataset = sets
+    trainer.train()
+    scores = trainer.evaluate()
+    for name, samples in sets.items():
+        alone = trainer.evaluate(samples)
+        assert scores[f"eval_{name}_mean_iou"] == alone["eval_mean_iou"]
+        assert scores[f"eval_{name}_num_images"] == len(samples)
+    assert scores["eval_mean_iou"] == (scores["eval_day_mean_iou"] + scores["eval_night_mean_iou"]) / 2
+    assert sum("eval_night_loss" in entry for entry in trainer.state.log_history) == 3
+
+
+@pytest.mark.parametrize("name", ["image_encoder_lr_multiplier", "text_encoder_lr_multiplier"])
+def test_rates_below_zero_are_refused(name):
+    assert getattr(DenseCLIPTrainingArguments("unused", **{name: 0.0}), name) == 0
+    for make in (lambda **options: parameter_groups(tiny_model(), 1.0, 1.0, **options), DenseCLIPTrainingArguments):
+        with pytest.raises(ValueError, match=f"`{name}` .*must be at least 0, which freezes, got .*-1"):
+            make(**{name: -1.0})
+
+
+def test_the_cpu_is_used_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert DenseCLIPTrainingArguments("unused", bf16=True).use_cpu
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not DenseCLIPTrainingArguments("unused").use_cpu
+    assert DenseCLIPTrainingArguments("unused", use_cpu=True).use_cpu
