@@ -7,8 +7,8 @@
 import argparse
 
 from denseclip_hf.command_line import log_to_terminal
-from denseclip_hf.conversion.clip import ACTIVATIONS, DTYPES, convert_clip
-from denseclip_hf.conversion.weights import DEFAULT_TOKENIZER, sha256_of
+from denseclip_hf.conversion import ACTIVATIONS, DEFAULT_TOKENIZER, convert_clip, sha256_of
+from denseclip_hf.devices import DTYPES
 from denseclip_hf.training.run_directory import one_sentence_errors
 
 
@@ -16,17 +16,17 @@ from denseclip_hf.training.run_directory import one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     log_to_terminal()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="TorchScript archive, state dict or .safetensors; nothing in it is run")
+    parser.add_argument("checkpoint", help="OpenAI's .pt as published, a state dict or .safetensors")
     parser.add_argument("output_dir", help="a new directory, written whole or not at all")
     parser.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, help="CLIP's, directory or Hub name (%(default)s)")
     parser.add_argument(
         "--hidden_act",
         choices=ACTIVATIONS,
-        help="no weight tells it: gelu for open_clip's models whose name lacks -quickgelu, quick_gelu for others; "
+        help="no weight shows it: gelu for open_clip's models whose name lacks -quickgelu, quick_gelu for others; "
         "only OpenAI's archives do without it",
     )
     parser.add_argument(
-        "--num_attention_heads", type=int, help="of the image tower, where its width does not tell (head size not 64)"
+        "--num_attention_heads", type=int, help="of the image tower, where its width does not show them (head size not 64)"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the saved weights (%(default)s)")
     args = parser.parse_args(argv)

@@ -1,12 +1,13 @@
 """A released DenseCLIP checkpoint as a model directory.
 
-`python scripts/convert_original_denseclip.py CHECKPOINT.pth OUTPUT_DIR [--config_file CONFIG.py] [--tokenizer NAME]`
+`python scripts/convert_original_denseclip.py CHECKPOINT.pth OUTPUT_DIR [--options OPTIONS.json] [--tokenizer NAME]`
 """
 
 import argparse
+import json
+from pathlib import Path
 
-from denseclip_hf.conversion.release import convert_release
-from denseclip_hf.conversion.weights import DEFAULT_TOKENIZER
+from denseclip_hf.conversion import DEFAULT_TOKENIZER, convert_release, sha256_of
 from denseclip_hf.training.run_directory import one_sentence_errors
 
 
@@ -15,12 +16,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="the released .pth; nothing in it is executed")
     parser.add_argument("output_dir", help="a new directory, written whole or not at all")
-    parser.add_argument("--config_file", help="the original config (a Python file, read but not executed)")
+    parser.add_argument("--options", help="JSON file: options of the original's model that the checkpoint lacks")
     parser.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, help="CLIP's, directory or Hub name (%(default)s)")
     parser.add_argument("--classes", help="JSON file of class names, if the checkpoint has none or others are wanted")
     args = parser.parse_args(argv)
-    report = convert_release(**vars(args))
-    print(f"{report}\nThe model is in {args.output_dir}")
+    options = json.loads(Path(args.options).read_text(encoding="utf-8")) if args.options else None
+    model = convert_release(args.checkpoint, args.output_dir, args.tokenizer, options, args.classes)
+    print(f"{model.num_parameters() / 1e6:.3f} M parameters, {model.config.num_labels} classes")
+    for file in sorted(Path(args.output_dir).iterdir()):
+        print(f"sha256 {sha256_of(file)}  {file.name}")
+    print(f"The model is in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -20,20 +20,18 @@ import yaml
 from clip_reference import reference_clip
 from conftest import tiny_config, tiny_model
 from damage import HEADERS, JSON, changed, damaged, invented_png, odd_weights, picture_files
+from helpers.checkpoints import FORMATS, release, tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
-from test_conversion_clip import FORMATS
-from test_conversion_clip import tokenizer as clip_tokenizer
 from test_model_card_results import RESULTS
-from test_original_release import release, tokenizer
 from test_recipes import CONFIGS, KINDS
 from transformers import CLIPModel, TrainerState
 
 from denseclip_hf import CLIPResNetModel
 from denseclip_hf.conversion import config_from_original
 from denseclip_hf.conversion.clip import convert_clip
-from denseclip_hf.conversion.mmseg_config import parse_original_config
+from denseclip_hf.conversion.options import model_options
 from denseclip_hf.conversion.release import convert_release
 from denseclip_hf.conversion.weights import read_checkpoint, state_dict_of
 from denseclip_hf.data.folders import parse_classes
@@ -165,9 +163,7 @@ def test_recipes(tmp_path, value, capsys):
 @given(damaged([release()["meta"]["config"].encode()]) | st.binary(max_size=60))
 def test_original_configs(content):
     with result_or_sentence():
-        config = parse_original_config(content.decode("latin-1"))
-        if isinstance(config.get("model"), dict):
-            config_from_original(config["model"], dict(enumerate("abcde")), None)
+        config_from_original(model_options(content.decode("latin-1")), dict(enumerate("abcde")), None)
 
 
 # Checkpoints and model directories
@@ -222,11 +218,11 @@ def test_releases(tmp_path, name, data):
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @given(data=st.data())
 def test_clips(tmp_path, kind, data):
-    weights = data.draw(odd_weights(reference_clip(kind, len(clip_tokenizer())).state_dict()))
+    weights = data.draw(odd_weights(reference_clip(kind, len(tokenizer())).state_dict()))
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     FORMATS["training checkpoint"](_Holder(weights), tmp_path / "x.pt")
     with result_or_sentence():
-        convert_clip(tmp_path / "x.pt", tmp_path / "out", clip_tokenizer(), hidden_act="quick_gelu")
+        convert_clip(tmp_path / "x.pt", tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
 
 
 class _Holder:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import photo, tiny_model
+from helpers.checkpoints import NAMES, release, save, tokenizer
 from PIL import Image
-from test_original_release import NAMES, release, save, tokenizer
 from test_predict import segmenter
 from transformers import pipeline
 
@@ -162,11 +162,11 @@ def cut(path):
 BAD_CHECKPOINTS = {
     "no checkpoint": (
         lambda p: p.write_text("<html>") and p,
-        r"is not a checkpoint: it begins with b'<html>', as no PyTorch file does; download it again\.$",
+        "no checkpoint: download it again",
     ),
     "cut off": (
         lambda p: cut(save(p.parent, release(), p.name)),
-        r"is cut off or damaged \(\d+ bytes\): download it again\.$",
+        "is cut off",
     ),
     "code": (
         lambda p: save(p.parent, {"state_dict": {}, "hook": Evil()}, p.name),

@@ -1,6 +1,28 @@
-"""Other people's checkpoints in."""
+"""Other people's checkpoints: files of weights in, complete model directories out.
 
-from .keys import config_from_original, convert_original_state_dict
+[`convert_release`] takes the authors' DenseCLIP checkpoints, [`convert_clip`] OpenAI's and open_clip's CLIPs.
+[`rename`] applies a table of key patterns strictly, [`check_keys`] sees that nothing is missing or left over.
+"""
+
+from .clip import ACTIVATIONS, convert_clip
+from .keys import check_keys, clip_key_table, convert_original_state_dict, rename
+from .options import config_from_original
+from .release import convert_release
+from .weights import DEFAULT_TOKENIZER, CheckpointError, read_checkpoint, sha256_of, state_dict_of
 
 
-__all__ = ["config_from_original", "convert_original_state_dict"]
+__all__ = [
+    "ACTIVATIONS",
+    "DEFAULT_TOKENIZER",
+    "CheckpointError",
+    "check_keys",
+    "clip_key_table",
+    "config_from_original",
+    "convert_clip",
+    "convert_original_state_dict",
+    "convert_release",
+    "read_checkpoint",
+    "rename",
+    "sha256_of",
+    "state_dict_of",
+]

@@ -1,13 +1,11 @@
 """OpenAI's and open_clip's CLIP checkpoints as transformers directories."""
 
-import logging
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -15,12 +13,13 @@ from ..devices import DTYPES
 from ..files import new_directory
 from ..model.configuration_clip_resnet import CLIPResNetConfig
 from ..model.modeling_clip_resnet import CLIPResNetModel
-from .keys import check_keys, check_saved, clip_key_table, rename
+from .keys import check_keys, clip_key_table, rename
 from .weights import (
     DEFAULT_TOKENIZER,
     CheckpointError,
     StateDict,
     check_axes,
+    check_finite,
     count_layers,
     grid_side,
     load_tokenizer,
@@ -29,8 +28,6 @@ from .weights import (
     state_dict_of,
 )
 
-
-logger = logging.getLogger(__name__)
 
 CLIP_KEY_TABLE = [*clip_key_table(r"visual\.", ""), (r"logit_scale", "logit_scale")]
 # Settings that OpenAI's archives, and nobody else's files, hold as tensors beside the weights.
@@ -45,7 +42,7 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 def convert_clip(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
-    tokenizer: Any = DEFAULT_TOKENIZER,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase = DEFAULT_TOKENIZER,
     hidden_act: str | None = None,
     dtype: str = "float32",
     num_attention_heads: int | None = None,
@@ -54,11 +51,11 @@ def convert_clip(
     Write `output_dir`: weights, config, image processor and tokenizer of a CLIP.
 
     Args:
-        checkpoint (`str` or `os.PathLike`): `RN50.pt`, `ViT-B-16.pt` … (TorchScript archives), or a state dict of
-            such a model (`.pt`, `.safetensors`).
+        checkpoint (`str` or `os.PathLike`): OpenAI's `RN50.pt`, `ViT-B-16.pt` … (TorchScript archives), or a state
+            dict of such a model (`.pt`, `.safetensors`).
         output_dir (`str` or `os.PathLike`): a new directory, which appears complete or not at all.
         tokenizer (`str` or `PreTrainedTokenizerBase`): CLIP's.
-        hidden_act (`str`, *optional*): activation, which no weight tells: "quick_gelu", the default for OpenAI's
+        hidden_act (`str`, *optional*): activation, which no weight shows: "quick_gelu", the default for OpenAI's
             archives, or "gelu", that of open_clip's models whose name lacks "-quickgelu". Other files need it.
         dtype (`str`): of the saved weights, a key of `DTYPES`.
         num_attention_heads (`int`, *optional*): of the image tower, see [`clip_config_from_weights`].
@@ -68,41 +65,36 @@ def convert_clip(
 
     Raises:
         CheckpointError, ValueError: if the file is no CLIP checkpoint, a key does not fit or a weight is not finite in
-            `dtype`, naming it, or it does not tell its activation or heads.
-        OutputError: if the directory can't be written.
+            `dtype`, naming it, or its activation or heads are not known.
+        OutputError: if the directory cannot be written.
     """
     if hidden_act not in (None, *ACTIVATIONS):
         raise ValueError(f'`hidden_act` must be "quick_gelu" or "gelu", got {hidden_act!r}.')
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     weights = state_dict_of(read_checkpoint(checkpoint), checkpoint)
-    hidden_act = hidden_act or _known_activation(weights)
+    if hidden_act is None and all(name in weights for name in OPENAI_SETTINGS):
+        hidden_act = "quick_gelu"
     weights = {key: value for key, value in weights.items() if not re.fullmatch(NOT_WEIGHTS, key)}
     config: Any = clip_config_from_weights(weights, hidden_act or ACTIVATIONS[0], num_attention_heads)
-    if hidden_act is None:  # asked only now: a file that is no CLIP is refused as such
+    if hidden_act is None:  # after the config: a file that is no CLIP is refused as such
         raise ValueError(
-            f"{checkpoint} does not tell its activation: give `--hidden_act quick_gelu` for OpenAI's weights and "
-            "open_clip's models with -quickgelu in their name, `--hidden_act gelu` for open_clip's others."
+            f"{checkpoint} does not say what its activation is: give `--hidden_act quick_gelu` for OpenAI's weights "
+            "and open_clip's models with -quickgelu in their name, `--hidden_act gelu` for open_clip's others."
         )
     converted = convert_clip_state_dict(weights, config)
     model_class: type[CLIPModel] = CLIPResNetModel if isinstance(config, CLIPResNetConfig) else CLIPModel
     with no_init_weights():
         model: Any = model_class(config)
     model.load_state_dict(converted, strict=True)
-    model.to(DTYPES[dtype])
+    check_finite(model.to(DTYPES[dtype]))
     tokenizer = load_tokenizer(tokenizer, config.text_config.vocab_size)
     side = config.vision_config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     with new_directory(output_dir) as directory:
         for part in (model.eval(), processor, tokenizer):
             part.save_pretrained(directory)
-        check_saved(model_class.from_pretrained(directory), model)
-    logger.info("Wrote %s: %s with %s.", output_dir, model_class.__name__, hidden_act)
     return model
-
-
-def _known_activation(weights: Mapping[str, Any]) -> str | None:
-    return "quick_gelu" if all(name in weights for name in OPENAI_SETTINGS) else None
 
 
 @looking_into("the checkpoint")
@@ -110,7 +102,7 @@ def clip_config_from_weights(
     weights: StateDict, hidden_act: str = "quick_gelu", num_attention_heads: int | None = None
 ) -> CLIPConfig:
     """
-    A CLIP's config, as its weights' names and shapes tell it.
+    A CLIP's config, as its weights' names and shapes show it.
 
     Attention heads are not in the weights. OpenAI's have 64 channels each, in both transformers and in the attention
     pooling of a ResNet with its 32 w channels (Radford et al. 2021, tables 19 and 20), and so have open_clip's up to
@@ -123,7 +115,7 @@ def clip_config_from_weights(
 
     Raises:
         CheckpointError: if they are not the weights of a CLIP.
-        ValueError: if the number of heads can't be known, or is not one that divides the width.
+        ValueError: if the number of heads cannot be known, or is not one that divides the width.
     """
     if "text_model.embeddings.token_embedding.weight" in weights:
         raise CheckpointError(
@@ -192,7 +184,7 @@ def _vit_heads(width: int, given: int | None) -> int:
         return HEADS_OF_WIDTH[width]
     if width % HEAD_SIZE or width > MOST_WIDTH:
         raise ValueError(
-            f"the weights do not tell how many attention heads an image tower of width {width} has: give "
+            f"the weights do not show how many attention heads an image tower of width {width} has: give "
             "`--num_attention_heads` (its width divided by `head_width` of the model's config in open_clip)."
         )
     return width // HEAD_SIZE

@@ -1,134 +1,105 @@
 """A released checkpoint of the authors (`.pth`) as a complete model directory."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
+from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from ..data.folders import ClassTable, ade20k_classes, parse_classes
 from ..files import new_directory
 from ..inference.views import published_image_processor
 from ..model.configuration_denseclip import DenseCLIPConfig
-from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..model.prompts_denseclip import tokenize_classes
 from ..sharing.card import write_model_card
-from .keys import check_saved, config_from_original, convert_original_state_dict
-from .mmseg_config import merge_options, parse_original_config, read_original_config
+from .keys import convert_original_state_dict
+from .options import config_from_original, merge_options, model_options
 from .weights import (
     DEFAULT_TOKENIZER,
     CheckpointError,
     StateDict,
     check_axes,
+    check_finite,
     count_layers,
     grid_side,
     load_tokenizer,
     looking_into,
     read_checkpoint,
-    sha256_of,
     state_dict_of,
 )
-
-
-@dataclass
-class ConversionReport:
-    """What was checked on the directory after it was written: it was loaded again, with equal weights."""
-
-    parameters: int
-    parameters_without_text_encoder: int
-    logits_shape: tuple[int, ...]
-    logits_range: tuple[float, float]
-    sha256: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        low, high = self.logits_range
-        lines = [
-            f"parameters: {self.parameters / 1e6:.3f} M, "
-            f"{self.parameters_without_text_encoder / 1e6:.3f} M without the text encoder",
-            "loaded again: every weight equal, bit for bit",
-            f"test image: logits {' x '.join(map(str, self.logits_shape))}, from {low:.4f} to {high:.4f}",
-        ]
-        return "\n".join(lines + [f"sha256 {digest}  {name}" for name, digest in self.sha256.items()])
 
 
 def convert_release(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
-    tokenizer: Any = DEFAULT_TOKENIZER,
-    config_file: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase = DEFAULT_TOKENIZER,
+    options: dict[str, Any] | None = None,
     classes: str | os.PathLike | None = None,
-) -> ConversionReport:
+) -> DenseCLIPForSemanticSegmentation:
     """
     Write `output_dir`: weights, config, image processor, tokenizer and card of a released checkpoint.
 
     Args:
-        checkpoint (`str` or `os.PathLike`): the `.pth`, with `meta` and `state_dict`.
+        checkpoint (`str` or `os.PathLike`): the `.pth`, with `state_dict` and what mmcv adds in `meta`.
         output_dir (`str` or `os.PathLike`): a new directory, which appears complete or not at all.
         tokenizer (`str` or `PreTrainedTokenizerBase`): CLIP's.
-        config_file (`str` or `os.PathLike`, *optional*): the original config. By default the one in `meta`, or what
-            the weights' names and shapes say, with the published values of what they do not say.
+        options (`dict[str, Any]`, *optional*): options of the original's `model = dict(...)`, nested, that win over
+            those of the config in `meta`. What neither gives is read from the weights' names and shapes, or has the
+            published value.
         classes (`str` or `os.PathLike`, *optional*): a JSON file of class names, see [`parse_classes`]; by default
             those in `meta`, or ADE20K's if there are 150.
 
+    Returns:
+        [`DenseCLIPForSemanticSegmentation`]: the model as it was saved.
+
     Raises:
-        CheckpointError, ValueError: if the checkpoint, config or class names do not fit, naming what does not.
-        OutputError: if the directory can't be written.
+        CheckpointError, ValueError: if the checkpoint, options or class names do not fit, naming what does not.
+        OutputError: if the directory cannot be written.
     """
     content = read_checkpoint(checkpoint)
     weights = state_dict_of(content, checkpoint)
     meta = content.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     model_kwargs = model_kwargs_from_weights(weights)
-    if config_file is not None:
-        model_kwargs = merge_options(model_kwargs, _model_of(read_original_config(config_file), str(config_file)))
-    elif isinstance(meta.get("config"), str):
-        inside = "the config inside the checkpoint"
-        model_kwargs = merge_options(model_kwargs, _model_of(parse_original_config(meta["config"], inside), inside))
+    if isinstance(meta.get("config"), str):
+        model_kwargs = merge_options(model_kwargs, model_options(meta["config"]))
+    model_kwargs = merge_options(model_kwargs, options or {})
     table = class_table(weights, meta, classes)
-    config: Any
     config, tokenizer = _config(model_kwargs, table, tokenizer)
     converted = convert_original_state_dict(weights, config)  # compares shapes before anything of that size is made
     with no_init_weights():
         model = DenseCLIPForSemanticSegmentation(config)
     model.load_state_dict(converted, strict=True)
+    check_finite(model)
     processor = published_image_processor(config, do_reduce_labels=bool(table.do_reduce_labels))
     with new_directory(output_dir) as directory:
         for part in (model.eval(), processor, tokenizer):
             part.save_pretrained(directory)
         source = f"the authors' released checkpoint `{Path(checkpoint).name}`"
         write_model_card(directory, name=Path(output_dir).name, source=source)
-        return check_directory(directory, model)
+    return model
 
 
-def _config(model_kwargs: dict[str, Any], table: ClassTable, tokenizer: Any) -> tuple[DenseCLIPConfig, Any]:
+def _config(
+    model_kwargs: dict[str, Any], table: ClassTable, tokenizer: str | os.PathLike | PreTrainedTokenizerBase
+) -> tuple[DenseCLIPConfig, PreTrainedTokenizerBase]:
     config = config_from_original(model_kwargs, table.id2label, None)
     config.palette = [list(color) for color in table.palette] if table.palette else None
-    clip: Any = config.clip_config
-    tokenizer = load_tokenizer(tokenizer, clip.text_config.vocab_size)
+    tokenizer = load_tokenizer(tokenizer, config.clip_config.text_config.vocab_size)
     if config.use_text_guidance:
         config.class_token_ids = tokenize_classes(list(table.id2label.values()), tokenizer, config)
     return DenseCLIPConfig.from_dict(config.to_dict()), tokenizer  # checked once more, with the token ids
 
 
-def _model_of(config: dict[str, Any], source: str) -> dict[str, Any]:
-    if not isinstance(config.get("model"), dict):
-        raise ValueError(f"{source} assigns no `model = dict(...)`.")
-    return config["model"]
-
-
 @looking_into("the checkpoint's `meta`")
 def class_table(weights: StateDict, meta: dict[str, Any], classes: str | os.PathLike | None = None) -> ClassTable:
     """
-    Names and colours of the classes: from the file `classes`, a checkpoint's `meta`, or ADE20K's.
+    Names and colors of the classes: from the file `classes`, a checkpoint's `meta`, or ADE20K's.
 
     Raises:
-        ValueError: if there are not as many names as the classifier has rows, nobody names them, or the colours in
+        ValueError: if there are not as many names as the classifier has rows, nobody names them, or the colors in
             `meta` are not one for each.
     """
     count = len(weights["decode_head.conv_seg.weight"])
@@ -254,39 +225,4 @@ def _score_map_level(weights: StateDict) -> int:
     raise CheckpointError(f"no level of the neck takes the score maps of the {classes} classes the classifier has.")
 
 
-def pattern_picture(size: Sequence[int]) -> Image.Image:
-    """A picture of (height, width) pixels with gradients and a checkerboard; the same every time."""
-    height, width = size
-    rows, columns = np.mgrid[:height, :width]
-    board = (rows // 32 + columns // 32) % 2 * 255
-    picture = np.stack([rows * 255 / max(height - 1, 1), columns * 255 / max(width - 1, 1), board], axis=-1)
-    return Image.fromarray(picture.astype(np.uint8))
-
-
-def check_directory(directory: Path, model: Any) -> ConversionReport:
-    """
-    Load what was written, compare it with `model` bit for bit, and run it on a picture.
-
-    Raises:
-        ValueError: if a weight is not finite or came back different, or the logits are not finite.
-    """
-    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(directory).eval()
-    check_saved(loaded, model)
-    processor = DenseCLIPImageProcessorPil.from_pretrained(directory)
-    picture = pattern_picture(model.config.crop_size)
-    with torch.no_grad():
-        logits = loaded.window_logits(processor(picture, return_tensors="pt")["pixel_values"])
-    if not torch.isfinite(logits).all():
-        raise ValueError("the converted model's logits are not finite on a test picture.")
-    text = ("clip.text_", "clip.logit_scale")
-    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return ConversionReport(
-        parameters=sum(counts.values()),
-        parameters_without_text_encoder=sum(n for name, n in counts.items() if not name.startswith(text)),
-        logits_shape=tuple(logits.shape),
-        logits_range=(logits.min().item(), logits.max().item()),
-        sha256={file.name: sha256_of(file) for file in sorted(directory.iterdir()) if file.is_file()},
-    )
-
-
-__all__ = ["ConversionReport", "convert_release", "model_kwargs_from_weights"]
+__all__ = ["convert_release", "model_kwargs_from_weights"]

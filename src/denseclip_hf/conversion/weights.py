@@ -1,12 +1,10 @@
-"""Other people's checkpoint files, read without running anything in them."""
+"""Other people's checkpoint files as weights by name; nothing in them is run."""
 
 import hashlib
-import math
 import os
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..model.loading_denseclip import load_pretrained, reason_of
 
@@ -23,18 +21,17 @@ from ..model.loading_denseclip import load_pretrained, reason_of
 StateDict = dict[str, torch.Tensor]
 
 DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
-
-_STORAGE_TYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+# SHA-256 of the TorchScript archives in openai/CLIP. Loading TorchScript runs the program inside, so only these are.
+OPENAI_ARCHIVES = {
+    "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762": "RN50",
+    "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599": "RN101",
+    "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd": "RN50x4",
+    "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa": "RN50x16",
+    "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c": "RN50x64",
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af": "ViT-B/32",
+    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f": "ViT-B/16",
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L/14",
+    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L/14@336px",
 }
 
 
@@ -56,39 +53,33 @@ def looking_into(subject: str) -> Iterator[None]:
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
-    What is in a checkpoint file: PyTorch's (either format), a TorchScript archive or safetensors.
+    The top level of a checkpoint file: PyTorch's (either format), safetensors, or an archive in [`OPENAI_ARCHIVES`].
 
-    Nothing in the file is executed: pickles are read with `weights_only=True`, TorchScript archives by a reader of
-    their tensors.
-
-    Args:
-        path (`str` or `os.PathLike`): the file.
-
-    Returns:
-        `dict`: its top level; for TorchScript and safetensors the tensors by name.
+    Pickles are read with `weights_only=True`.
 
     Raises:
-        CheckpointError: if there is no such file, it is no checkpoint, is cut off, or its pickle wants a type that
-            is not plain data.
+        CheckpointError: if there is no such file, it is no checkpoint, is cut off, or wants to run code.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}: correct its name.")
-    with path.open("rb") as file:
-        start = file.read(16)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if not start.startswith((b"PK\x03\x04", b"\x80")):
-        raise CheckpointError(
-            f"{path} is not a checkpoint: it begins with {start[:8]!r}, as no PyTorch file does; download it again."
-        )
-    if start.startswith(b"PK"):
-        names = _names_in(path)
-        if any(name.endswith("/constants.pkl") for name in names):
-            return dict(read_torchscript(path))
-        if not any(name.endswith("/data.pkl") for name in names):
-            raise CheckpointError(f"{path} is a zip archive, but not a checkpoint: name the file inside that is one.")
-    content = _torch_load(path, mmap=start.startswith(b"PK"))
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        zipped = zipfile.is_zipfile(path)
+        if zipped and _is_torchscript(path):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file fails in any of many ways
+        wanted = asked_by_pickle(error) if isinstance(error, pickle.UnpicklingError) else None
+        if wanted is not None:
+            raise CheckpointError(
+                f"{path} is refused: its pickle asks for {wanted}, and only tensors and plain data are read; ask its "
+                "authors for a file without."
+            ) from error
+        raise CheckpointError(f"{path} is cut off, damaged or no checkpoint: download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not the mapping a checkpoint is: name one with a `state_dict`."
@@ -96,20 +87,26 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _names_in(path: Path) -> list[str]:
-    """What is in a zip archive, provided that its data is stored as PyTorch stores it: uncompressed, so no bomb."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            # A TorchScript's program is compressed, and never read.
-            data = [part for part in archive.infolist() if part.filename.split("/")[1:2] != ["code"]]
-    except Exception as error:  # of a damaged directory, in any of many ways
+def _is_torchscript(path: Path) -> bool:
+    """
+    Whether a zip archive is one of [`OPENAI_ARCHIVES`].
+
+    Raises:
+        CheckpointError: for any other TorchScript, and for data that takes more memory than the file has bytes.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        if sha256_of(path) in OPENAI_ARCHIVES:
+            return True
         raise CheckpointError(
-            f"{path} is cut off or damaged ({path.stat().st_size} bytes): download it again."
-        ) from error
-    if any(p.file_size > p.compress_size for p in data) or sum(p.file_size for p in data) > path.stat().st_size:
+            f"{path} is a TorchScript archive, which is a program, and none that OpenAI published (by SHA-256): "
+            "download it again, or give open_clip's .safetensors of the same model."
+        )
+    # PyTorch stores tensors uncompressed and one after the other.
+    if any(p.file_size > p.compress_size for p in parts) or sum(p.file_size for p in parts) > path.stat().st_size:
         raise CheckpointError(f"{path} is refused: its data is compressed or overlaps, as PyTorch's never does.")
-    return names
+    return False
 
 
 def asked_by_pickle(error: Exception) -> str | None:
@@ -118,36 +115,12 @@ def asked_by_pickle(error: Exception) -> str | None:
     return wanted[1] if wanted else None
 
 
-def _torch_load(path: Path, mmap: bool) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        wanted = asked_by_pickle(error)
-        if wanted is None:
-            raise CheckpointError(
-                f"{path} is damaged or not a checkpoint, its pickle can't be read: download it again."
-            ) from error
-        raise CheckpointError(
-            f"{path} is refused: its pickle asks for {wanted}, and only tensors and plain data are read; ask its "
-            "authors for a file without."
-        ) from error
-    except Exception as error:  # a damaged pickle fails in any of many ways
-        raise CheckpointError(f"{path} is cut off or damaged: download it again.") from error
-
-
-def _read_safetensors(path: Path) -> StateDict:
-    try:
-        return load_file(path)
-    except Exception as error:  # SafetensorError, and what unknown types and shapes end in
-        raise CheckpointError(f"{path} is cut off or no safetensors file ({error}): download it again.") from error
-
-
 def state_dict_of(checkpoint: dict[str, Any], path: str | os.PathLike = "the checkpoint") -> StateDict:
     """
     The weights in a checkpoint's top level, without the `module.` prefix of distributed training.
 
     Raises:
-        CheckpointError: if there are none.
+        CheckpointError: if there are none, or one is there both with the prefix and without.
     """
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights, weights.values())):
@@ -157,12 +130,7 @@ def state_dict_of(checkpoint: dict[str, Any], path: str | os.PathLike = "the che
 
 
 def without_module_prefix(weights: StateDict) -> StateDict:
-    """
-    `weights` without the `module.` that distributed training puts before every name.
-
-    Raises:
-        CheckpointError: if a name is there both with it and without.
-    """
+    """`weights` without the `module.` that distributed training puts before every name."""
     both = next((key for key in weights if f"module.{key}" in weights), None)
     if both is not None:
         raise CheckpointError(f"the checkpoint has both {both} and module.{both}: only one of them can be meant.")
@@ -170,7 +138,7 @@ def without_module_prefix(weights: StateDict) -> StateDict:
 
 
 def _is_weight(name: Any, value: Any) -> bool:
-    """Whether a state dict may hold it: a named tensor with all its numbers in memory, not a few seen many times."""
+    """Whether it is a named tensor with all its numbers in memory, not a few repeated many times by their strides."""
     if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return False
     return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
@@ -178,12 +146,7 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 def check_axes(weights: StateDict, axes: dict[str, int], kind: str) -> None:
     """
-    See that each of some weights is there, with so many axes.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): the weights.
-        axes (`dict[str, int]`): number of axes by name.
-        kind (`str`): what has these weights, such as "a CLIP of OpenAI's architecture".
+    See that `weights` have those named in `axes`, with so many axes each; `kind` is what has them, in words.
 
     Raises:
         CheckpointError: naming the first that is not so.
@@ -203,20 +166,25 @@ def grid_side(positions: torch.Tensor) -> int:
     return round((len(positions) - 1) ** 0.5)
 
 
-def load_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
+def check_finite(model: torch.nn.Module) -> None:
+    """Raise `ValueError` naming a weight of `model` that is not finite."""
+    for key, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"{key} has values that are not finite: its training failed, or `dtype` is too small for them."
+            )
+
+
+def load_tokenizer(tokenizer: str | os.PathLike | PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
     """
     CLIP's tokenizer, loaded if it is given by name or directory.
 
     Raises:
-        ValueError: if it can't be loaded, or has another number of tokens than the checkpoint's `vocab_size`.
+        OSError, ValueError: if it cannot be loaded, or has another number of tokens than the checkpoint's
+            `vocab_size`.
     """
     if isinstance(tokenizer, (str, os.PathLike)):
-        try:
-            tokenizer = load_pretrained(AutoTokenizer, tokenizer)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the tokenizer {tokenizer} can't be loaded: name a directory or Hub repository that has CLIP's."
-            ) from error
+        tokenizer = load_pretrained(AutoTokenizer, tokenizer)
     if len(tokenizer) != vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but the checkpoint {vocab_size}: it is another model's."
@@ -224,85 +192,10 @@ def load_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
     return tokenizer
 
 
-class _ScriptObject:
-    """Stands for any module of a TorchScript archive: only its attributes are kept."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.attributes = state if isinstance(state, dict) else {}
-
-
-class _ScriptReader(pickle.Unpickler):
-    """Reads the `data.pkl` of a TorchScript archive: modules as attributes, tensors as tensors, nothing else."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root = archive, root
-        self.storages: dict[str, torch.Tensor] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__torch__" or module.startswith("__torch__."):
-            return _ScriptObject
-        if module == "torch" and name in _STORAGE_TYPES:
-            return _STORAGE_TYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _view
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch.jit._pickle" and name.startswith("build_"):
-            return list
-        raise CheckpointError(f"it is refused: its pickle asks for {module}.{name}, and only tensors are read.")
-
-    def persistent_load(self, pid: Any) -> torch.Tensor:
-        _, dtype, key, *_ = pid
-        if key not in self.storages:
-            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return self.storages[key]
-
-
-def _view(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> torch.Tensor:
-    if math.prod(size) > storage.numel():
-        raise CheckpointError("a tensor is larger than what is stored of it.")
-    return storage.as_strided(size, stride, offset)  # refuses what lies outside the storage
-
-
-def read_torchscript(path: str | os.PathLike) -> StateDict:
-    """
-    The tensors of a TorchScript archive by name.
-
-    `torch.jit.load` would compile the archive's program and run its `__setstate__` methods; the numbers alone are in
-    `data.pkl` and the storages beside it, so only those are read.
-
-    Raises:
-        CheckpointError: if it is damaged, big-endian, or its pickle asks for anything but modules and tensors.
-    """
-    names = _names_in(Path(path))
-    try:
-        with zipfile.ZipFile(path) as archive:
-            root = names[0].split("/")[0]  # so does PyTorch
-            if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
-                raise CheckpointError("it was written on a big-endian machine.")
-            top = _ScriptReader(archive, root).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} can't be used: {error}") from error
-    except Exception as error:  # a damaged archive fails in any of many ways
-        raise CheckpointError(f"{path} is no TorchScript archive that can be read ({error}).") from error
-    return dict(_tensors(top, "", set()))
-
-
-def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in getattr(module, "attributes", {}).items():
-        if isinstance(value, torch.Tensor):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, _ScriptObject) and id(value) not in seen:  # a module may hold itself
-            seen.add(id(value))
-            yield from _tensors(value, f"{prefix}{name}.", seen)
-
-
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
+        digest = hashlib.sha256()
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -311,14 +204,15 @@ def sha256_of(path: str | os.PathLike) -> str:
 __all__ = [
     "DEFAULT_TOKENIZER",
     "CheckpointError",
+    "StateDict",
     "asked_by_pickle",
     "check_axes",
+    "check_finite",
     "count_layers",
     "grid_side",
     "load_tokenizer",
     "looking_into",
     "read_checkpoint",
-    "read_torchscript",
     "sha256_of",
     "state_dict_of",
     "without_module_prefix",
