@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
         "only OpenAI's archives do without it",
     )
     parser.add_argument(
-        "--num_attention_heads", type=int, help="of the image tower, where its width does not show them (head size not 64)"
+        "--num_attention_heads",
+        type=int,
+        help="of the image tower, where its width does not show them (head size not 64)",
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the saved weights (%(default)s)")
     args = parser.parse_args(argv)

@@ -45,7 +45,7 @@ def test_the_model_imports_only_itself_and_what_the_hub_has(path):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_import_downwards(room):
-    allowed = {name for name in ROOMS[: ROOMS.index(room)]}
+    allowed = set(ROOMS[: ROOMS.index(room)])
     for path in (PACKAGE / room).glob("*.py"):
         above = {module.split(".")[0] for level, module in imports(path)[1] if level == 2} & set(ROOMS)
         assert above <= allowed, f"{name_of(path)} imports from {above - allowed}"

@@ -7,7 +7,6 @@ import zlib
 
 import pytest
 from PIL import Image
-from test_recipes import KINDS
 
 from denseclip_hf import DenseCLIPConfig
 from denseclip_hf.data.folders import parse_classes
@@ -15,6 +14,7 @@ from denseclip_hf.data.reading import read_image
 from denseclip_hf.inference.sources import Source, read_picture
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.training.recipe import parse_arguments
+from helpers.training import KINDS
 
 
 def png(width, height, data=b""):

@@ -6,9 +6,7 @@
 import io
 import json
 import shutil
-import signal
 import tempfile
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -17,15 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from clip_reference import reference_clip
-from conftest import tiny_config, tiny_model
-from damage import HEADERS, JSON, changed, damaged, invented_png, odd_weights, picture_files
-from helpers.checkpoints import FORMATS, release, tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
-from test_model_card_results import RESULTS
-from test_recipes import CONFIGS, KINDS
 from transformers import CLIPModel, TrainerState
 
 from denseclip_hf import CLIPResNetModel
@@ -42,42 +34,18 @@ from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcesso
 from denseclip_hf.model.loading_denseclip import load_clip
 from denseclip_hf.sharing.card import card_to_push, update_results, write_model_card
 from denseclip_hf.sharing.card_sections import shown_pictures
-from denseclip_hf.training.callbacks import peak_memory
 from denseclip_hf.training.recipe import parse_arguments
 from denseclip_hf.training.run_directory import check_checkpoint
+from helpers.checkpoints import release, tokenizer
+from helpers.clip_reference import reference_clip
+from helpers.damage import HEADERS, JSON, changed, damaged, invented_png, odd_weights, picture_files
+from helpers.limits import result_or_sentence
+from helpers.models import tiny_config, tiny_model
+from helpers.results import RESULTS
+from helpers.training import CONFIGS, KINDS
 
 
-SECONDS, BYTES = 60, 2 << 30  # of one input: far above what any needs
 PROCESSOR = DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 256})
-
-
-class Hangs(BaseException):
-    """Not an `Exception`, so that nothing catches it on its way."""
-
-
-@contextmanager
-def result_or_sentence():
-    """Lets `ValueError` and `OSError` with words pass, and nothing that hangs or fills the memory."""
-
-    def too_long(*_):
-        raise Hangs
-
-    with suppress(OSError):  # on Linux, where the peak begins anew
-        Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory("cpu")
-    old = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        assert str(error).strip(), repr(error)
-    except SystemExit as error:  # argparse, which has told why
-        assert error.code == 2
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
-    grown = peak_memory("cpu") - before
-    assert grown < BYTES, f"it took {grown / 2**30:.1f} GiB"
 
 
 # Pictures and masks
@@ -220,7 +188,7 @@ def test_releases(tmp_path, name, data):
 def test_clips(tmp_path, kind, data):
     weights = data.draw(odd_weights(reference_clip(kind, len(tokenizer())).state_dict()))
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    FORMATS["training checkpoint"](_Holder(weights), tmp_path / "x.pt")
+    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "x.pt")
     with result_or_sentence():
         convert_clip(tmp_path / "x.pt", tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
 

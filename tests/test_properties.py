@@ -6,11 +6,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, SOS, tiny_model
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
-from test_prompts import straightforward
 from torch.nn import functional as F
 
 from denseclip_hf import DenseCLIPImageProcessorPil
@@ -23,6 +21,7 @@ from denseclip_hf.model.prompts_denseclip import pack_prompts
 from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits, window_starts
 from denseclip_hf.training import poly_learning_rate
 from denseclip_hf.transforms import TrainTransform
+from helpers.models import EOS, SOS, embeddings_one_by_one, tiny_model
 
 
 KINDS = st.sampled_from(["vit", "resnet"])
@@ -205,7 +204,9 @@ def test_packed_prompts_equal_one_by_one(prompts, contexts, most):
     for name, tensor in layout._asdict().items():
         setattr(model.prompts, name, tensor)
     with torch.no_grad():
-        torch.testing.assert_close(model.prompts(model.clip), straightforward(model, prompts), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model.prompts(model.clip), embeddings_one_by_one(model, prompts), atol=1e-5, rtol=1e-4
+        )
 
 
 # Metrics

@@ -13,14 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
-from forked import run_script
 from PIL import Image
-from test_evaluate import save_data
-from test_predict import segmenter
-from test_recipes import TINY as TINY_OPTIONS
-from test_recipes import TINY_CLIP
-from test_training import trainer_for, write_folder
 
 import denseclip_hf
 from denseclip_hf import DenseCLIPForSemanticSegmentation
@@ -32,6 +25,11 @@ from denseclip_hf.inference import load_model
 from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from helpers.forked import run_script
+from helpers.models import segmenter, tiny_config, tiny_model
+from helpers.sample_data import save_data
+from helpers.training import TINY as TINY_OPTIONS
+from helpers.training import TINY_CLIP, trainer_for, write_folder
 
 
 ROOT = Path(__file__).parent.parent

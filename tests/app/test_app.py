@@ -13,12 +13,12 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from conftest import photo
-from forked import run_script
 from PIL import Image
-from test_app_answers import CLASSES, WORDS
 
 from denseclip_hf.app.answers import segment
+from helpers.forked import run_script
+from helpers.images import photo
+from helpers.models import CLASSES, WORDS
 
 
 APP = Path(__file__).parents[2] / "app.py"

@@ -6,7 +6,6 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from conftest import photo, tiny_model
 from PIL import Image
 
 from denseclip_hf.app.answers import (
@@ -21,10 +20,8 @@ from denseclip_hf.app.answers import (
     shown,
 )
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
-
-
-CLASSES = ["sky", "road", "tree"]
-WORDS = ["a cat on grass", "house", "<b>{{dog}}</b> ${1}"]
+from helpers.images import photo
+from helpers.models import CLASSES, WORDS, tiny_model
 
 
 def opened(address):

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from denseclip_hf import benchmark_tasks
 from denseclip_hf.benchmark_tasks import BASELINE, TASKS, Settings
 from denseclip_hf.benchmarking import floating_point_operations, matrix_speed, training_step
+from helpers.models import tiny_model
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

@@ -3,11 +3,11 @@
 import logging
 
 import pytest
-from test_recipes import KINDS
 
 from denseclip_hf.command_line import log_to_terminal
 from denseclip_hf.evaluation.measure import EvaluationArguments
 from denseclip_hf.training.recipe import parse_arguments
+from helpers.training import KINDS
 
 
 def shown(capsys, kinds, *argv, **options):

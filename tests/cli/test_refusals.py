@@ -1,6 +1,5 @@
 """Refusals that belong to no single module's test: real extremes, full disks, and scripts that end in one sentence."""
 
-import importlib.util
 import os
 import re
 from pathlib import Path
@@ -8,10 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import photo, tiny_model
-from helpers.checkpoints import NAMES, release, save, tokenizer
 from PIL import Image
-from test_predict import segmenter
 from transformers import pipeline
 
 from denseclip_hf.app.answers import read_upload
@@ -20,6 +16,10 @@ from denseclip_hf.files import OutputError
 from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from helpers.checkpoints import NAMES, release, save, tokenizer
+from helpers.commands import main_of
+from helpers.images import photo
+from helpers.models import segmenter, tiny_model
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -207,10 +207,3 @@ def test_every_script_ends_in_one_sentence(script):
     """Through the one decorator, so that they all do it alike."""
     source = script.read_text()
     assert "@one_sentence_errors\ndef main(" in source or "one_sentence_errors(run)(argv)" in source
-
-
-def main_of(script):
-    spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_reference import reference_clip
-from forked import run_script
-from helpers.checkpoints import FORMATS, IMAGE, tokenizer, write_clip
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -16,6 +13,9 @@ from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
 from denseclip_hf.conversion import CheckpointError, convert_clip
 from denseclip_hf.conversion.clip import OPENAI_SETTINGS, clip_config_from_weights
 from denseclip_hf.files import OutputError
+from helpers.checkpoints import FORMATS, IMAGE, tokenizer, write_clip
+from helpers.clip_reference import reference_clip
+from helpers.forked import run_script
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from conftest import FIXTURES, golden_case, golden_config, golden_model
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
 from denseclip_hf.conversion import config_from_original, convert_original_state_dict
 from denseclip_hf.conversion.keys import ORIGINAL_KEY_TABLE, check_keys, rename
+from helpers.golden import FIXTURES, golden_case, golden_config, golden_model
 
 
 CASES = ["seg_vit", "seg_resnet"]

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, golden_case
-from forked import run_script
-from helpers.checkpoints import NAMES, PALETTE, release, save, tokenizer
 from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -19,6 +16,9 @@ from denseclip_hf.conversion.options import model_options
 from denseclip_hf.conversion.release import class_table, model_kwargs_from_weights
 from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.files import OutputError
+from helpers.checkpoints import NAMES, PALETTE, release, save, tokenizer
+from helpers.forked import run_script
+from helpers.golden import FIXTURES, golden_case
 
 
 RELEASED = json.loads((FIXTURES / "keys.json").read_text())["models"]

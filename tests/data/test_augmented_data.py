@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from test_transforms import SMALL, make_sample
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from denseclip_hf.transforms import AugmentedDataset, AugmentedStream, EpochCallback, sample_rng
+from denseclip_hf.transforms import AugmentedDataset, AugmentedStream, EpochCallback, TrainTransform, sample_rng
+from helpers.images import make_sample
+
+
+SMALL = TrainTransform(crop_size=24, scale=(128, 32))
 
 
 class Samples(torch.utils.data.Dataset):

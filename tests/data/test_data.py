@@ -9,7 +9,12 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from sample_data import (
+
+from denseclip_hf.data import folders as data_layouts
+from denseclip_hf.data import load_segmentation_dataset
+from denseclip_hf.data.check import check_dataset
+from denseclip_hf.transforms import AugmentedStream, TrainTransform
+from helpers.sample_data import (
     NAMES,
     PALETTE,
     SIZE,
@@ -20,11 +25,6 @@ from sample_data import (
     write_folder,
     write_pairs,
 )
-
-from denseclip_hf.data import folders as data_layouts
-from denseclip_hf.data import load_segmentation_dataset
-from denseclip_hf.data.check import check_dataset
-from denseclip_hf.transforms import AugmentedStream, TrainTransform
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sample_data import NAMES, SIZE, hub_like, truncated, write_folder, write_pairs
 
 from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.data.check import check_dataset
 from denseclip_hf.evaluation.measure import EvaluationArguments
 from denseclip_hf.training.recipe import DataArguments
+from helpers.sample_data import NAMES, SIZE, hub_like, truncated, write_folder, write_pairs
 
 
 @pytest.fixture

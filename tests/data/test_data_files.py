@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
-from sample_data import PALETTE, SIZE, make_mask, make_pixels, reader, truncated, write_folder
 
 from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.data.reading import read_image
 from denseclip_hf.transforms import AugmentedDataset, TrainTransform
+from helpers.sample_data import PALETTE, SIZE, make_mask, make_pixels, reader, truncated, write_folder
 
 
 NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")

@@ -17,6 +17,10 @@ from denseclip_hf.transforms import (
     resize_region,
     sample_rng,
 )
+from helpers.images import make_sample
+
+
+SMALL = TrainTransform(crop_size=24, scale=(128, 32))
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -24,18 +28,6 @@ GOLDEN = json.loads((FIXTURES / "preprocess.json").read_text())
 TENSORS = load_file(FIXTURES / "preprocess.safetensors")
 PICTURES = ["landscape", "portrait", "upscale"]
 BOXES = GOLDEN["random_crop"]["boxes"]
-
-
-def make_sample(height=60, width=80, seed=0):
-    """A smooth picture and a mask of 3 x 4 blocks of classes 0…4."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-    blocks = rng.integers(0, 5, (3, 4), dtype=np.uint8)
-    mask = np.kron(blocks, np.ones((height // 3, width // 4), dtype=np.uint8))
-    return coarse.resize((width, height), Image.Resampling.BICUBIC), mask
-
-
-SMALL = TrainTransform(crop_size=24, scale=(128, 32))
 
 
 def whole_only(**options):

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, varied
-from forked import run_ranks, run_script
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -24,28 +22,13 @@ from denseclip_hf.files import OutputError
 from denseclip_hf.inference import multi_scale_probabilities, multi_scale_segmentation
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.sharing.card import write_model_card
+from helpers.forked import run_ranks, run_script
+from helpers.models import tiny_model, varied
+from helpers.sample_data import SIZES_OF_SAVED, save_data
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 NAMES = ["class 0", "class 1", "class 2"]
-SIZES = [(80, 64), (64, 70), (80, 64), (64, 64), (90, 65)]
-
-
-def save_data(folder, names=NAMES, ids=(0, 1, 2), **extra):
-    """A validation split whose masks hold `ids`, and some pixels without a class."""
-    rng = np.random.default_rng(0)
-    for index, (width, height) in enumerate(SIZES):
-        for kind in ("images", "masks"):
-            (folder / "val" / kind).mkdir(parents=True, exist_ok=True)
-        picture = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-        Image.fromarray(picture).save(folder / "val" / "images" / f"p{index}.png")
-        mask = np.array(ids)[rng.integers(0, 3, (height // 8 + 1, width // 8 + 1))].repeat(8, 0).repeat(8, 1)
-        mask = mask[:height, :width].astype(np.uint8)
-        mask[:4] = 255
-        Image.fromarray(mask).save(folder / "val" / "masks" / f"p{index}.png")
-    classes = {"id2label": dict(enumerate(names)), **extra}
-    (folder / "classes.json").write_text(json.dumps(classes))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +68,7 @@ def test_scores_are_those_of_the_metric(arguments, tmp_path, options, views):
         setattr(model.config, name, value * 2 if isinstance(value, list) else value)
     processor = DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
     metric, boundary = MeanIoU(3), MeanBoundaryIoU(3)
-    for index in range(len(SIZES)):
+    for index in range(len(SIZES_OF_SAVED)):
         image = Image.open(tmp_path / "data" / "val" / "images" / f"p{index}.png")
         mask = np.asarray(Image.open(tmp_path / "data" / "val" / "masks" / f"p{index}.png"))
         (probabilities,) = multi_scale_probabilities(model, image, *views, image_processor=processor)
@@ -111,7 +94,7 @@ def test_files_state_model_data_protocol_and_scores(arguments, tmp_path, model_d
     rows = list(csv.DictReader((out / "evaluation.csv").open()))
     assert [row["class"] for row in rows] == NAMES
     assert float(rows[1]["iou"]) == pytest.approx(saved["per_category"]["class 1"]["iou"])
-    for name, (width, height) in zip(sorted((out / "predictions").iterdir()), SIZES, strict=True):
+    for name, (width, height) in zip(sorted((out / "predictions").iterdir()), SIZES_OF_SAVED, strict=True):
         picture = Image.open(name)
         assert (picture.mode, picture.size) == ("P", (width, height)) and np.asarray(picture).max() < 3
     assert [file.name for file in sorted((out / "predictions").iterdir())][:2] == ["000000_p0.png", "000001_p1.png"]

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import tiny_model, varied
 from PIL import Image
-from test_training import write_folder
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPTrainingArguments
 from denseclip_hf.evaluation.measure import EvaluationArguments, measure
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.training.recipe import DataArguments, ModelArguments
 from denseclip_hf.training.run_directory import recipe_of
+from helpers.models import tiny_model, varied
+from helpers.training import write_folder
 
 
 @pytest.fixture

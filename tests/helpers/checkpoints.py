@@ -5,11 +5,11 @@ from collections import OrderedDict
 from functools import cache
 
 import torch
-from conftest import golden_case
-from helpers.clip_reference import reference_clip
 from safetensors.torch import save_file
 
 from denseclip_hf.example.tiny_clip import make_example_tokenizer
+from helpers.clip_reference import reference_clip
+from helpers.golden import golden_case
 
 
 NAMES = ["sky", "road", "car", "tree ", "sea"]

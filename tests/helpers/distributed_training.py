@@ -6,10 +6,11 @@ import weakref
 from pathlib import Path
 
 import torch
-from conftest import tiny_model
-from test_training import NO_DROPOUT, pictures, trainer_for
 
 from denseclip_hf.transforms import AugmentedStream
+from helpers.images import pictures
+from helpers.models import tiny_model
+from helpers.training import NO_DROPOUT, trainer_for
 
 
 def main(output_dir: str, options: str) -> None:

@@ -7,12 +7,11 @@ import time
 from pathlib import Path
 
 import torch
-from forked import Forked
 from safetensors.torch import load_file
-from test_recipes import TINY, TINY_CLIP
-from test_training import write_folder
 
 from denseclip_hf.example.tiny_clip import make_example_tokenizer
+from helpers.forked import Forked
+from helpers.training import TINY, TINY_CLIP, write_folder
 
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"

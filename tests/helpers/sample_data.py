@@ -12,6 +12,7 @@ from denseclip_hf.data.reading import SampleReader
 NAMES = ["sky", "road", "car"]
 PALETTE = [[0, 0, 255], [128, 64, 128], [255, 0, 0]]
 SIZE = (8, 6)  # width, height
+SIZES_OF_SAVED = [(80, 64), (64, 70), (80, 64), (64, 64), (90, 65)]  # what `save_data` writes
 
 
 def make_mask(seed=0, highest=2, size=SIZE):
@@ -61,3 +62,20 @@ def hub_like(count=4, image="image", label="annotation", **extra):
 def truncated(path, file_format="JPEG"):
     Image.fromarray(make_pixels(size=(64, 64))).save(path, file_format)
     path.write_bytes(path.read_bytes()[:-500])
+
+
+def save_data(folder, names=("class 0", "class 1", "class 2"), ids=(0, 1, 2), **extra):
+    """A validation split whose masks hold `ids`, and some pixels without a class."""
+    rng = np.random.default_rng(0)
+    for index, (width, height) in enumerate(SIZES_OF_SAVED):
+        for kind in ("images", "masks"):
+            (folder / "val" / kind).mkdir(parents=True, exist_ok=True)
+        picture = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(folder / "val" / "images" / f"p{index}.png")
+        mask = np.array(ids)[rng.integers(0, 3, (height // 8 + 1, width // 8 + 1))].repeat(8, 0).repeat(8, 1)
+        mask = mask[:height, :width].astype(np.uint8)
+        mask[:4] = 255
+        Image.fromarray(mask).save(folder / "val" / "masks" / f"p{index}.png")
+    classes = {"id2label": dict(enumerate(names)), **extra}
+    (folder / "classes.json").write_text(json.dumps(classes))
+    return str(folder)

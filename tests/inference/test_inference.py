@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import golden_case, golden_model, tiny_model
 from PIL import Image
 
 from denseclip_hf import DenseCLIPImageProcessor
@@ -13,6 +12,8 @@ from denseclip_hf.inference import (
     sliding_window_logits,
 )
 from denseclip_hf.inference.views import scaled_views
+from helpers.golden import golden_case, golden_model
+from helpers.models import tiny_model
 
 
 CASES = ["seg_vit", "seg_resnet"]

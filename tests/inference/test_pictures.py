@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import photo
 from PIL import Image
 
 from denseclip_hf.inference import overlay
 from denseclip_hf.inference.drawing import confusion_picture, heat_map, indexed_picture, overlay_with_legend
+from helpers.images import photo
 
 
 PALETTE = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]

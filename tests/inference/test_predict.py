@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import photo, tiny_model, varied
 from PIL import Image
 from transformers import AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.data.folders import parse_classes
-from denseclip_hf.inference.segmenter import Segmenter, predict_sources
+from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from helpers.images import photo
+from helpers.models import segmenter, tiny_model, varied
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "predict.py"
@@ -37,11 +38,6 @@ def photos(tmp_path):
     for seed, (name, size) in enumerate(SIZES.items()):
         photo(size, seed).save(folder / f"{name}.png")
     return folder
-
-
-def segmenter(model=None, **options):
-    processor = DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
-    return Segmenter(tiny_model() if model is None else model, processor, **options)
 
 
 # The script

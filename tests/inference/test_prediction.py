@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from conftest import photo
-from test_predict import segmenter
 
 from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources
+from helpers.images import photo
+from helpers.models import segmenter
 
 
 NOT_FINITE = "the model's scores are NaN or infinite and tell no class: .* use bfloat16 or float32"

@@ -9,12 +9,12 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from conftest import photo
 from PIL import Image
-from test_predict import segmenter
 
 from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources, read_frames, read_picture
+from helpers.images import photo
+from helpers.models import segmenter
 
 
 def test_sources_are_files_folders_patterns_and_addresses(tmp_path):

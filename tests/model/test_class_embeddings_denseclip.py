@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import Tokenizer, forward, tiny_config, tiny_model
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.model import class_embeddings_denseclip
+from helpers.models import Tokenizer, forward, tiny_config, tiny_model
 
 
 class CallCounter:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file
-from test_training import NO_DROPOUT, trainer_for
+
+from helpers.models import tiny_model
+from helpers.training import NO_DROPOUT, trainer_for
 
 
 @pytest.mark.slow

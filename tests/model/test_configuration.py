@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from conftest import EOS, SOS, tiny_config
 from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig
 
 from denseclip_hf import CLIPResNetConfig, CLIPResNetVisionConfig, DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+from helpers.models import EOS, SOS, tiny_config
 
 
 def test_config_survives_json(kind, tmp_path):

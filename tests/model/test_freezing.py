@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from transformers import AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+from helpers.models import tiny_config, tiny_model
 
 
 @pytest.fixture

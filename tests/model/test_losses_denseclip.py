@@ -1,10 +1,10 @@
 import pytest
 import torch
-from conftest import tiny_config
 from torch.nn import functional as F
 
 from denseclip_hf.model import losses_denseclip
 from denseclip_hf.model.losses_denseclip import checked_labels, pixel_cross_entropy
+from helpers.models import tiny_config
 
 
 def straightforward(logits, labels, ignore_index=255):

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from conftest import tiny_config
 from torch.nn import functional as F
 from transformers import AutoModel
 
 from denseclip_hf import CLIPResNetModel, CLIPResNetVisionConfig, CLIPResNetVisionModel
 from denseclip_hf.model.modeling_clip_resnet import CLIPResNetAttentionPool, resize_position_grid
+from helpers.models import tiny_config
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import EOS, SOS, forward, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSemanticSegmentation
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.model import modeling_denseclip
 from denseclip_hf.model.context_decoder_denseclip import cosine_score_maps
+from helpers.models import EOS, SOS, calls_in_checkpointed_layers, forward, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (75, 101), (32, 32)])
@@ -248,15 +247,6 @@ def test_another_class_count_loads_with_ignored_mismatches(tmp_path):
     model = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
     assert model.decode_head.classifier.weight.shape[0] == 5
     assert all(p.isfinite().all() for p in model.parameters())
-
-
-def calls_in_checkpointed_layers(model):
-    """A list that grows with each run of a layer of the image tower that checkpointing runs twice."""
-    calls = []
-    for layer in model.clip.vision_model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            next(layer.children()).register_forward_hook(lambda *_: calls.append(1))
-    return calls
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

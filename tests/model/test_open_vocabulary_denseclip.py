@@ -1,6 +1,5 @@
 import pytest
 import torch
-from conftest import tiny_model
 from torch.nn import functional as F
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
@@ -8,6 +7,7 @@ from denseclip_hf.example.tiny_clip import example_clip_model, example_corpus, m
 from denseclip_hf.model.image_encoder_denseclip import encode_image
 from denseclip_hf.model.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
 from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits
+from helpers.models import tiny_model
 
 
 SIZES = {"context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2, "neck_hidden_size": 8}

@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, varied
 from PIL import Image
 from transformers import pipeline
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.model.mixed_sizes_denseclip import LonePicture
+from helpers.models import tiny_model, varied
 
 
 SIZES = [(90, 70), (64, 100), (90, 70), (70, 90), (50, 50)]  # (width, height)

@@ -2,25 +2,9 @@
 
 import pytest
 import torch
-from conftest import EOS, SOS, tiny_config, tiny_model
 
 from denseclip_hf.model.prompts_denseclip import PADDING, PREFIX, pack_prompts, tokenize_classes
-
-
-def straightforward(model, class_token_ids):
-    """Every prompt alone through the text tower: embeddings, causal mask, encoder, norm at EOS, projection."""
-    text, contexts = model.clip.text_model, model.prompts.context_vectors
-    embeddings = []
-    for ids in class_token_ids:
-        tokens = text.embeddings.token_embedding(torch.tensor([ids]))
-        if contexts is not None:
-            tokens = torch.cat([tokens[:, :1], contexts[None], tokens[:, 1:]], dim=1)
-        length = tokens.shape[1]
-        hidden = text.embeddings(inputs_embeds=tokens)
-        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-        hidden = text.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
-        embeddings.append(model.clip.text_projection(text.final_layer_norm(hidden[:, -1])))
-    return torch.cat(embeddings)
+from helpers.models import EOS, SOS, embeddings_one_by_one, tiny_config, tiny_model
 
 
 NAMES = {
@@ -36,18 +20,18 @@ NAMES = {
 @pytest.mark.parametrize("contexts", [0, 4])
 @pytest.mark.parametrize("most", [1, 3, 512])
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
-def test_packed_equals_straightforward(names, most, contexts, monkeypatch):
+def test_packed_equals_embeddings_one_by_one(names, most, contexts, monkeypatch):
     monkeypatch.setattr("denseclip_hf.model.prompts_denseclip.pack_prompts.__defaults__", (most,))
     model = tiny_model(num_labels=len(names), class_token_ids=names, num_context_tokens=contexts)
     with torch.no_grad():
-        torch.testing.assert_close(model.prompts(model.clip), straightforward(model, names), atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.prompts(model.clip), embeddings_one_by_one(model, names), atol=1e-5, rtol=0)
 
 
-def test_packed_gradients_equal_straightforward():
+def test_packed_gradients_equal_embeddings_one_by_one():
     names = NAMES["lengths differ"]
     model = tiny_model(class_token_ids=names)
     gradients = []
-    for embeddings in (model.prompts(model.clip), straightforward(model, names)):
+    for embeddings in (model.prompts(model.clip), embeddings_one_by_one(model, names)):
         model.zero_grad()
         embeddings.square().sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})

@@ -5,11 +5,11 @@ import json
 import accelerate
 import pytest
 import torch
-from conftest import EOS, SOS, tiny_config, tiny_model
 from packaging import version
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
+from helpers.models import EOS, SOS, tiny_config, tiny_model
 
 
 def assert_same_weights(a, b):

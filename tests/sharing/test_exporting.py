@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from forked import run_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation
@@ -20,6 +18,8 @@ from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcess
 from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.sharing.card import write_model_card
 from denseclip_hf.sharing.export import check_export, export, run_exported
+from helpers.forked import run_script
+from helpers.models import tiny_model
 
 
 ROOT = Path(__file__).parents[2]

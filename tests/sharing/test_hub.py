@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
 from huggingface_hub import CommitOperationAdd, ModelCard
 
 from denseclip_hf import DenseCLIPImageProcessor
 from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.sharing.card import write_model_card
 from denseclip_hf.sharing.hub import add_code, files_to_push, push
+from helpers.models import tiny_model
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

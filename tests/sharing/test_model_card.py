@@ -8,11 +8,8 @@ import sys
 
 import pytest
 import yaml
-from conftest import tiny_model
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_fuzz import result_or_sentence
-from test_model_card_results import RESULTS
 
 from denseclip_hf import DenseCLIPImageProcessor
 from denseclip_hf.example.tiny_clip import make_example_tokenizer
@@ -26,6 +23,9 @@ from denseclip_hf.sharing.card import (
 )
 from denseclip_hf.sharing.card_sections import environment, shown_name, shown_pictures
 from denseclip_hf.sharing.hub import add_code
+from helpers.limits import result_or_sentence
+from helpers.models import tiny_model
+from helpers.results import RESULTS
 
 
 @pytest.fixture

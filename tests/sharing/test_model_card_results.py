@@ -1,28 +1,17 @@
 """Measurements in a model card: only what was measured, each with its origin, in model-index and table alike."""
 
-import math
 import re
 
 import numpy as np
 import pytest
 import yaml
-from conftest import tiny_config, tiny_model
 from huggingface_hub import ModelCard
 
 from denseclip_hf.sharing.card import update_results, write_model_card
 from denseclip_hf.sharing.card_results import results_of_training
 from denseclip_hf.sharing.card_sections import protocol_words
-
-
-RESULTS = {
-    "model": "tiny",
-    "dataset": "example",
-    "split": "val",
-    "protocol": {"inference_mode": "slide", "crop_size": [64, 64], "scales": [1.0], "flip": False},
-    "num_images": 7,
-    "metrics": {"mean_iou": 0.43512, "mean_accuracy": math.nan, "overall_accuracy": 0.8, "mean_dice": 0.5},
-    "per_category": {"class 0": {"iou": 0.5, "accuracy": 0.6}, "class 1": {"iou": math.nan}, "class 2": {"iou": 0.25}},
-}
+from helpers.models import tiny_config, tiny_model
+from helpers.results import RESULTS
 
 
 @pytest.fixture

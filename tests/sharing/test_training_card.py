@@ -8,13 +8,13 @@ import datasets
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_recipes import TINY, TINY_CLIP
-from test_training import pictures, write_folder
 
 from denseclip_hf import DenseCLIPTrainingArguments
 from denseclip_hf.sharing.training_card import training_summary
 from denseclip_hf.training.recipe import DataArguments, ModelArguments
 from denseclip_hf.training.run_directory import recipe_of
+from helpers.images import pictures
+from helpers.training import TINY, TINY_CLIP, write_folder
 
 
 @pytest.fixture

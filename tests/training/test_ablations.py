@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_recipes import KINDS
 
 from denseclip_hf.training.ablations import (
     ROWS,
@@ -22,6 +21,7 @@ from denseclip_hf.training.ablations import (
 )
 from denseclip_hf.training.recipe import parse_arguments
 from denseclip_hf.training.run_directory import recipe_of
+from helpers.training import KINDS
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"

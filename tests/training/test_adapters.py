@@ -3,16 +3,16 @@
 import peft
 import pytest
 import torch
-from conftest import tiny_model
 from packaging import version
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from test_modeling_denseclip import calls_in_checkpointed_layers
-from test_training import NO_DROPOUT, pictures, trainer_for
 from transformers import AutoModelForSemanticSegmentation
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from denseclip_hf.training import parameter_groups
 from denseclip_hf.training.adapters import plain_name
+from helpers.images import pictures
+from helpers.models import calls_in_checkpointed_layers, tiny_model
+from helpers.training import NO_DROPOUT, trainer_for
 
 
 HEADS = ["prompts", "context_decoder", "pyramid", "neck", "decode_head"]

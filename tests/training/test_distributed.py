@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import run_ranks
 from safetensors.torch import load_file
+
+from helpers.forked import run_ranks
 
 
 pytestmark = pytest.mark.slow

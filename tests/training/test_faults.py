@@ -6,7 +6,8 @@ import signal
 import sys
 
 import pytest
-from running import Run, one_sentence, training_recipe
+
+from helpers.running import Run, one_sentence, training_recipe
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="signals and limits as on Linux")]

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
-from forked import free_port
-from running import TRAIN, Run, one_sentence, training_recipe
-from test_recipes import TINY
-from test_training import NO_DROPOUT
+
+from helpers.forked import free_port
+from helpers.running import TRAIN, Run, one_sentence, training_recipe
+from helpers.training import NO_DROPOUT, TINY
 
 
 pytestmark = pytest.mark.slow

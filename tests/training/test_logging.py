@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import trainer_for
 
 from denseclip_hf.training.callbacks import peak_memory
+from helpers.training import trainer_for
 
 
 def test_tensorboard_receives_every_rate(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -18,6 +17,7 @@ from denseclip_hf.benchmarking import (
 )
 from denseclip_hf.model.prompts_denseclip import MAX_PACKED_TOKENS, pack_prompts
 from denseclip_hf.optimization import optimize_for_inference
+from helpers.models import tiny_model
 
 
 def randomised(kind, **options):

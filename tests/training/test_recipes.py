@@ -2,13 +2,11 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import pictures, write_folder
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation, DenseCLIPTrainingArguments
 from denseclip_hf.training.recipe import (
@@ -21,16 +19,8 @@ from denseclip_hf.training.recipe import (
 )
 from denseclip_hf.training.run_directory import one_sentence_errors
 from denseclip_hf.transforms import AugmentedDataset
-
-
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-KINDS = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
-TINY_CLIP = {
-    "model_type": "clip_resnet",
-    "text_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "vision_config": {"embedding_size": 4, "depths": [1, 1, 1, 1], "num_attention_heads": 4, "projection_dim": 12},
-}
-TINY = {"neck_hidden_size": 8, "decode_head_hidden_size": 8, "context_decoder_hidden_size": 8}
+from helpers.images import pictures
+from helpers.training import CONFIGS, KINDS, TINY, TINY_CLIP, write_folder
 
 
 @pytest.fixture

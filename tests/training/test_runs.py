@@ -9,10 +9,6 @@ import sys
 
 import pytest
 import torch
-from running import Run, one_sentence, training_recipe
-from test_recipes import KINDS
-from test_refusals import main_of
-from test_training import trainer_for, write_folder
 
 from denseclip_hf.files import OutputError
 from denseclip_hf.training.recipe import parse_arguments
@@ -27,6 +23,9 @@ from denseclip_hf.training.run_directory import (
     results_json,
     sentence_of,
 )
+from helpers.commands import main_of
+from helpers.running import Run, one_sentence, training_recipe
+from helpers.training import KINDS, trainer_for, write_folder
 
 
 RECIPE = {"learning_rate": 1.0, "seed": 1}

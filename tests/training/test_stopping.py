@@ -6,14 +6,14 @@ import threading
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_training import trainer_for
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
 from denseclip_hf.evaluation import loop as evaluation
 from denseclip_hf.training import sampling as batches
 from denseclip_hf.training.stopping import OutlivesSignals, StopCallback, TrainingStopped
+from helpers.models import tiny_model
+from helpers.training import trainer_for
 
 
 class SignalAt(TrainerCallback):

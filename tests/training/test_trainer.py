@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, varied
 from PIL import Image
 from safetensors.torch import load_file
-from test_training import NO_DROPOUT, pictures, trainer_for
 from transformers import AutoModelForSemanticSegmentation, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from denseclip_hf.training import poly_learning_rate
 from denseclip_hf.training.trainer import NonFiniteLossError
 from denseclip_hf.transforms import AugmentedStream, TrainTransform
+from helpers.images import pictures
+from helpers.models import tiny_model, varied
+from helpers.training import NO_DROPOUT, trainer_for
 
 
 class GradientWatch(TrainerCallback):

@@ -1,59 +1,18 @@
 import json
 
-import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, golden_case, golden_model, tiny_model
-from PIL import Image
 
-from denseclip_hf import DenseCLIPImageProcessor, DenseCLIPTrainer, DenseCLIPTrainingArguments
+from denseclip_hf import DenseCLIPTrainer, DenseCLIPTrainingArguments
 from denseclip_hf.conversion.keys import ORIGINAL_KEY_TABLE, rename
 from denseclip_hf.training import parameter_groups, poly_learning_rate
-from denseclip_hf.transforms import AugmentedDataset, TrainTransform
+from helpers.golden import FIXTURES, golden_case, golden_model
+from helpers.images import pictures
+from helpers.models import tiny_model
+from helpers.training import trainer_for
 
 
 OPTIM = json.loads((FIXTURES / "optim.json").read_text())
-NO_DROPOUT = {"context_decoder_dropout": 0.0, "decode_head_dropout": 0.0, "drop_path_rate": 0.0}
-
-
-def pictures(count=8, size=(80, 72)):
-    """Three horizontal bands whose colours tell their classes, with noise."""
-    rng = np.random.default_rng(0)
-    samples = []
-    for _ in range(count):
-        mask = np.repeat(np.sort(rng.integers(0, 3, size[1])), size[0]).reshape(size[1], size[0]).astype(np.uint8)
-        mask[:, :3] = 255
-        colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])[mask % 3]
-        picture = np.clip(colors + rng.normal(0, 20, colors.shape), 0, 255).astype(np.uint8)
-        samples.append({"image": Image.fromarray(picture), "mask": mask})
-    return samples
-
-
-def write_folder(root, count, suffix=".jpg"):
-    """The same pictures as a user's folder: images, masks, classes.json."""
-    for part in ("images", "masks"):
-        (root / part).mkdir(parents=True)
-    for index, sample in enumerate(pictures(count)):
-        sample["image"].save(root / "images" / f"{index}{suffix}")
-        Image.fromarray(sample["mask"]).save(root / "masks" / f"{index}.png")
-    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "car"}}))
-    return root
-
-
-def trainer_for(output_dir, model=None, samples=None, evaluate=True, **options):
-    samples = pictures() if samples is None else samples
-    transform = TrainTransform(crop_size=64, scale=(128, 64))
-    defaults = {
-        "max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": True,
-        "save_strategy": "no", "report_to": [], "disable_tqdm": True, "learning_rate": 1e-3,
-    }  # fmt: skip
-    return DenseCLIPTrainer(
-        tiny_model() if model is None else model,
-        DenseCLIPTrainingArguments(output_dir=str(output_dir), **{**defaults, **options}),
-        train_dataset=AugmentedDataset(samples, transform),
-        eval_dataset=samples if evaluate else None,
-        image_processor=DenseCLIPImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}),
-    )
 
 
 # Parameter groups
