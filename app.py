@@ -1,46 +1,12 @@
-"""A page to try DenseCLIP models on one's own pictures.
+"""`denseclip app` from a clone, or as a Space, which has the sources but nothing installed."""
 
-    pip install '.[app]'
-    python app.py --model outputs/demo/model
-
-Several models can be given, by directory or by name on the Hub; without `--model` they are read from the environment
-variable DENSECLIP_MODELS (with commas between them), as a Space has it. See docs/app.md.
-"""
-
-import argparse
-import logging
-import os
 import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # a Space has the sources, but nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from denseclip_hf.app.answers import AppModels
-from denseclip_hf.app.page import build_page, launch
-from denseclip_hf.command_line import HelpFormatter, log_to_terminal
-from denseclip_hf.inference import LOADING_DTYPES
-from denseclip_hf.inference.sources import find_sources
-from denseclip_hf.training.run_directory import one_sentence_errors
-
-
-@one_sentence_errors
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--model", action="append", help="directory, or name on the Hub; may be given several times")
-    parser.add_argument("--examples", nargs="*", default=[], help="pictures to choose from: files, folders, patterns")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
-    parser.add_argument("--dtype", choices=list(LOADING_DTYPES), default="auto", help="of the models")
-    parser.add_argument("--host", help="address to listen at; by default GRADIO_SERVER_NAME or 127.0.0.1")
-    parser.add_argument("--port", type=int, help="by default GRADIO_SERVER_PORT, or a free one from 7860")
-    args = parser.parse_args(argv)
-    log_to_terminal()
-    from_environment = [name.strip() for name in os.environ.get("DENSECLIP_MODELS", "").split(",") if name.strip()]
-    models = AppModels(args.model or from_environment, args.device, args.dtype)
-    sources, problems = find_sources(args.examples)
-    for problem in problems:
-        logging.warning(problem)
-    launch(build_page(models, [source.address for source in sources]), models, args.host, args.port)
+from denseclip_hf.cli.app import main
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ import torch
 import transformers
 
 from denseclip_hf.benchmark_tasks import IMAGE_SIZES, TASKS, Settings
-from denseclip_hf.command_line import HelpFormatter, log_to_terminal
+from denseclip_hf.cli.arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 from denseclip_hf.devices import device_of
 from denseclip_hf.files import write_atomically
 from denseclip_hf.sharing.card_sections import markdown_table
-from denseclip_hf.training.run_directory import one_sentence_errors
 
 
 def hardware(device: str) -> str:

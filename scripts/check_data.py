@@ -1,47 +1,10 @@
-"""Look through a data set before training on it; the exit code is 1 if something has to be mended.
+"""`denseclip check-data` from a clone; `--help` lists the options."""
 
-python scripts/check_data.py path/to/data_set --full
-"""
-
-import argparse
 import sys
-from dataclasses import fields
-
-from transformers.hf_argparser import string_to_bool
-
-from denseclip_hf.command_line import HelpFormatter
-from denseclip_hf.data import load_segmentation_dataset
-from denseclip_hf.data.check import check_dataset
-from denseclip_hf.training.recipe import DataArguments
-from denseclip_hf.training.run_directory import one_sentence_errors
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("dataset", help="A folder, or the name of a data set on the Hub.")
-    helps = {option.name: option.metadata["help"] for option in fields(DataArguments)}
-    for name in ("dataset_config", "classes", "train_split", "validation_split", "image_column", "label_column"):
-        parser.add_argument(f"--{name}", help=helps[name])
-    parser.add_argument("--ignore_index", type=int, help=helps["ignore_index"])
-    yes = {"nargs": "?", "const": True, "type": string_to_bool}  # as training and evaluation read it
-    parser.add_argument("--do_reduce_labels", **yes, help=helps["do_reduce_labels"])
-    parser.add_argument("--streaming", **yes, default=False, help=helps["streaming"])
-    parser.add_argument("--full", action="store_true", help="Look at every sample.")
-    parser.add_argument("--max_samples", type=int, default=50, help="Samples per split without --full.")
-    return parser.parse_args()
-
-
-@one_sentence_errors
-def main() -> int:
-    options = vars(parse_arguments())
-    full, max_samples = options.pop("full"), options.pop("max_samples")
-    data = load_segmentation_dataset(
-        options.pop("dataset"), options.pop("dataset_config"), **options, read_first=False
-    )
-    report = check_dataset(data, full=full, max_samples=max_samples)
-    print(report)
-    return 0 if report.ok else 1
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, where `import evaluate` would find evaluate.py in place of the library
+    from denseclip_hf.cli.check_data import main
+
     sys.exit(main())

@@ -1,94 +1,10 @@
-"""The built-in example from nothing to a picture: `make demo`, or `python scripts/demo.py --output_dir outputs/demo`.
+"""`denseclip demo` from a clone; `--help` lists the options."""
 
-Draws small scenes, makes a tiny CLIP, trains a segmenter on them, evaluates it on held-out scenes, loads the saved
-model in a fresh process through the Auto classes and the pipeline, and draws what it sees.
-"""
-
-import argparse
-import json
-import shutil
-import subprocess
 import sys
-import time
-from pathlib import Path
-
-from denseclip_hf.command_line import HelpFormatter
-from denseclip_hf.example.scenes import make_example_dataset
-from denseclip_hf.example.tiny_clip import make_example_clip
-from denseclip_hf.training.run_directory import one_sentence_errors
-
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-# What anybody does with the saved directory; run in a process that knows nothing of this one.
-FRESH_PROCESS = """
-import json, sys
-from pathlib import Path
-import numpy as np
-from PIL import Image
-from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, pipeline
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-import denseclip_hf
-from denseclip_hf.inference import colorize, comparison_picture, overlay
-
-model_dir, data_dir, picture = map(Path, sys.argv[1:])
-model = AutoModelForSemanticSegmentation.from_pretrained(model_dir)
-processor, tokenizer = AutoImageProcessor.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
-segment = pipeline("image-segmentation", model=str(model_dir))
-label2id, palette = model.config.label2id, model.config.palette
-rows = []
-for file in sorted((data_dir / "val" / "images").glob("*.jpg"))[:4]:
-    image = Image.open(file).convert("RGB")
-    prediction = np.full(image.size[::-1], 255)
-    for found in segment(image):
-        prediction[np.asarray(found["mask"]) > 0] = label2id[found["label"]]
-    truth = np.asarray(Image.open(data_dir / "val" / "masks" / f"{file.stem}.png"))
-    rows.append([image, overlay(image, prediction, palette), colorize(prediction, palette)])
-    rows[-1].append(colorize(truth, palette))
-titles = ["input", "prediction over input", "prediction", "ground truth (black: void)"]
-comparison_picture(rows, titles, model.config.id2label, palette).save(picture)
-"""
-
-
-@one_sentence_errors
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="of data, model and picture")
-    parser.add_argument("--max_steps", type=int, default=None, help="train shorter or longer than the recipe")
-    args = parser.parse_args(argv)
-    start = time.perf_counter()
-    data, clip = args.output_dir / "data", args.output_dir / "clip"
-    model, picture = args.output_dir / "model", args.output_dir / "demo.png"
-    say("1/4  Drawing example scenes and making a tiny CLIP")
-    make_example_dataset(data)
-    make_example_clip(clip, vision="resnet")
-    say("2/4  Training a segmenter on them, and evaluating it on held-out scenes")
-    if (model / "recipe.json").exists():  # an earlier demo's, which it is the demo's to replace
-        shutil.rmtree(model)
-    recipe = REPOSITORY / "configs" / "example.yaml"
-    flags = ["--clip", clip, "--dataset", data, "--output_dir", model]
-    if args.max_steps:
-        flags += ["--max_steps", args.max_steps, "--warmup_steps", args.max_steps // 20]
-    run([REPOSITORY / "scripts" / "train.py", recipe, *flags])
-    say("3/4  Loading the saved model in a fresh process, through the pipeline, and drawing what it sees")
-    run(["-c", FRESH_PROCESS, model, data, picture])
-    results = json.loads((model / "eval_results.json").read_text())
-    classes = json.loads((data / "classes.json").read_text())["id2label"]
-    say(f"4/4  Done in {time.perf_counter() - start:.0f} s. On scenes it has not seen:")
-    for name, iou in zip(classes.values(), results["eval_per_category_iou"], strict=True):
-        print(f"  {name:<16} IoU " + ("not seen" if iou is None else f"{100 * iou:5.1f} %"))
-    print(f"  {'mean':<16} IoU {100 * results['eval_mean_iou']:5.1f} %")
-    print(f"\n  picture  {picture.resolve()}\n  model    {model.resolve()}\n  data     {data.resolve()}")
-
-
-def say(text: str) -> None:
-    print(f"\n{text}", flush=True)
-
-
-def run(command: list) -> None:
-    if code := subprocess.run([sys.executable, *map(str, command)]).returncode:
-        sys.exit(code)  # it has said why
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, where `import evaluate` would find evaluate.py in place of the library
+    from denseclip_hf.cli.demo import main
+
     main()

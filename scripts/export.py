@@ -1,41 +1,10 @@
-"""A model to run elsewhere: `python scripts/export.py MODEL OUTPUT_DIR --format onnx [--image photo.jpg]`.
+"""`denseclip export` from a clone; `--help` lists the options."""
 
-Formats: onnx and torch_export (programs with the class embeddings folded in), frozen (a model directory without the
-text tower, for the Auto classes).
-"""
-
-import argparse
-from pathlib import Path
-
-from denseclip_hf.conversion.release import pattern_picture
-from denseclip_hf.files import new_directory
-from denseclip_hf.inference import load_model
-from denseclip_hf.inference.sources import Source, read_picture
-from denseclip_hf.sharing.export import FILES, check_export, export, export_frozen
-from denseclip_hf.training.run_directory import one_sentence_errors
-
-
-@one_sentence_errors
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="a saved model, directory or Hub name")
-    parser.add_argument("output_dir", help="a new directory, written whole or not at all")
-    parser.add_argument("--format", choices=[*FILES, "frozen"], default="onnx", help="default: %(default)s")
-    parser.add_argument("--image", help="picture that the result is checked on (default: a drawn one)")
-    args = parser.parse_args(argv)
-    image = read_picture(Source(args.image, "image")) if args.image else pattern_picture((256, 320))
-    model, processor = load_model(args.model, "fp32")
-    with new_directory(args.output_dir) as directory:
-        if args.format == "frozen":
-            export_frozen(model, processor, args.model, directory, Path(args.output_dir).name)
-            print(f"{model.num_parameters() / 1e6:.1f} M parameters")
-        else:
-            path = export(model, processor, directory, args.format)
-            difference = check_export(model, processor, path, image)
-            size = path.stat().st_size / 1e6
-            print(f"{path.name}: {size:.1f} MB, largest difference of a logit {difference:.2e}")
-    print(f"Written to {args.output_dir}")
+import sys
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, where `import evaluate` would find evaluate.py in place of the library
+    from denseclip_hf.cli.export import main
+
     main()

@@ -1,37 +1,10 @@
-"""A model directory to the Hub: `python scripts/push_to_hub.py MODEL_DIR USER/NAME [--push] [--public]`.
+"""`denseclip push` from a clone; `--help` lists the options."""
 
-Without --push it only shows what would be uploaded. Repositories are private unless --public is given.
-"""
-
-import argparse
-
-from denseclip_hf.sharing.hub import files_to_push, push
-from denseclip_hf.training.run_directory import one_sentence_errors
-
-
-@one_sentence_errors
-def main(argv: list[str] | None = None, api=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model_dir", help="a saved model with its card")
-    parser.add_argument("repo_id", help="repository on the Hub, USER/NAME")
-    parser.add_argument("--push", action="store_true", help="upload; without it nothing leaves this machine")
-    parser.add_argument("--public", action="store_true", help="let everybody see the repository")
-    parser.add_argument("--license", help="the Hub's identifier of the licence, for the card that is pushed")
-    parser.add_argument("--no_code", action="store_true", help="leave out the code that trust_remote_code=True runs")
-    parser.add_argument("--include", nargs="*", default=[], help="further files of MODEL_DIR")
-    parser.add_argument("--message", default="Upload model", help="of the commit (default: %(default)s)")
-    args = parser.parse_args(argv)
-    with files_to_push(args.model_dir, not args.no_code, args.include, args.repo_id, args.license) as (files, left):
-        total = sum(path.stat().st_size for path in files.values())
-        for name, path in sorted(files.items()):
-            print(f"{path.stat().st_size:>14,}  {name}")
-        print(f"{total:>14,}  bytes in {len(files)} files; not among them: {', '.join(left) or 'nothing'}")
-        visibility = "public" if args.public else "private"
-        if not args.push:
-            print(f"Nothing was uploaded. With --push these files go to {args.repo_id} ({visibility}).")
-            return
-        print(f"Uploaded: {push(files, args.repo_id, not args.public, args.message, api)}")
+import sys
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, where `import evaluate` would find evaluate.py in place of the library
+    from denseclip_hf.cli.push import main
+
     main()

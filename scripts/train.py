@@ -1,67 +1,10 @@
-"""Train a segmenter, by recipe files first and flags on top of them, or by flags alone.
+"""`denseclip train` from a clone; `--help` lists the options."""
 
-    python scripts/train.py configs/ade20k_rn50.yaml --dataset path/to/data_set --output_dir outputs/run
-
-On several devices: `accelerate launch scripts/train.py ...`. The directory it leaves is complete: weights, config,
-image processor, tokenizer and card. The same command goes on from the last checkpoint of a run that was broken off.
-"""
-
-from pathlib import Path
-
-from denseclip_hf import DenseCLIPTrainingArguments
-from denseclip_hf.command_line import log_to_terminal
-from denseclip_hf.files import write_atomically
-from denseclip_hf.sharing.training_card import write_training_card
-from denseclip_hf.training.recipe import DataArguments, ModelArguments, make_trainer, parse_arguments
-from denseclip_hf.training.run_directory import (
-    check_checkpoint,
-    finish_run,
-    keep_others_out,
-    keep_recipe,
-    one_sentence_errors,
-    prepare_run,
-    recipe_of,
-    results_json,
-)
-
-
-@one_sentence_errors
-def main(argv: list[str] | None = None) -> dict:
-    log_to_terminal()
-    kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
-    model_args, data_args, args = parse_arguments(kinds, argv, needed=["dataset", "output_dir"], description=__doc__)
-    output_dir = Path(args.output_dir)
-    with args.main_process_first(desc="looking at the output directory"):
-        recipe = recipe_of(model_args, data_args, args)
-        if args.process_index == 0:
-            keep_others_out(output_dir)
-        if args.resume_from_checkpoint:
-            check_checkpoint(args.resume_from_checkpoint, recipe)
-        checkpoint = prepare_run(output_dir, recipe, main_process=args.local_process_index == 0)
-    trainer, data = make_trainer(model_args, data_args, args)
-    if checkpoint is None and args.local_process_index == 0:
-        keep_recipe(output_dir, recipe)
-    if args.process_index == 0:
-        keep_others_out(output_dir)  # which is there now
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-    metrics = trainer.evaluate() if data.validation is not None else {}
-
-    def complete(folder: Path) -> None:
-        if metrics:
-            write_atomically(folder / "eval_results.json", results_json(metrics))
-        write_training_card(folder, model_args, data_args, args, data, metrics)
-
-    finish_run(trainer, complete)
-    if trainer.is_world_process_zero():
-        names = list(data.id2label.values())
-        for name, iou in zip(names, metrics.get("eval_per_category_iou", []), strict=False):
-            print(f"{name:>24}  IoU {100 * iou:5.1f}")
-        if metrics:
-            print(f"{'mean':>24}  IoU {100 * metrics['eval_mean_iou']:5.1f}")
-        print(f"The model is in {output_dir.resolve()}")
-    trainer.end()
-    return metrics
+import sys
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, where `import evaluate` would find evaluate.py in place of the library
+    from denseclip_hf.cli.train import main
+
     main()

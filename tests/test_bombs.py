@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from denseclip_hf import DenseCLIPConfig
+from denseclip_hf.cli.arguments import parse_arguments
 from denseclip_hf.data.folders import parse_classes
 from denseclip_hf.data.reading import read_image
 from denseclip_hf.inference.sources import Source, read_picture
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
-from denseclip_hf.training.recipe import parse_arguments
 from helpers.training import KINDS
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save as safetensors_bytes
 from transformers import CLIPModel, TrainerState
 
 from denseclip_hf import CLIPResNetModel
+from denseclip_hf.cli.arguments import parse_arguments
 from denseclip_hf.conversion import config_from_original
 from denseclip_hf.conversion.clip import convert_clip
 from denseclip_hf.conversion.options import model_options
@@ -34,7 +35,6 @@ from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcesso
 from denseclip_hf.model.loading_denseclip import load_clip
 from denseclip_hf.sharing.card import card_to_push, update_results, write_model_card
 from denseclip_hf.sharing.card_sections import shown_pictures
-from denseclip_hf.training.recipe import parse_arguments
 from denseclip_hf.training.run_directory import check_checkpoint
 from helpers.checkpoints import release, tokenizer
 from helpers.clip_reference import reference_clip

@@ -11,13 +11,13 @@ from PIL import Image
 from transformers import pipeline
 
 from denseclip_hf.app.answers import read_upload
+from denseclip_hf.cli.convert import main
 from denseclip_hf.conversion.release import convert_release
 from denseclip_hf.files import OutputError
 from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from helpers.checkpoints import NAMES, release, save, tokenizer
-from helpers.commands import main_of
 from helpers.images import photo
 from helpers.models import segmenter, tiny_model
 
@@ -179,13 +179,13 @@ BAD_CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("script", ["convert_original_denseclip", "convert_openai_clip"])
+@pytest.mark.parametrize("script", ["release", "clip"])
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
 def test_converters_end_in_one_line(tmp_path, capsys, script, case):
     build, words = BAD_CHECKPOINTS[case]
     path = build(tmp_path / "x.pth")
     with pytest.raises(SystemExit, match="^1$"):
-        main_of(script)([str(path), str(tmp_path / "parent" / "out")])
+        main([script, str(path), str(tmp_path / "parent" / "out")])
     assert re.search(words, one_line(capsys.readouterr().err))
     assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
 
@@ -195,15 +195,8 @@ def test_a_detection_checkpoint_is_one_line(tmp_path, capsys):
     content["state_dict"]["roi_head.bbox_head.fc_cls.weight"] = torch.zeros(1)
     path = save(tmp_path, content)
     with pytest.raises(SystemExit, match="^1$"):
-        main_of("convert_original_denseclip")([str(path), str(tmp_path / "out")])
+        main(["release", str(path), str(tmp_path / "out")])
     said = one_line(capsys.readouterr().err)
     words = "error: this is a detection checkpoint, but only semantic segmentation models are converted: name"
     assert said.startswith(words)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("script", [*sorted(SCRIPTS.glob("*.py")), SCRIPTS.parent / "app.py"], ids=lambda p: p.stem)
-def test_every_script_ends_in_one_sentence(script):
-    """Through the one decorator, so that they all do it alike."""
-    source = script.read_text()
-    assert "@one_sentence_errors\ndef main(" in source or "one_sentence_errors(run)(argv)" in source

@@ -2,13 +2,12 @@
 
 import dataclasses
 import re
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from denseclip_hf.cli.check_data import main
 from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.data.check import check_dataset
 from denseclip_hf.evaluation.measure import EvaluationArguments
@@ -87,11 +86,9 @@ def test_looking_at_nothing_is_refused(folder, number):
         check_dataset(load_segmentation_dataset(folder), max_samples=number)
 
 
-def test_script_names_its_options_as_train_and_evaluate_do(monkeypatch, capsys):
-    script = str(Path(__file__).parents[2] / "scripts" / "check_data.py")
-    monkeypatch.setattr("sys.argv", [script, "--help"])
+def test_script_names_its_options_as_train_and_evaluate_do(capsys):
     with pytest.raises(SystemExit):
-        runpy.run_path(script, run_name="__main__")
+        main(["--help"])
     shown = capsys.readouterr().out
     asked = set(re.findall(r"--(\w+)", shown)) - {"help", "full", "max_samples"}
     fields = {field.name for kind in (DataArguments, EvaluationArguments) for field in dataclasses.fields(kind)}
@@ -99,14 +96,14 @@ def test_script_names_its_options_as_train_and_evaluate_do(monkeypatch, capsys):
     assert "Samples per split without --full. (default: 50)" in " ".join(shown.split())
 
 
-def test_script_prints_a_table_and_tells_by_its_exit_code(folder, monkeypatch, capsys):
-    script = str(Path(__file__).parents[2] / "scripts" / "check_data.py")
+def test_script_prints_a_table_and_tells_by_its_exit_code(folder, capsys):
     for expected, words in ((0, "No problems."), (1, "000.jpg cannot be read"), (1, "no data set that is recognised")):
         if expected:
             truncated(folder / "train/images/000.jpg")
         source = folder / "train" / "masks" if "recognised" in words else folder
-        monkeypatch.setattr("sys.argv", [script, str(source), "--full"])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(script, run_name="__main__")
+        try:
+            code = main([str(source), "--full"])
+        except SystemExit as stop:
+            code = stop.code
         printed = capsys.readouterr()
-        assert stop.value.code == expected and words in printed.out + printed.err
+        assert code == expected and words in printed.out + printed.err

@@ -2,8 +2,6 @@ import csv
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -341,12 +339,3 @@ def test_multi_scale_stays_within_its_limit(monkeypatch):
     small = multi_scale_segmentation(model, image, **options, max_probabilities=20_000)
     assert small.shape == (120, 150) and max(math.prod(size) for size in sizes if len(size) == 3) <= 20_000
     assert (small == probabilities.argmax(0)).float().mean() > 0.8
-
-
-@pytest.mark.slow
-def test_scripts_beside_it_find_the_library_of_its_name(tmp_path):
-    """Python puts a script's folder first on the path, where `evaluate` is this script."""
-    code = "import evaluate, sys; from evaluate import Metric; assert 'site-packages' in evaluate.__file__"
-    script = tmp_path / "neighbour.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n{code}\nimport denseclip_hf")
-    subprocess.run([sys.executable, str(script)], check=True)

@@ -1,8 +1,6 @@
 """Segmenting pictures: the script, what it writes and leaves alone, and the words it is asked for."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
+from denseclip_hf.cli import predict
 from denseclip_hf.data.folders import parse_classes
 from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources
@@ -19,16 +18,12 @@ from helpers.images import photo
 from helpers.models import segmenter, tiny_model, varied
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "predict.py"
 SIZES = {"a": (90, 70), "b": (64, 100), "c": (90, 70), "d": (70, 90), "e": (90, 70)}
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("predict_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return predict
 
 
 @pytest.fixture

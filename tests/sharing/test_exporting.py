@@ -1,6 +1,5 @@
 """Exported programs: the same logits, at any batch and size, without torch where the format allows."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -15,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
+from denseclip_hf.cli.export import main
 from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.sharing.card import write_model_card
 from denseclip_hf.sharing.export import check_export, export, run_exported
@@ -79,13 +79,6 @@ def test_the_example_of_the_docs_runs_without_torch(exported, tmp_path, size):
     assert Image.open(tmp_path / "labels.png").size == (150, 100)
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("export_script", ROOT / "scripts" / "export.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 @pytest.fixture
 def directory(kind, tmp_path):
     tiny_model(kind).save_pretrained(tmp_path / "model")
@@ -95,7 +88,7 @@ def directory(kind, tmp_path):
 
 
 def test_a_frozen_directory(directory, tmp_path, images):
-    script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
+    main([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     names = {file.name for file in (tmp_path / "frozen").iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "README.md"} <= names
     frozen = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "frozen")
@@ -110,7 +103,7 @@ def test_a_frozen_model_keeps_its_card(directory, tmp_path):
     results = {"dataset": "example", "split": "val", "metrics": {"mean_iou": 0.4351}}
     known = {"license": "mit", "base_model": "openai/x", "dataset": "someone/streets", "training": {"Steps": 3}}
     before = write_model_card(directory, results=results, picture="example.png", **known).read_text()
-    script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
+    main([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     after = (tmp_path / "frozen" / "README.md").read_text()
     assert ModelCard(after).data.to_dict() == ModelCard(before).data.to_dict()
     assert "with its classes frozen" in after and "| 43.51 |" in after and "| Steps | 3 |" in after
@@ -119,7 +112,7 @@ def test_a_frozen_model_keeps_its_card(directory, tmp_path):
 
 def test_failures_leave_nothing(directory, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="^1$"):
-        script()([str(directory), str(tmp_path / "out"), "--image", str(tmp_path / "no.jpg")])
+        main([str(directory), str(tmp_path / "out"), "--image", str(tmp_path / "no.jpg")])
     assert "no.jpg" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
@@ -130,7 +123,7 @@ def test_a_missing_package_is_one_sentence(directory, tmp_path, capsys, monkeypa
     monkeypatch.setattr("denseclip_hf.sharing.export.export_program", lambda model: None)
     monkeypatch.setattr("denseclip_hf.sharing.export._save_onnx", lambda program, path: None)
     with pytest.raises(SystemExit, match="^1$"):
-        script()([str(directory), str(tmp_path / "out")])
+        main([str(directory), str(tmp_path / "out")])
     expected = f"ONNX needs the package {package}: `pip install onnx onnxscript onnxruntime`.\n"
     assert capsys.readouterr().err.endswith(expected)
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
@@ -154,7 +147,7 @@ def test_a_real_full_disk_leaves_nothing(directory, tmp_path, format):
 def test_a_disk_that_is_too_small_is_left_empty(directory, small_disk, capsys, format):
     disk = small_disk("64k")
     with pytest.raises(SystemExit, match="^1$"):
-        script()([str(directory), str(disk / "model"), "--format", format])
+        main([str(directory), str(disk / "model"), "--format", format])
     said = capsys.readouterr().err.splitlines()[-1]
     assert "model could not be written (" in said and "nothing is left of it: make room" in said
     assert not list(disk.iterdir())
@@ -167,13 +160,13 @@ def test_a_full_disk_leaves_nothing(directory, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(DenseCLIPForSemanticSegmentation, "save_pretrained", fail_half_way)
     with pytest.raises(SystemExit, match="^1$"):
-        script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
+        main([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     assert "frozen could not be written (No space left on device); nothing is left of it" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_card_of_a_frozen_model_names_no_path(directory, tmp_path):
-    script()([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
+    main([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
     card = (tmp_path / "frozen" / "README.md").read_text()
     assert "# frozen" in card and f"This is `{tmp_path.name} model` with its classes frozen" in card
     assert str(tmp_path) not in card

@@ -1,6 +1,5 @@
 """What leaves this machine, and that it runs where this package is not."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, ModelCard
 
 from denseclip_hf import DenseCLIPImageProcessor
+from denseclip_hf.cli.push import main
 from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.sharing.card import write_model_card
 from denseclip_hf.sharing.hub import add_code, files_to_push, push
@@ -117,13 +117,6 @@ class FakeHub:
         return f"https://hub/{repo_id}/commit/1"
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("push_to_hub", SCRIPTS / "push_to_hub.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 @pytest.mark.slow
 def test_a_push_from_beginning_to_end(directory, tmp_path, capsys):
     """What arrives at the Hub is complete: downloaded, it runs without the package."""
@@ -133,7 +126,7 @@ def test_a_push_from_beginning_to_end(directory, tmp_path, capsys):
     (directory / "notes.txt").write_text("mine")
     before = {f.name: f.read_bytes() for f in directory.iterdir() if f.is_file()}
     hub = FakeHub()
-    script()([str(directory), "me/streets", "--push"], api=hub)
+    main([str(directory), "me/streets", "--push"], api=hub)
     assert hub.repo == ("me/streets", "model", True) and hub.private is True
     assert not {"training_args.bin", "notes.txt"} & hub.files.keys() and not any("/" in name for name in hub.files)
     assert {"config.json", "model.safetensors", "README.md", "modeling_denseclip.py"} <= hub.files.keys()
@@ -153,7 +146,7 @@ def test_a_dry_run_is_the_default_and_shows_every_file(directory, capsys):
         def __getattr__(self, name):
             raise AssertionError(f"the Hub was asked to {name}")
 
-    script()([str(directory), "me/streets"], api=NoHub())
+    main([str(directory), "me/streets"], api=NoHub())
     shown = capsys.readouterr().out
     weights = (directory / "model.safetensors").stat().st_size
     assert f"{weights:,}  model.safetensors" in shown and "modeling_denseclip.py" in shown
@@ -291,7 +284,7 @@ def test_without_code_no_config_asks_for_it(small):
 def test_incomplete_directories_are_refused(small, name, capsys):
     (small / name).unlink()
     with pytest.raises(SystemExit, match="^1$"):
-        script()([str(small), "me/x", "--push"], api=None)
+        main([str(small), "me/x", "--push"], api=None)
     assert "no complete model directory" in capsys.readouterr().err
 
 
@@ -323,7 +316,7 @@ def test_without_network_a_push_ends_in_one_sentence(small, capsys, monkeypatch,
     hub = FakeHub()
     monkeypatch.setattr(hub, call, fail)
     with pytest.raises(SystemExit, match="^1$"):
-        script()([str(small), "me/x", "--push", "--no_code"], api=hub)
+        main([str(small), "me/x", "--push", "--no_code"], api=hub)
     said = capsys.readouterr().err
     assert said.startswith("error: pushing to me/x failed ([Errno -2] Name or service not known): look at")
     assert len(said.splitlines()) == 1
@@ -335,7 +328,7 @@ def test_a_licence_for_the_push_leaves_the_directory_alone(small, options):
     card.write_text(card.read_text() + "\nA sentence of my own.\n")
     before = {file.name: file.read_bytes() for file in small.iterdir()}
     hub = FakeHub()
-    script()([str(small), "me/x", "--license", "apache-2.0", *options], api=hub)
+    main([str(small), "me/x", "--license", "apache-2.0", *options], api=hub)
     assert before == {file.name: file.read_bytes() for file in small.iterdir()}
     if options:
         pushed = hub.files["README.md"].decode()
@@ -345,6 +338,6 @@ def test_a_licence_for_the_push_leaves_the_directory_alone(small, options):
 
 def test_the_license_goes_into_the_card(small):
     hub = FakeHub()
-    script()([str(small), "me/x", "--push", "--public", "--license", "cc-by-4.0", "--no_code"], api=hub)
+    main([str(small), "me/x", "--push", "--public", "--license", "cc-by-4.0", "--no_code"], api=hub)
     assert hub.private is False and "license: cc-by-4.0" in hub.files["README.md"].decode()
     assert "modeling_denseclip.py" not in hub.files

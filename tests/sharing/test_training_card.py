@@ -1,8 +1,6 @@
 """The training script leaves a complete directory: card, recipe, results and a picture."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -10,6 +8,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from denseclip_hf import DenseCLIPTrainingArguments
+from denseclip_hf.cli.train import main
 from denseclip_hf.sharing.training_card import training_summary
 from denseclip_hf.training.recipe import DataArguments, ModelArguments
 from denseclip_hf.training.run_directory import recipe_of
@@ -23,15 +22,11 @@ def folder(tmp_path):
 
 
 def train(tmp_path, **options):
-    """`scripts/train.py` for two steps into `tmp_path / "streets"`."""
-    script = Path(__file__).parents[2] / "scripts" / "train.py"
-    spec = importlib.util.spec_from_file_location("train_script", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """`denseclip train` for two steps into `tmp_path / "streets"`."""
     options |= {"clip_config": json.dumps(TINY_CLIP), "config": json.dumps(TINY), "crop_size": 64}
     options |= {"scale_long": 128, "max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2}
     options |= {"output_dir": tmp_path / "streets", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-    module.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+    main([part for name, value in options.items() for part in (f"--{name}", str(value))])
 
 
 def test_training_writes_the_card(folder, tmp_path):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import shlex
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from denseclip_hf.cli import ablate
+from denseclip_hf.cli.arguments import parse_arguments
 from denseclip_hf.training.ablations import (
     ROWS,
     VARIANTS,
@@ -19,7 +20,6 @@ from denseclip_hf.training.ablations import (
     mean_and_spread,
     read_measurements,
 )
-from denseclip_hf.training.recipe import parse_arguments
 from denseclip_hf.training.run_directory import recipe_of
 from helpers.training import KINDS
 
@@ -87,15 +87,8 @@ def finished(folder, iou, flags, seed):
     (folder / "eval_results.json").write_text(json.dumps({"eval_mean_iou": iou}))
 
 
-def ablate():
-    spec = importlib.util.spec_from_file_location("ablate", CONFIGS.parent / "scripts" / "ablate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, capsys):
-    module = ablate()
+    module = ablate
     for seed, iou in ((0, 0.4), (7, 0.9)):
         finished(tmp_path, iou, ["--max_steps", "5"], seed)
     command = [str(CONFIGS / "ablation_example.yaml"), "--output_dir", str(tmp_path), "--variants", "final"]
@@ -113,7 +106,7 @@ def test_runs_of_another_recipe_or_of_no_known_one_are_not_reused(tmp_path, caps
 
 def test_ctrl_c_keeps_back_a_run_that_is_about_to_start(tmp_path, monkeypatch):
     """Its process would not be there yet to hear it."""
-    module, started = ablate(), []
+    module, started = ablate, []
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

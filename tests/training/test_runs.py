@@ -10,20 +10,18 @@ import sys
 import pytest
 import torch
 
+from denseclip_hf.cli import train
+from denseclip_hf.cli.arguments import one_sentence_errors, parse_arguments, sentence_of
 from denseclip_hf.files import OutputError
-from denseclip_hf.training.recipe import parse_arguments
 from denseclip_hf.training.run_directory import (
     check_checkpoint,
     finish_run,
     keep_others_out,
     keep_recipe,
-    one_sentence_errors,
     prepare_run,
     recipe_of,
     results_json,
-    sentence_of,
 )
-from helpers.commands import main_of
 from helpers.running import Run, one_sentence, training_recipe
 from helpers.training import KINDS, trainer_for, write_folder
 
@@ -57,13 +55,13 @@ def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys, missin
     data = write_folder(tmp_path / "data", 6) if missing == "clip" else "no/where"
     flags = ["--dataset", str(data), "--clip", "no/where", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="^1$"):
-        main_of("train")(flags)
+        train.main(flags)
     assert "no/where" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_training_without_a_directory_is_refused(capsys):
     with pytest.raises(SystemExit, match="^1$"):
-        main_of("train")(["--dataset", "streets"])
+        train.main(["--dataset", "streets"])
     assert capsys.readouterr().err == "error: give `--output_dir`, by flag or recipe: see `--help`.\n"
 
 

@@ -1,21 +1,14 @@
 """From flags or a recipe file to data, model and trainer: what the scripts share."""
 
-import argparse
-import difflib
 import json
 import logging
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from functools import partial
-from pathlib import Path
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
 
-from ..command_line import DataclassParser
 from ..data.arguments import DatasetArguments
 from ..data.check import check_dataset
 from ..data.loading import SegmentationData
@@ -26,7 +19,6 @@ from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_clip, load_pretrained
 from ..model.modeling_clip_resnet import CLIPResNetModel
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
-from ..plain_yaml import load_plain_yaml
 from ..transforms import AugmentedDataset, AugmentedStream, TrainTransform
 from .arguments import DenseCLIPTrainingArguments
 from .trainer import DenseCLIPTrainer
@@ -87,104 +79,6 @@ class DataArguments(DatasetArguments):
     photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
     fast_jpeg: bool = field(default=False, metadata={"help": "Let the JPEG decoder shrink large pictures."})
     check_data: bool = field(default=True, metadata={"help": "Look at a sample of the files before training."})
-
-
-def parse_arguments(
-    types: Sequence[Any],
-    argv: Sequence[str] | None = None,
-    needed: Sequence[str] = (),
-    description: str | None = None,
-) -> list[Any]:
-    """
-    Dataclasses from the command line: recipe files (.yaml, .yml, .json) first, each on top of the one before it, and
-    flags on top of them all. Mappings (`config`) are merged.
-
-    Args:
-        types (sequence of dataclasses): what to fill.
-        argv (sequence of `str`, *optional*): the arguments, `sys.argv[1:]` by default.
-        needed (sequence of `str`): options that must be given, by recipe or flag.
-        description (`str`, *optional*): begins the help.
-
-    Raises:
-        ValueError: for a recipe that is missing, no mapping, or an option that nobody knows or that is missing.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = DataclassParser(types, needed, description)
-    known = [option.name for kind in types for option in fields(kind)]
-    recipe: dict[str, Any] = {}
-    while argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        for name, value in read_recipe(argv.pop(0), known).items():
-            recipe[name] = _merged(recipe.get(name), value)
-    actions = {action.dest: action for action in reversed(parser._actions)}
-    hints = {name: str(hint) for kind in types for name, hint in get_type_hints(kind).items()}
-    for name, value in recipe.items():
-        if isinstance(value, list) and "list" not in hints[name]:
-            raise ValueError(f"the recipe gives `{name}` a list, but it takes one value.")
-        if isinstance(value, dict) and not any(kind in hints[name] for kind in ("str", "dict")):
-            raise ValueError(f"the recipe gives `{name}` a mapping, but it takes one value.")
-        if value is None and "None" not in hints[name]:
-            raise ValueError(f"the recipe gives `{name}` no value, but it needs one: leave it out for its default.")
-        if isinstance(value, dict):
-            actions[name].type = partial(_merged_flag, value)
-        if value is not None and not (isinstance(value, bool) and "bool" in hints[name]):
-            value = _as_flag(actions[name], value)
-        parser.set_defaults(**{name: value})
-    return list(parser.parse_args_into_dataclasses(args=argv))
-
-
-def _merged(below: Any, above: Any) -> Any:
-    """`above`, put over `below` where both are mappings."""
-    return {**below, **above} if isinstance(below, dict) and isinstance(above, dict) else above
-
-
-def _merged_flag(below: dict[str, Any], text: str) -> str:
-    """A flag put over the mapping of a recipe; what is no mapping stays as it is, to be refused where it is read."""
-    try:
-        return json.dumps(_merged(below, json.loads(text)))
-    except (ValueError, RecursionError):
-        return text
-
-
-def _as_flag(action: argparse.Action, value: Any) -> Any:
-    """A recipe's value as the default of `action`: a string, which argparse converts as it would a flag's."""
-    try:
-        if isinstance(value, list):
-            convert: Any = action.type or str
-            return [convert(str(item)) for item in value]
-        if isinstance(value, dict):
-            return json.dumps(value)
-        return str(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the recipe's value of `{action.dest}` can't be used: {error}.") from error
-
-
-def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]:
-    """
-    The mapping in a YAML or JSON file, read without executing anything.
-
-    Raises:
-        ValueError: if there is no such file, it is too large or no mapping, or an option is not among `known`.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"there is no recipe {file}.")
-    if file.stat().st_size > MAX_RECIPE_BYTES:
-        raise ValueError(f"the recipe {file} has more than {MAX_RECIPE_BYTES} bytes, which no recipe needs.")
-    try:
-        text = file.read_text(encoding="utf-8")
-        recipe, exact = load_plain_yaml(text), load_plain_yaml(text, exponents=True)
-    except ValueError as error:
-        raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe {file} must be a mapping from options to values.")
-    # An option's text becomes what the option is; only in mappings must 1e-3 be a number from the start.
-    recipe = {name: exact[name] if isinstance(value, dict) else value for name, value in recipe.items()}
-    for name in recipe:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f": did you mean `{close[0]}`?" if close else ", see `--help`."
-            raise ValueError(f"the option `{name}` of the recipe {file} is unknown{hint}")
-    return recipe
 
 
 def load_data(args: DataArguments) -> SegmentationData:
@@ -342,4 +236,4 @@ def make_trainer(
     return trainer, data
 
 
-__all__ = ["DataArguments", "ModelArguments", "load_data", "make_trainer", "model_to_train", "parse_arguments"]
+__all__ = ["DataArguments", "ModelArguments", "load_data", "make_trainer", "model_to_train"]

@@ -1,21 +1,15 @@
 """The directory of a training run: refused where something would be lost, resumed where a run was broken off."""
 
-import functools
 import json
 import logging
 import os
-import re
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from torch import distributed
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,7 +19,6 @@ from ..evaluation.report import without_nan
 from ..files import complete_or_gone, make_directory, write_atomically
 from ..model.loading_denseclip import reason_of
 from .arguments import DenseCLIPTrainingArguments
-from .stopping import TrainingStopped
 
 
 try:
@@ -247,57 +240,14 @@ def results_json(metrics: dict[str, Any]) -> str:
     return json.dumps(without_nan(kept), indent=2, allow_nan=False) + "\n"
 
 
-def one_sentence_errors(main: Callable) -> Callable:
-    """Decorator of a script's `main`: what a user can mend ends in its one sentence and exit code 1, no traceback."""
-
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except TrainingStopped as stop:  # it has said so
-            sys.exit(stop.exit_code)
-        except KeyboardInterrupt:
-            logger.warning("interrupted")
-            sys.exit(128 + signal.SIGINT)
-        except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
-            logger.debug("traceback", exc_info=True)
-            sys.stderr.write(f"error: {sentence_of(error)}\n")
-            sys.exit(1)
-
-    return wrapped
-
-
-def sentence_of(error: BaseException) -> str:
-    """The message of `error`, in one sentence also if it comes from a data-loader worker or another process."""
-    text = str(error).strip()
-    if isinstance(error, StrictDataclassError):  # of a config
-        return reason_of(error)
-    if text.startswith("Caught ") and "Original Traceback" in text:  # a worker's, with its traceback
-        text = re.split(r"^[\w.]+: ", text, flags=re.MULTILINE)[-1].strip()
-        return text.splitlines()[-1] if "Traceback (" in text else text  # the last error may have no message
-    if text.startswith("DataLoader worker"):
-        return (
-            f"a process that reads data died ({text.rstrip(' .')}), as it does when memory runs out: start the same "
-            "command again, with fewer workers if this happens anew."
-        )
-    if distributed.is_initialized() and re.search(r"gloo|nccl|connection (closed|reset)", text, re.IGNORECASE):
-        return (
-            f"another process of this run is gone ({text.splitlines()[0]}): see what it said, then start the same "
-            "command again; training goes on from its last checkpoint."
-        )
-    return text or type(error).__name__
-
-
 __all__ = [
     "changes_of_recipe",
     "check_checkpoint",
     "finish_run",
     "keep_others_out",
     "keep_recipe",
-    "one_sentence_errors",
     "prepare_run",
     "reading_checkpoint",
     "recipe_of",
     "results_json",
-    "sentence_of",
 ]

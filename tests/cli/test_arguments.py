@@ -4,9 +4,8 @@ import logging
 
 import pytest
 
-from denseclip_hf.command_line import log_to_terminal
+from denseclip_hf.cli.arguments import log_to_terminal, parse_arguments
 from denseclip_hf.evaluation.measure import EvaluationArguments
-from denseclip_hf.training.recipe import parse_arguments
 from helpers.training import KINDS
 
 

@@ -1,0 +1,47 @@
+"""The command `denseclip`, outside the package so that its help has to import neither torch nor transformers."""
+
+import difflib
+import importlib
+import sys
+from importlib.metadata import version
+
+
+COMMANDS = {
+    "train": "train a segmenter, by recipe files and flags",
+    "evaluate": "measure a model on a data set",
+    "predict": "segment images and videos",
+    "check-data": "look through a data set before training on it",
+    "convert": "turn a released DenseCLIP or a CLIP of OpenAI or open_clip into a model directory",
+    "export": "write a model as ONNX, a torch program, or without its text tower",
+    "push": "upload a model directory to the Hub",
+    "app": "open a page to try models on images",
+    "ablate": "run the published ablations and print their tables",
+    "demo": "train on the built-in example and draw what the model sees",
+    "example": "write the built-in example's data and CLIP",
+}
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Run the command that `argv` (by default `sys.argv[1:]`) names; its exit code."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name == "--version":
+        print(version("denseclip_hf"))
+    elif name in ("-h", "--help"):
+        print("usage: denseclip COMMAND [...]\n\nDenseCLIP for transformers. Commands:\n")
+        print("\n".join(f"  {command:<12}{does}" for command, does in COMMANDS.items()))
+        print("\n`denseclip COMMAND --help` lists the options of one.")
+    elif name in COMMANDS:
+        sys.argv[0] = f"denseclip {name}"
+        module = importlib.import_module(f"denseclip_hf.cli.{name.replace('-', '_')}")
+        code = module.main(rest)
+        return code if isinstance(code, int) else None
+    else:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "see `denseclip --help`."
+        print(f"error: there is no command `{name}`: {hint}", file=sys.stderr)
+        return 2
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
