@@ -1,70 +1,357 @@
-"""Time this implementation beside the original's way of working, in one run: `python scripts/benchmark.py`.
+"""Time this package beside the original's way of working and models of transformers, in one run.
 
-Writes `benchmark.json` and the same as tables, `benchmark.md`, into `--output_dir`, after every task. See
-docs/performance.md.
+    python scripts/benchmark.py --tasks image training --presets denseclip-rn50
+
+The cases of a table take turns, so that whatever else the machine does meets all of them: read the ratios, which are
+medians over the rounds, rather than the seconds. All weights are random. "The original's way" is a re-enactment with
+this package's modules: the text tower runs over padded prompts in every forward pass and for every window, windows go
+one by one, losses are taken at full size, and all parameters have gradients.
+
+Tasks: image (one of the published size, 150 classes), slide (windows over 2048 x 512 pixels), training (an optimizer
+step at batch 2 and its peak memory), data (one core), start (seconds of new processes).
 """
 
 import argparse
+import copy
 import json
 import logging
 import os
 import platform
+import resource
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder, where `import evaluate` would find evaluate.py in place of the library
+
+import numpy as np
 import torch
 import transformers
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from denseclip_hf.benchmark_tasks import IMAGE_SIZES, TASKS, Settings
+from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
 from denseclip_hf.cli.arguments import HelpFormatter, log_to_terminal, one_sentence_errors
+from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.devices import device_of
-from denseclip_hf.files import write_atomically
-from denseclip_hf.sharing.card_sections import markdown_table
+from denseclip_hf.optimization import optimize_for_inference
+from denseclip_hf.sharing.export import export
+from denseclip_hf.training import parameter_groups
+from denseclip_hf.transforms import AugmentedDataset, TrainTransform
+
+
+ORIGINAL = "the original's way"
+IMAGE_SIZES = {"denseclip-rn50": 512, "denseclip-rn101": 512, "denseclip-vit-b16": 640}  # as published, in pixels
+# Depths and decoder width (Xie et al. 2021, table 6), and the mIoU on ADE20K that the authors report.
+SEGFORMERS = {"SegFormer-B1": ([2, 2, 2, 2], 256, 42.2), "SegFormer-B2": ([3, 4, 6, 3], 768, 46.5)}
+Cases = dict[str, Callable[[], Any]]
+Rows = list[dict[str, Any]]
+
+
+def take_turns(cases: Cases, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case in each round; a round before them warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for index in range(rounds + 1):
+        for name, case in cases.items():
+            _wait_for_device()
+            start = time.perf_counter()
+            case()
+            _wait_for_device()
+            if index:
+                seconds[name].append(time.perf_counter() - start)
+        logging.info("round %d of %d", index, rounds)
+    return seconds
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def table_of(what: str, cases: Cases, rounds: int, **more: dict[str, Any]) -> Rows:
+    """A row per case: median, how many times faster than the first, and columns of `more` (name -> case -> value)."""
+    seconds = take_turns(cases, rounds)
+    first, rows = next(iter(seconds.values())), []
+    for case, taken in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(taken, first, strict=True))
+        row = {
+            "what": what,
+            "case": case,
+            "median s": f"{statistics.median(taken):.3f}",
+            "times faster": f"{ratio:.2f}",
+        }
+        rows.append(row | {name: values.get(case, "") for name, values in more.items()})
+    return rows
+
+
+# Models
+
+
+def build_model(preset: str, num_labels: int = 150, **options: Any) -> Any:
+    """A full-size model of random weights in eval mode, with class names of the lengths of ADE20K's."""
+    torch.manual_seed(0)
+    lengths = [3 if index % 75 < 2 else 2 if index % 75 < 15 else 1 for index in range(num_labels)]
+    ids = [[49406, *(1000 + i + 10_000 * place for place in range(n)), 49407] for i, n in enumerate(lengths)]
+    names = {"id2label": {i: f"class {i}" for i in range(num_labels)}, "class_token_ids": ids}
+    config = DenseCLIPConfig.from_preset(preset, **{**names, "inference_mode": "whole", **options})
+    model = DenseCLIPForSemanticSegmentation(config).eval()
+    for module in model.modules():  # statistics that do something, so that folding them is put to the test
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def work_like_the_original(model: Any) -> Any:
+    """Change `model`, in place, to compute what it computes the way the authors' code does; results stay the same."""
+    model.encode_classes = MethodType(embeddings_of_padded_prompts, model)
+    model.config.sliding_window_batch_size = 1
+    return model.requires_grad_(True)
+
+
+def embeddings_of_padded_prompts(model: Any) -> torch.Tensor:
+    """Class embeddings `(K, D)` from K padded prompts, each with its own SOS and contexts, through the text tower."""
+    text, contexts = model.clip.text_model, model.prompts.context_vectors
+    rows = [torch.tensor(ids, device=model.device) for ids in model.config.class_token_ids]
+    hidden = text.embeddings.token_embedding(pad_sequence(rows, batch_first=True))
+    contexts = contexts.to(hidden.dtype).expand(len(rows), -1, -1)
+    hidden = torch.cat([hidden[:, :1], contexts, hidden[:, 1:]], dim=1)
+    length = hidden.shape[1]
+    hidden = hidden + text.embeddings.position_embedding.weight[:length]
+    mask = hidden.new_full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+    hidden = text.final_layer_norm(text.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state)
+    ends = torch.tensor([len(row) - 1 + contexts.shape[1] for row in rows], device=hidden.device)
+    return model.clip.text_projection(hidden[torch.arange(len(rows), device=hidden.device), ends])
+
+
+def forward(model: Any, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A function that runs `model` on `pixels` and returns the logits."""
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return model(pixels.to(model.dtype)).logits
+
+    return run
+
+
+def onnx_session(model: Any, pixels: torch.Tensor, folder: str) -> Callable[[], torch.Tensor]:
+    """A function that runs `model`, exported, in onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    path = str(export(model, DenseCLIPImageProcessor(), folder, "onnx"))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: pixels.cpu().numpy()})[0])
+
+
+# Tasks
+
+
+def image(args: argparse.Namespace) -> Rows:
+    """One image of the published size, 150 classes."""
+    rows: Rows = []
+    for preset in args.presets:
+        size, model = IMAGE_SIZES[preset], build_model(preset).to(args.device)
+        pixels = torch.randn(1, 3, size, size, device=args.device)
+        optimized = optimize_for_inference(model)
+        kept = work_like_the_original(copy.deepcopy(model))
+        with torch.no_grad():
+            embeddings = kept.encode_classes()
+        kept.encode_classes = lambda embeddings=embeddings: embeddings
+        models = {
+            ORIGINAL: work_like_the_original(copy.deepcopy(model)),
+            f"{ORIGINAL}, text kept": kept,
+            "eager": model,
+            "optimized": optimized,
+            "optimized, bf16": copy.deepcopy(optimized).to(torch.bfloat16),
+        }
+        if args.compile:
+            models["optimized, compiled"] = torch.compile(optimized, fullgraph=True, options={"freezing": True})
+        cases: Cases = {name: forward(each, pixels) for name, each in models.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                cases["ONNX"] = onnx_session(model, pixels, folder)
+            except (ImportError, ValueError) as error:
+                logging.warning("ONNX is left out: %s", error)
+            expected = cases[ORIGINAL]()
+            differences = {name: f"{(run().float() - expected).abs().max():.0e}" for name, run in cases.items()}
+            published = {}
+            for name, (depths, width, miou) in SEGFORMERS.items():
+                config = SegformerConfig(
+                    depths=depths, hidden_sizes=[64, 128, 320, 512], decoder_hidden_size=width, num_labels=150
+                )
+                cases[name] = forward(SegformerForSemanticSegmentation(config).eval().to(args.device), pixels)
+                published[name] = f"{miou}"
+            columns = {"largest difference": differences, "authors' mIoU": published}
+            rows += table_of(f"{preset}, {size} x {size}", cases, args.rounds, **columns)
+    return rows
+
+
+def slide(args: argparse.Namespace) -> Rows:
+    """Windows over one image of 2048 x 512 pixels."""
+    rows: Rows = []
+    for preset in args.presets:
+        model = build_model(preset, inference_mode="slide").to(args.device)
+        pixels = torch.randn(1, 3, 512, 2048, device=args.device)
+        ways = {ORIGINAL: work_like_the_original(copy.deepcopy(model)), "eager": model}
+        ways["optimized"] = optimize_for_inference(model)
+        rows += table_of(preset, {name: forward(each, pixels) for name, each in ways.items()}, args.rounds)
+    return rows
+
+
+def training(args: argparse.Namespace) -> Rows:
+    """One step of the published recipe at batch 2: forward, backward, AdamW; peak memory in a process of its own."""
+    rows: Rows = []
+    for preset in args.presets:
+        ways = [ORIGINAL, "ours", "ours, bf16"] + (["ours, compiled"] if args.compile else [])
+        steps: Cases = {way: training_step(preset, way, args.device) for way in ways}
+        losses = {way: f"{step():.4f}" for way, step in steps.items()}
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            peaks = {way: f"{pool.submit(peak_memory, preset, way, args.device).result():.1f}" for way in ways}
+        rows += table_of(preset, steps, args.rounds, **{"first loss": losses, "peak GiB": peaks})
+    return rows
+
+
+def training_step(preset: str, way: str, device: str) -> Callable[[], float]:
+    """A function that does one optimizer step and returns its loss."""
+    size, model = IMAGE_SIZES[preset], build_model(preset).to(device).train()
+    groups = parameter_groups(model, 1e-4, 1e-4, text_encoder_lr_multiplier=0.0)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(group["lr"] > 0)
+    if way == ORIGINAL:
+        work_like_the_original(model)
+    optimizer = torch.optim.AdamW([group for group in groups if group["lr"] > 0], fused=True)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, size, size, generator=generator).to(device)
+    labels = torch.randint(150, (2, size, size), generator=generator).to(device)
+    run = torch.compile(model, fullgraph=True) if "compiled" in way else model
+
+    def loss_of() -> torch.Tensor:
+        if way != ORIGINAL:
+            return run(pixels, labels).loss
+        outputs, config = model(pixels), model.config
+        full = [F.interpolate(x, (size, size), mode="bilinear") for x in (outputs.logits, outputs.score_maps)]
+        auxiliary = F.cross_entropy(full[1] / config.temperature, labels)
+        return F.cross_entropy(full[0], labels) + config.auxiliary_loss_weight * auxiliary
+
+    def step() -> float:
+        torch.manual_seed(0)  # every way of working drops the same channels
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled="bf16" in way):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def peak_memory(preset: str, way: str, device: str) -> float:
+    """GiB that a process which does two steps takes at most, on its device."""
+    step = training_step(preset, way, device)
+    step(), step()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def data(args: argparse.Namespace) -> Rows:
+    """Samples read from JPEGs of 640 x 480 pixels, on one core."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, channels, suffix in (("images", 3, ".jpg"), ("masks", 1, ".png")):
+            (Path(folder) / kind).mkdir()
+            for index in range(20):
+                coarse = rng.integers(0, 256 if channels == 3 else 2, (12, 16, channels)).astype(np.uint8).squeeze()
+                resample = Image.Resampling.BICUBIC if channels == 3 else Image.Resampling.NEAREST
+                Image.fromarray(coarse).resize((640, 480), resample).save(f"{folder}/{kind}/{index}{suffix}")
+        (Path(folder) / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road"}}))
+        samples = load_segmentation_dataset(folder).train
+        augmented = AugmentedDataset(samples, TrainTransform(crop_size=512, scale=(2048, 512)))
+        processor = DenseCLIPImageProcessor(size={"shortest_edge": 512, "longest_edge": 2048})
+        photo = samples[0]["image"]
+        count = len(samples)
+        cases: Cases = {
+            "training samples, read and augmented": lambda: [augmented[index] for index in range(count)],
+            "images, processed for evaluation": lambda: [processor(photo) for _ in range(count)],
+        }
+        seconds = take_turns(cases, args.rounds)
+    return [{"case": name, "per second": f"{count / statistics.median(s):.1f}"} for name, s in seconds.items()]
+
+
+def start(args: argparse.Namespace) -> Rows:
+    """Seconds of a new process."""
+    commands = {
+        "transformers' CLIP": ["-c", "from transformers.models.clip import modeling_clip"],
+        "import denseclip_hf": ["-c", "import denseclip_hf"],
+        "denseclip --help": ["-m", "denseclip_command", "--help"],
+        "denseclip predict --help": ["-m", "denseclip_command", "predict", "--help"],
+        "denseclip train --help": ["-m", "denseclip_command", "train", "--help"],
+    }
+
+    def runner(command: list[str]) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+
+    return table_of("start", {name: runner(command) for name, command in commands.items()}, args.rounds)
+
+
+TASKS: dict[str, Callable[[argparse.Namespace], Rows]] = {
+    task.__name__: task for task in (image, slide, training, data, start)
+}
+
+
+def markdown(rows: Rows) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def hardware(device: str) -> str:
-    on_gpu, cpu = torch.device(device).type == "cuda", f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    name = torch.cuda.get_device_name(device) if on_gpu else cpu
-    threads, versions = torch.get_num_threads(), f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{name}, {threads} threads, {versions}"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return markdown_table(columns, ([str(row.get(column, "")) for column in columns] for row in rows))
+    """What was measured on; figures mean little without it."""
+    name = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{name}, {torch.get_num_threads()} threads, {versions}"
 
 
 @one_sentence_errors
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    tasks = [name for name in TASKS if name != "throughput" or torch.cuda.is_available()]
-    parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, default=tasks, help="by default all, without a GPU all but throughput"
-    )
-    presets = ["denseclip-rn50", "denseclip-vit-b16"]
-    parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=presets, help="models")
-    parser.add_argument("--rounds", type=int, default=7, help="times every case is run, in turn")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tables")
+    parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=["denseclip-rn50", "denseclip-vit-b16"])
+    parser.add_argument("--rounds", type=int, default=5, help="times every case is run, in turn")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes on a CPU)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"), help="where tables go")
     args = parser.parse_args(argv)
     log_to_terminal()
     args.device = device_of(args.device)
-    settings = Settings(args.presets, args.rounds, args.device, args.compile)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"hardware": hardware(args.device), "rounds": args.rounds, "tasks": {}}
-    text = [f"Measured on {report['hardware']}; {args.rounds} rounds, medians."]
+    text = [f"Measured on {report['hardware']}; medians of {args.rounds} rounds."]
     for name in args.tasks:
-        logging.info("%s: %s", name, TASKS[name].__doc__)
-        report["tasks"][name] = TASKS[name](settings)
-        text += [f"\n### {name}\n{TASKS[name].__doc__}\n", table(report["tasks"][name])]
-        write_atomically(args.output_dir / "benchmark.json", json.dumps(report, indent=2) + "\n")
-        write_atomically(args.output_dir / "benchmark.md", "\n".join(text) + "\n")
-        print(text[-2] + text[-1])
+        report["tasks"][name] = TASKS[name](args)
+        text.append(f"\n### {name}\n{TASKS[name].__doc__}\n\n{markdown(report['tasks'][name])}")
+        (args.output_dir / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n")
+        (args.output_dir / "benchmark.md").write_text("\n".join(text) + "\n")
+        print(text[-1])
     print(f"Results are in {args.output_dir}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
