@@ -33,8 +33,7 @@ from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.inference import load_model
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.model.loading_denseclip import load_clip
-from denseclip_hf.sharing.card import card_to_push, update_results, write_model_card
-from denseclip_hf.sharing.card_sections import shown_pictures
+from denseclip_hf.sharing import add_results, write_card
 from denseclip_hf.training.run_directory import check_checkpoint
 from helpers.checkpoints import release, tokenizer
 from helpers.clip_reference import reference_clip
@@ -247,7 +246,7 @@ def test_clip_directories(tmp_path, kind, data):
 def card():
     with tempfile.TemporaryDirectory() as folder:
         tiny_model().save_pretrained(folder)
-        return write_model_card(folder, license="mit", base_model="openai/x", results=RESULTS, name="x").read_bytes()
+        return write_card(folder, license="mit", base_model="openai/x", results=RESULTS, name="x").read_bytes()
 
 
 @SHARED_FOLDER
@@ -263,9 +262,7 @@ def test_model_cards(tmp_path, data):
         content = data.draw(damaged([card()]) | st.binary(max_size=100))
     (tmp_path / "README.md").write_bytes(content)
     with result_or_sentence():
-        shown_pictures(card_to_push(tmp_path, "someone/model"))
-    with result_or_sentence():
-        update_results(tmp_path, RESULTS)
+        add_results(tmp_path, RESULTS)
 
 
 STATE = asdict(TrainerState(epoch=1.0, global_step=2, max_steps=4, log_history=[{"loss": 0.5, "step": 2}]))

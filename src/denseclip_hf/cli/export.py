@@ -1,6 +1,6 @@
 """A model to run elsewhere.
 
-    denseclip export MODEL OUTPUT_DIR --format onnx [--image photo.jpg]
+    denseclip export MODEL OUTPUT_DIR --format onnx [--size 512 512]
 
 Formats: onnx and torch_export (programs with the class embeddings folded in), frozen (a model directory without the
 text tower, for the Auto classes).
@@ -9,18 +9,11 @@ text tower, for the Auto classes).
 import argparse
 from pathlib import Path
 
-from PIL import Image
-
+from ..devices import DTYPES
 from ..files import new_directory
 from ..inference import load_model
-from ..inference.sources import Source, read_picture
-from ..sharing.export import FILES, check_export, export, export_frozen
+from ..sharing import FORMATS, MAX_SIDE, check_export, export, export_frozen
 from .arguments import HelpFormatter, one_sentence_errors
-
-
-def drawn() -> Image.Image:
-    linear, radial = Image.linear_gradient("L"), Image.radial_gradient("L")
-    return Image.merge("RGB", [linear, radial, linear.rotate(90)]).resize((320, 256))
 
 
 @one_sentence_errors
@@ -28,20 +21,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", help="a saved model, directory or Hub name")
     parser.add_argument("output_dir", help="a new directory, written whole or not at all")
-    parser.add_argument("--format", choices=[*FILES, "frozen"], default="onnx", help="what is written")
-    parser.add_argument("--image", help="picture that the result is checked on (default: a drawn one)")
+    parser.add_argument("--format", choices=[*FORMATS, "frozen"], default="onnx", help="what is written")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="the only size of images")
+    parser.add_argument("--max_side", type=int, default=MAX_SIDE, help="longest side of an image")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights of a program")
+    parser.add_argument("--opset", type=int, help="of ONNX (default: PyTorch's)")
     args = parser.parse_args(argv)
-    image = read_picture(Source(args.image, "image")) if args.image else drawn()
     model, processor = load_model(args.model, "fp32")
     with new_directory(args.output_dir) as directory:
         if args.format == "frozen":
             export_frozen(model, processor, args.model, directory, Path(args.output_dir).name)
             print(f"{model.num_parameters() / 1e6:.1f} M parameters")
         else:
-            path = export(model, processor, directory, args.format)
-            difference = check_export(model, processor, path, image)
-            size = path.stat().st_size / 1e6
-            print(f"{path.name}: {size:.1f} MB, largest difference of a logit {difference:.2e}")
+            size = (args.size[0], args.size[1]) if args.size else None
+            options = {"size": size, "max_side": args.max_side, "dtype": args.dtype}
+            path = export(model, processor, directory, args.format, args.opset, **options)
+            difference = check_export(model, path, size)
+            megabytes = path.stat().st_size / 1e6
+            print(f"{path.name}: {megabytes:.1f} MB, largest difference of a logit {difference:.2e}")
     print(f"Written to {args.output_dir}")
 
 

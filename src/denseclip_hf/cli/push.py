@@ -6,8 +6,9 @@ Without --push it only shows what would be uploaded. Repositories are private un
 """
 
 import argparse
+from pathlib import Path
 
-from ..sharing.hub import files_to_push, push
+from ..sharing import folder_to_push, push
 from .arguments import HelpFormatter, one_sentence_errors
 
 
@@ -18,21 +19,26 @@ def main(argv: list[str] | None = None, api=None) -> None:
     parser.add_argument("repo_id", help="repository on the Hub, USER/NAME")
     parser.add_argument("--push", action="store_true", help="upload; without it nothing leaves this machine")
     parser.add_argument("--public", action="store_true", help="let everybody see the repository")
-    parser.add_argument("--license", help="the Hub's identifier of the licence, for the card that is pushed")
+    parser.add_argument("--license", help="the Hub's identifier of the license, for the card that is pushed")
     parser.add_argument("--no_code", action="store_true", help="leave out the code that trust_remote_code=True runs")
     parser.add_argument("--include", nargs="*", default=[], help="further files of MODEL_DIR")
     parser.add_argument("--message", default="Upload model", help="of the commit")
     args = parser.parse_args(argv)
-    with files_to_push(args.model_dir, not args.no_code, args.include, args.repo_id, args.license) as (files, left):
-        total = sum(path.stat().st_size for path in files.values())
-        for name, path in sorted(files.items()):
-            print(f"{path.stat().st_size:>14,}  {name}")
-        print(f"{total:>14,}  bytes in {len(files)} files; not among them: {', '.join(left) or 'nothing'}")
+    with folder_to_push(args.model_dir, not args.no_code, args.include, args.repo_id, args.license) as folder:
+        files = {
+            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+        }
+        for name, size in sorted(files.items()):
+            print(f"{size:>14,}  {name}")
+        left = sorted({path.name for path in Path(args.model_dir).iterdir()} - {name.split("/")[0] for name in files})
+        print(
+            f"{sum(files.values()):>14,}  bytes in {len(files)} files; not among them: {', '.join(left) or 'nothing'}"
+        )
         visibility = "public" if args.public else "private"
         if not args.push:
             print(f"Nothing was uploaded. With --push these files go to {args.repo_id} ({visibility}).")
             return
-        print(f"Uploaded: {push(files, args.repo_id, not args.public, args.message, api)}")
+        print(f"Uploaded: {push(folder, args.repo_id, not args.public, args.message, api)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import DenseCLIPTrainingArguments
 from ..files import write_atomically
-from ..sharing.training_card import write_training_card
+from ..training.card import write_training_card
 from ..training.recipe import DataArguments, ModelArguments, make_trainer
 from ..training.run_directory import (
     check_checkpoint,

@@ -13,7 +13,7 @@ from ..inference.views import published_image_processor
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..model.prompts_denseclip import tokenize_classes
-from ..sharing.card import write_model_card
+from ..sharing import write_card
 from .keys import convert_original_state_dict
 from .options import config_from_original, merge_options, model_options
 from .weights import (
@@ -78,7 +78,7 @@ def convert_release(
         for part in (model.eval(), processor, tokenizer):
             part.save_pretrained(directory)
         source = f"the authors' released checkpoint `{Path(checkpoint).name}`"
-        write_model_card(directory, name=Path(output_dir).name, source=source)
+        write_card(directory, name=Path(output_dir).name, source=source)
     return model
 
 

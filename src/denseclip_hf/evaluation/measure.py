@@ -30,11 +30,18 @@ from ..inference.views import (
     overlay,
 )
 from ..metrics import boundary_counts, confusion_matrix
-from ..sharing.card import CARD, update_results
-from ..sharing.card_results import protocol_of
+from ..sharing import CARD, add_results
 from ..training.run_directory import RECIPE_FILE
 from .loop import evaluate_segmentation
-from .report import MatchedSamples, build_report, match_classes, nan_mean, save_report, scores_of_classes
+from .report import (
+    MatchedSamples,
+    build_report,
+    match_classes,
+    nan_mean,
+    protocol_of,
+    save_report,
+    scores_of_classes,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -144,7 +151,7 @@ def _add_to_card(args: EvaluationArguments, report: dict[str, Any]) -> None:
     if not args.update_card or args.max_images is not None or not card.is_file():
         return
     try:
-        update_results(args.model, report)
+        add_results(args.model, report)
         logger.info("The result is in the model's card %s.", card)
     except OSError as error:
         logger.warning("The model's card %s stays as it is: it can not be written (%s).", card, error.strerror)

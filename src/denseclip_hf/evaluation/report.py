@@ -112,6 +112,29 @@ def nan_mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
+def protocol_of(
+    config: Any, size: Mapping[str, Any] | None, scales: Sequence[float] = (1.0,), flip: bool = False
+) -> dict[str, Any]:
+    """
+    How a model is measured, as reports and cards carry it; `None` is what does not apply or is not known.
+
+    Args:
+        config ([`DenseCLIPConfig`]): of the model.
+        size (`Mapping[str, Any]`, *optional*): what images are resized to, as image processors have it.
+        scales (`Sequence[float]`): factors on that size, one view each.
+        flip (`bool`): whether mirrored views are averaged too.
+    """
+    slides = config.inference_mode == "slide"
+    return {
+        "inference_mode": config.inference_mode,
+        "crop_size": list(config.crop_size) if slides else None,
+        "stride": list(config.stride) if slides else None,
+        "scales": list(scales),
+        "flip": flip,
+        "size": {key: value for key, value in dict(size or {}).items() if value is not None} or None,
+    }
+
+
 def build_report(scores: Mapping[str, Any], names: Sequence[str], **description: Any) -> dict[str, Any]:
     """The report described above, from scores with `per_category_*` lists and `description` (model, data set, …)."""
     prefix = "per_category_"
@@ -170,6 +193,7 @@ __all__ = [
     "MatchedSamples",
     "build_report",
     "match_classes",
+    "protocol_of",
     "report_table",
     "save_report",
     "scores_of_classes",

@@ -1,1 +1,40 @@
-"""Model card, Hub and export."""
+"""Sharing a model directory: its card with results, what of it goes to the Hub, and exported programs.
+
+A saved directory comes in; `README.md`, a folder to push, or ONNX and `torch.export` files come out.
+"""
+
+from .card import CARD, add_results, load_card, markdown_table, shown_name, write_card
+from .export import (
+    FORMATS,
+    MAX_SIDE,
+    check_export,
+    export,
+    export_frozen,
+    export_program,
+    run_exported,
+    save_onnx,
+    side_step,
+)
+from .hub import add_code, folder_to_push, push
+
+
+__all__ = [
+    "CARD",
+    "FORMATS",
+    "MAX_SIDE",
+    "add_code",
+    "add_results",
+    "check_export",
+    "export",
+    "export_frozen",
+    "export_program",
+    "folder_to_push",
+    "load_card",
+    "markdown_table",
+    "push",
+    "run_exported",
+    "save_onnx",
+    "shown_name",
+    "side_step",
+    "write_card",
+]

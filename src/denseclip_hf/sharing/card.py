@@ -1,54 +1,45 @@
-"""The model card (README.md of a model directory): written from what is known, never over what a person wrote.
+"""The model card: README.md of a model directory, from `card_template.md`; its results are brought up to date."""
 
-Each generated section stands between two marker comments, the first with a short hash of it. Writing the card again
-replaces the sections that are still as they were written and leaves everything else alone: sections that were changed,
-or taken out with their markers, stay so. Values of the front matter that are already there, or were taken out, stay so
-too, measured results apart; a comment at the end names what was once written there.
-"""
-
-import hashlib
-import logging
+import html
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import yaml_dump
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..files import write_atomically
 from ..model.configuration_denseclip import DenseCLIPConfig
-from ..model.loading_denseclip import reason_of
-from ..plain_yaml import load_plain_yaml
-from .card_results import PIPELINE, add_to_model_index, check_results
-from .card_sections import (
-    MODEL,
-    about,
-    citation,
-    classes,
-    frozen,
-    is_hub_name,
-    limits,
-    results_tables,
-    shown_name,
-    training_table,
-    usage,
-)
 
-
-logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-MAX_BYTES = 2 << 20
-LIBRARY = "transformers"
-TAGS = ["denseclip", "clip", "semantic-segmentation", "image-segmentation", "vision"]
-# Sections that are added to a README which nothing was generated in yet.
-MEASURED = ("results", "training", "picture")
+TEMPLATE = Path(__file__).with_name("card_template.md")
+MODEL = "PATH_OR_REPOSITORY"  # in the snippets, until the model is pushed somewhere
+TASK = "image-segmentation"
+METRICS = {
+    "mean_iou": ("mean_iou", "mIoU"),
+    "mean_accuracy": ("mean_accuracy", "mAcc"),
+    "overall_accuracy": ("accuracy", "aAcc"),
+}
+METHODS = {
+    True: "DenseCLIP matches every pixel's embedding with the embedding of every class name, and gives the score maps "
+    "to a Semantic-FPN decoder.",
+    False: "CLIP's image encoder under a Semantic-FPN decoder, without guidance by language (a baseline).",
+}
+TOWERS = {"clip": "CLIP's vision transformer", "clip_resnet": "CLIP's modified ResNet"}
+IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# What stands between these comments is replaced with every measurement; the rest of a card is anybody's to edit.
+BEGIN, END = "<!-- results: replaced when the model is evaluated -->", "<!-- end of results -->"
 
 
-def write_model_card(
+def write_card(
     model_dir: str | os.PathLike,
     *,
     name: str | None = None,
@@ -58,51 +49,74 @@ def write_model_card(
     dataset: str | None = None,
     training: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
-    picture: str | None = None,
+    image: str | None = None,
 ) -> Path:
     """
-    Write or bring up to date `model_dir/README.md`.
+    Write `model_dir/README.md`; a card that is there already stays, only `results` are added.
+
+    Of local paths only the last part is shown.
 
     Args:
-        model_dir (`str` or `os.PathLike`): a saved model; its config, and how many weights there are, are read.
-        name (`str`, *optional*): title of a new card, by default made of the directory's.
+        model_dir (`str` or `os.PathLike`): a saved model; its config and the shapes of its weights are read.
+        name (`str`, *optional*): title, by default the directory's name.
         source (`str`, *optional*): where the weights come from, in words.
-        license (`str`, *optional*): the Hub's identifier; "unknown" in a new card unless given.
+        license (`str`, *optional*): the Hub's identifier; "unknown" unless given.
         base_model (`str`, *optional*): CLIP it started from; in the front matter if it is a name on the Hub.
         dataset (`str`, *optional*): what it was trained on; likewise.
         training (`Mapping[str, Any]`, *optional*): the recipe, versions and hardware, by what they are called.
-        results (`Mapping[str, Any]`, *optional*): a measurement, see [`update_results`].
-        picture (`str`, *optional*): a picture file inside `model_dir`.
+        results (`Mapping[str, Any]`, *optional*): a measurement, see [`add_results`].
+        image (`str`, *optional*): an image file inside `model_dir`.
 
     Returns:
         `Path` of the card.
 
     Raises:
-        ValueError: for results that [`update_results`] does not take, or a card whose front matter can't be read.
+        ValueError: for results that [`add_results`] does not take.
         OSError: if `model_dir` holds no config.
     """
-    model_dir = Path(model_dir)
-    config = DenseCLIPConfig.from_pretrained(model_dir)
-    origin_is_known = bool(source or base_model) or not (model_dir / CARD).is_file()
-    sections = {
-        "about": about(config, _parameters(model_dir), source, base_model) if origin_is_known else "",
-        "picture": f"![Prediction]({picture})" if picture else "",
-        "usage": usage(),
-        "results": "",
-        "training": training_table(training, dataset) if training or dataset else "",
-        "classes": classes(config),
-        "limits": limits(config),
-        "citation": citation(),
-    }
-    return _write(model_dir, sections, results, name, license, base_model, dataset)
+    if results:
+        _check_results(results)
+    folder = Path(model_dir)
+    path = folder / CARD
+    if not path.is_file():
+        config = DenseCLIPConfig.from_pretrained(folder)
+        name = name or shown_name(folder)
+        data = ModelCardData(
+            library_name="transformers",
+            license=license or "unknown",
+            pipeline_tag=TASK,
+            tags=["denseclip", "clip", "semantic-segmentation", TASK, "vision"],
+            base_model=base_model if base_model and is_hub_name(base_model) else None,
+            datasets=[dataset] if dataset and is_hub_name(dataset) else None,
+        )
+        rows = {"Data": dataset and shown_name(dataset), **(training or {})}
+        card = ModelCard.from_template(
+            data,
+            template_path=str(TEMPLATE),
+            name=plain(name),
+            model=MODEL,
+            num_labels=config.num_labels,
+            method=METHODS[config.use_text_guidance],
+            facts=_rows(_facts(config, folder, source, base_model)),
+            image=image,
+            results=f"{BEGIN}\n{END}",
+            training=_rows(rows) if dataset or training else None,
+            classes=_classes(config),
+        )
+        if results:
+            _set_results(card, results, name)
+        write_atomically(path, f"{str(card).rstrip()}\n")
+    elif results:
+        add_results(folder, results)
+    return path
 
 
-def update_results(model_dir: str | os.PathLike, results: Mapping[str, Any]) -> Path:
+def add_results(model_dir: str | os.PathLike, results: Mapping[str, Any]) -> Path:
     """
-    Put a measurement into the card of `model_dir`: its model-index and its table.
+    Put a measurement into the card of `model_dir`, a new one if it has none: into its model-index and its table.
 
     Results for other data, splits or protocols stay in both; the same measurement is replaced. Per-class numbers are
-    this one's. Of a local folder of data only the name appears. Other sections stay as they are.
+    this one's. Everything else in the card stays as it is.
 
     Args:
         model_dir (`str` or `os.PathLike`): a saved model.
@@ -114,206 +128,217 @@ def update_results(model_dir: str | os.PathLike, results: Mapping[str, Any]) -> 
         `Path` of the card.
 
     Raises:
-        ValueError: naming the key that is missing or no number from 0 to 1, or if the front matter can't be read.
-    """
-    model_dir = Path(model_dir)
-    if not (model_dir / CARD).is_file():
-        return write_model_card(model_dir, results=results)
-    return _write(model_dir, {}, results)
-
-
-def write_frozen_card(
-    model_dir: str | os.PathLike, card: str | os.PathLike | None, origin: str, name: str | None = None
-) -> Path:
-    """
-    The card of a model whose classes were frozen: that of the model it was made from, and a section that says so.
-
-    Args:
-        model_dir (`str` or `os.PathLike`): the frozen model, without a card yet.
-        card (`str` or `os.PathLike`, *optional*): README.md of the model it was made from, if that has one.
-        origin (`str`): what that model is called.
-        name (`str`, *optional*): title, if there is no `card`.
-
-    Raises:
-        ValueError: if the front matter of `card` can't be read.
-    """
-    model_dir = Path(model_dir)
-    if card is None:
-        write_model_card(model_dir, name=name)
-    else:
-        write_atomically(model_dir / CARD, card_text(Path(card)))
-    sections = {"about": "", "frozen": frozen(origin, _parameters(model_dir)), "usage": usage()}
-    return _write(model_dir, sections, None, add=("frozen",))
-
-
-def card_to_push(model_dir: str | os.PathLike, repo_id: str | None, license: str | None = None) -> str:
-    """
-    The text of the card of `model_dir` with the repository `repo_id` in its snippets and `license` in its front
-    matter, each if given. The file stays as it is.
-
-    Raises:
-        ValueError: if the front matter can't be read.
+        ValueError: naming the key that is missing or no number from 0 to 1, or if the card cannot be read.
     """
     path = Path(model_dir) / CARD
-    front, block, body = _split(card_text(path), path)
-    if license and front.get("license") != license:
-        front["license"] = license
-        block = _front_matter_block(front)
-
-    def name_it(section: re.Match) -> str:
-        text = section[3].replace(MODEL, repo_id or MODEL)
-        return _section(section[1], text) if _is_untouched(section) else section[0].replace(section[3], text)
-
-    return block + _SECTION.sub(name_it, body)
-
-
-def _write(
-    model_dir: Path,
-    sections: dict[str, str],
-    results: Mapping[str, Any] | None,
-    name: str | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    dataset: str | None = None,
-    add: Sequence[str] = (),
-) -> Path:
-    """The card of `model_dir` with new `sections` and `results`, and what it had before."""
-    path = model_dir / CARD
-    new = not path.is_file()
-    name = name or shown_name(str(model_dir.resolve()))
-    front, block, body = ({}, "", f"# {name}\n\n{_HINT}\n") if new else _split(card_text(path), path)
-    before = dict(front)
-    found = _WRITTEN.search(body)
-    written = set(found[1].split()) if found else set()
-    written |= _fill_front_matter(front, written, license, base_model, dataset)
-    if results is not None:
-        check_results(results)
-        measured = add_to_model_index(front, name, results, path)
-        sections["results"] = results_tables(results, measured)
-    body = _merge_body(body, sections, add=tuple(sections) if new else add)
-    record = f"<!-- generated front matter: {' '.join(sorted(written))} -->"
-    body = _WRITTEN.sub(record, body) if found else f"{body.rstrip()}\n\n{record}\n"
-    write_atomically(path, (block if front == before else _front_matter_block(front)) + body)
+    if not path.is_file():
+        return write_card(model_dir, results=results)
+    _check_results(results)
+    card = load_card(path)
+    _set_results(card, results, shown_name(model_dir))
+    write_atomically(path, f"{str(card).rstrip()}\n")
     return path
 
 
-_HINT = "<!-- Edit freely: what is changed or taken out by hand stays so when the card is written again. -->"
-_WRITTEN = re.compile(r"<!-- generated front matter: ([\w ]*) -->")
-_FRONT_MATTER = re.compile(r"\s*---[ ]*\n(.*?)^---[ ]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
-# No other section begins inside one: a search from every beginning to the end of the file would take for ever.
-_SECTION = re.compile(
-    r"<!-- generated: (\w+)(?: (\w+))? -->\n((?:(?!<!-- generated: ).)*?)<!-- end of generated: \1 -->", re.DOTALL
-)
-
-
-def card_text(path: Path) -> str:
+def load_card(path: str | os.PathLike) -> ModelCard:
     """
-    What stands in a card.
+    A card and its front matter.
 
     Raises:
-        ValueError: if it is longer than `MAX_BYTES` or no UTF-8.
+        ValueError: if it is no text in UTF-8, or its front matter is not as the Hub defines it.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MiB, which no card needs: shorten or remove it.")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: save it as such, or remove it to have a new one.") from error
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text.split("\n---", 1)[0])):
+            raise ValueError("it has aliases (*), by which a few lines can stand for billions of values")
+        card = ModelCard(text)
+        _table(card.data.get("eval_results") or [])
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the front matter of {path} cannot be read ({reason}): correct it.") from error
+    return card
 
 
-def _split(text: str, path: Path) -> tuple[dict[str, Any], str, str]:
-    """A card's front matter as data and as it is written, and its body."""
-    found = _FRONT_MATTER.match(text)
-    if found is None:
-        return {}, "", text
-    try:
-        front = load_plain_yaml(found[1])
-    except ValueError as error:
-        mark = getattr(error.__cause__, "problem_mark", None)
-        reason = f"line {mark.line + 2}" if mark else reason_of(error)
-        raise ValueError(f"the front matter of {path} is no YAML ({reason}): correct it, or remove it.") from error
-    if not isinstance(front, (dict, type(None))):
-        raise ValueError(f"the front matter of {path} must be YAML of keys and values: correct it, or remove it.")
-    return front or {}, f"{found[0].rstrip()}\n\n", text[found.end() :].lstrip("\n")
+def _set_results(card: ModelCard, results: Mapping[str, Any], name: str) -> None:
+    """Put a checked measurement into the model-index and the text of `card`; `name` is the model's if it has none."""
+    new, data = _eval_results(results), card.data
+    old = [each for each in data.get("eval_results") or [] if not any(each.is_equal_except_value(n) for n in new)]
+    if old + new:
+        data["eval_results"] = old + new
+        data["model_name"] = data.get("model_name") or visible(name)
+    block = f"{BEGIN}\n## Results\n\n{_table(old + new)}{_per_class(results)}\n{END}"
+    before, begin, rest = card.text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    card.text = f"{before}{block}{after}" if begin and end else f"{card.text.rstrip()}\n\n{block}\n"
 
 
-def _front_matter_block(front: dict[str, Any]) -> str:
-    return f"---\n{yaml_dump(front, sort_keys=False).strip()}\n---\n\n"
+def _check_results(results: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` naming what `results` lack of what [`add_results`] takes, or what is no such number."""
+    for key in ("dataset", "split", "metrics"):
+        if not results.get(key):
+            raise ValueError(f"the results lack `{key}`: a number without it means nothing in a model card.")
+    numbers = {key: results["metrics"].get(key) for key in METRICS}
+    for category, values in (results.get("per_category") or {}).items():
+        numbers |= {f"{kind} of {category}": values.get(kind) for kind in ("iou", "accuracy")}
+    for name, value in numbers.items():
+        missing = value is None or (isinstance(value, Real) and math.isnan(value))
+        if not missing and (isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1):
+            raise ValueError(f"{name} must be a number from 0 to 1 (not percent), got {value!r}.")
 
 
-def _fill_front_matter(
-    front: dict[str, Any], written: set[str], license: str | None, base_model: str | None, dataset: str | None
-) -> set[str]:
-    """Add what is known and was not `written` there before; a given `license` replaces another. All known keys."""
-    known: dict[str, Any] = {"library_name": LIBRARY, "license": license or "unknown", "pipeline_tag": PIPELINE}
-    known["tags"] = list(TAGS)
-    if base_model and is_hub_name(base_model):
-        known["base_model"] = base_model
-    if dataset and is_hub_name(dataset):
-        known["datasets"] = [dataset]
-    front |= {key: value for key, value in known.items() if key not in front and key not in written}
-    if license:
-        front["license"] = license
-    return set(known)
+def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """The numbers of a measurement, as a model-index has them."""
+    dataset = str(results["dataset"])
+    name = visible(shown_name(dataset))
+    slug = dataset if is_hub_name(dataset) else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "dataset"
+    protocol = {key: value for key, value in dict(results.get("protocol") or {}).items() if value is not None}
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=slug,
+            dataset_name=name,
+            dataset_split=visible(results["split"]),
+            metric_type=metric_type,
+            metric_name=short,
+            metric_value=round(float(results["metrics"][key]), 4),
+            metric_args=protocol or None,  # not `dataset_args`, which only one measurement of a split can have
+        )
+        for key, (metric_type, short) in METRICS.items()
+        if _percent(results["metrics"].get(key)) != "–"
+    ]
 
 
-def _merge_body(body: str, sections: Mapping[str, str], add: Sequence[str]) -> str:
-    """
-    `body` with `sections` in place of those that are still as they were generated; those of `add` are new, and come
-    after the one before them.
-    """
-    found = {section[1]: section for section in _SECTION.finditer(body)}
-    if not found and not _WRITTEN.search(body):  # a person's own
-        add = [*add, *(name for name in MEASURED if sections.get(name) and not _has_title(body, sections[name]))]
-    end = None
-    for name, text in sections.items():
-        section, block = found.get(name), _section(name, text)
-        if section is None and name in add and end and end in body:
-            body = body.replace(end, f"{end}\n\n{block}", 1)
-        elif section is None and name in add:
-            body = f"{body.rstrip()}\n\n{block}\n"
-        elif section and text and _is_untouched(section):  # without text nothing is known now; what was known stays
-            body = body.replace(section[0], block, 1)
-        elif section and text and section[0] != block:
-            logger.warning("The section %r of the card was changed by hand and stays as it is.", name)
-        end = f"<!-- end of generated: {name} -->"
-    return body
+def _table(measured: Sequence[EvalResult]) -> str:
+    """Every measurement in percent, one line each."""
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for each in measured:
+        key = (
+            plain(each.dataset_name),
+            plain(each.dataset_split or ""),
+            plain(protocol_words(each.metric_args or {})),
+        )
+        lines.setdefault(key, {})[plain(each.metric_name or each.metric_type)] = _percent(each.metric_value)
+    metrics = list(dict.fromkeys(metric for line in lines.values() for metric in line))
+    head = ("data", "split", "protocol", *(f"{metric} (%)" for metric in metrics))
+    return markdown_table(head, [(*key, *(line.get(m, "–") for m in metrics)) for key, line in lines.items()])
 
 
-def _has_title(body: str, text: str) -> bool:
-    title = text.split("\n")[0]
-    return title.startswith("#") and title in body.split("\n")
+def _per_class(results: Mapping[str, Any]) -> str:
+    """The classes of a measurement, folded away."""
+    scores = (results.get("per_category") or {}).items()
+    rows = [(plain(name), _percent(each.get("iou")), _percent(each.get("accuracy"))) for name, each in scores]
+    rows = [row for row in rows if row[1:] != ("–", "–")]
+    if not rows:
+        return ""
+    images = f", {results['num_images']} images" if results.get("num_images") else ""
+    of = f"{plain(shown_name(results['dataset']))}, {plain(results['split'])}{images}, {len(rows)} classes"
+    table = markdown_table(("class", "IoU (%)", "accuracy (%)"), rows)
+    return f"\n\n<details><summary>Per class: {of}</summary>\n\n{table}\n\n</details>"
 
 
-def _section(name: str, text: str) -> str:
-    """A generated section; one without text marks the place of what may be known later."""
-    text = text.strip()
-    return f"<!-- generated: {name} {_digest(text)} -->\n{text}\n<!-- end of generated: {name} -->"
+def protocol_words(protocol: Mapping[str, Any]) -> str:
+    """How a model was measured, in words, such as "windows of 512 x 512, step 341 x 341, flips, float32"."""
+    rest = {key: value for key, value in protocol.items() if value is not None}
+    mode, size = rest.pop("inference_mode", None), rest.pop("size", {})
+    crop, stride = rest.pop("crop_size", ()), rest.pop("stride", ())
+    words = [f"windows of {' x '.join(map(str, crop))}, step {' x '.join(map(str, stride))}"] * (mode == "slide")
+    words += ["whole images"] * (mode == "whole")
+    if (scales := rest.pop("scales", [1.0])) != [1.0]:
+        words.append(f"scales {' '.join(map(str, scales))}")
+    words += ["flips"] * bool(rest.pop("flip", False))
+    words += [f"{key.replace('_', ' ')} {value}" for key, value in size.items()]
+    words += [str(rest.pop("dtype"))] if "dtype" in rest else []
+    return ", ".join(words + [f"{key} {value}" for key, value in rest.items()])
 
 
-def _is_untouched(section: re.Match) -> bool:
-    return section[2] in (None, _digest(section[3]))
+def _facts(
+    config: DenseCLIPConfig, folder: Path, source: str | None, base_model: str | None
+) -> dict[str, str | int | None]:
+    clip: Any = config.clip_config
+    tower = TOWERS.get(clip.model_type, clip.model_type)
+    prompt = f"{config.num_context_tokens} learned context vectors" if config.num_context_tokens else "fixed"
+    return {
+        "Image encoder": f"{tower}, trained at {config.image_size} x {config.image_size} pixels",
+        "Classes": config.num_labels,
+        "Prompt": f'{prompt}, template "{config.prompt_template}"' if config.use_text_guidance else None,
+        "Parameters": f"{_parameters(folder) / 1e6:.1f} M",
+        "Started from": base_model and shown_name(base_model),
+        "Weights": source,
+    }
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:8]
-
-
-def _parameters(model_dir: Path) -> int | None:
-    """Weights in the safetensors files, from their headers; buffers of batch norms are not counted."""
+def _parameters(folder: Path) -> int:
+    """Weights in the safetensors files, from their headers; the statistics of batch norms are not counted."""
     count = 0
-    for file in model_dir.glob("*.safetensors"):
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  # no mapping
-                if not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
-                    count += math.prod(tensors.get_slice(key).get_shape())
-    return count or None
+            keys = [key for key in tensors.keys() if not key.endswith(BUFFERS)]  # noqa: SIM118  # no mapping
+            count += sum(math.prod(tensors.get_slice(key).get_shape()) for key in keys)
+    return count
+
+
+def _classes(config: DenseCLIPConfig) -> str:
+    names = [(str(index), plain(name)) for index, name in config.id2label.items()]
+    if not config.palette:
+        return markdown_table(("id", "class"), names)
+    colors = [f"`#{red:02x}{green:02x}{blue:02x}`" for red, green, blue in config.palette]
+    return markdown_table(("id", "class", "color"), [(*n, color) for n, color in zip(names, colors, strict=True)])
+
+
+def shown_images(folder: Path, card: str) -> set[str]:
+    """Names of the images in `folder` that the text of a card shows."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    return {name for name in names if re.search(rf"""(\]\(|src=["'])(\./)?{re.escape(name)}[)"' ]""", card)}
+
+
+def is_hub_name(name: str | os.PathLike) -> bool:
+    """Whether `name` is written like a repository's on the Hub, and is no file or folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None and not Path(name).exists()
+
+
+def shown_name(name: str | os.PathLike) -> str:
+    """What others are told of a Hub name (all of it) or of a local path (its last part, unless it is the home)."""
+    path = Path(name).resolve()
+    if is_hub_name(name):
+        return str(name)
+    return path.name if path.name and path != Path.home().resolve() else "a local folder"
+
+
+def visible(text: Any) -> str:
+    """`text` on one line without control and bidirectional characters, which show something else than is written."""
+    kept = (c if c in "\u200c\u200d" or not unicodedata.category(c).startswith("C") else " " for c in str(text))
+    return " ".join("".join(kept).split())
+
+
+def plain(text: Any) -> str:
+    """`text` so that Markdown shows its letters: no markup, no HTML, nothing [`visible`] leaves out."""
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(visible(text), quote=False))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown of cells that are Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _rows(rows: Mapping[str, Any]) -> str:
+    """A table of what is known in `rows`."""
+    return markdown_table(("", ""), [(plain(key), plain(value)) for key, value in rows.items() if value is not None])
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * value:.2f}" if isinstance(value, Real) and math.isfinite(value) else "–"
 
 
 __all__ = [
-    "card_text",
-    "card_to_push",
-    "update_results",
-    "write_frozen_card",
-    "write_model_card",
+    "CARD",
+    "MODEL",
+    "add_results",
+    "is_hub_name",
+    "load_card",
+    "markdown_table",
+    "plain",
+    "shown_images",
+    "shown_name",
+    "write_card",
 ]

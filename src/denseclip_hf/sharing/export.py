@@ -12,52 +12,93 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from ..devices import DTYPES
+from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_pretrained
-from .card import CARD, write_frozen_card
-from .card_sections import shown_name, shown_pictures
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .card import CARD, plain, shown_images, shown_name, write_card
 
 
-# Sides are multiples of 32, so that every feature map's size follows from them; from 64 pixels on.
-SIDE_STEP, LEAST_SIDE, MOST_SIDE = 32, 64, 4096
-FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
+FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
+MAX_SIDE = 4096
 
 
 class _Logits(nn.Module):
-    """What is exported: pixels to logits, nothing else."""
+    """What is exported: pixels to logits, both in float32 whatever the weights are in."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: DenseCLIPForSemanticSegmentation, step: int):
         super().__init__()
-        self.model = model
+        self.model, self.step = model, step
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.window_logits(pixel_values)
+        rows, columns = (side // self.step for side in pixel_values.shape[-2:])
+        # No change where the sides are multiples of the step; elsewhere the ONNX program fails here.
+        blocks = pixel_values.unflatten(2, (rows, self.step)).unflatten(4, (columns, self.step))
+        return self.model.window_logits(blocks.flatten(4, 5).flatten(2, 3).to(self.model.dtype)).float()
 
 
-def export_program(model: Any) -> ExportedProgram:
+def side_step(model: DenseCLIPForSemanticSegmentation) -> int:
+    """What the sides of an exported program's images are multiples of: pixels of one place on the coarsest map."""
+    clip: Any = model.config.clip_config
+    return 2 * getattr(clip.vision_config, "patch_size", 16)
+
+
+def export_program(
+    model: DenseCLIPForSemanticSegmentation,
+    size: tuple[int, int] | None = None,
+    max_side: int = MAX_SIDE,
+    dtype: str = "float32",
+) -> ExportedProgram:
     """
-    `model` as a program from `pixel_values` `(B, 3, H, W)` to `logits` `(B, K, H / 4, W / 4)`.
+    `model` as a program from `pixel_values` `(B, 3, H, W)` to `logits` `(B, K, h, w)`, both in float32.
 
-    B is free; H and W are multiples of 32 from 64 to 4096. Images are taken whole: windows that slide are the
-    caller's to cut. The class embeddings are constants in it, so there is no text tower.
+    Images are taken whole: windows that slide are the caller's to cut. The class embeddings are constants in it, so
+    there is no text tower.
 
     Args:
         model ([`DenseCLIPForSemanticSegmentation`]): it stays as it is.
+        size (`tuple[int, int]`, *optional*): the only height and width it takes, one image at a time. By default B is
+            free, and H and W are multiples of [`side_step`], at least two of them and at most `max_side`.
+        max_side (`int`): bound of H and W.
+        dtype (`str`): of the weights, a key of `DTYPES`.
+
+    Raises:
+        ValueError: if `size` is no multiple of the step, or `max_side` is less than four of them.
     """
-    model = copy.deepcopy(model).eval()
+    step = side_step(model)
+    if any(side % step or side < 2 * step for side in size or ()) or max_side < 4 * step:
+        raise ValueError(
+            f"the sides of this model's exported images are multiples of {step}, from {2 * step} to `max_side` "
+            f"(at least {4 * step}), got size {size} and `max_side` {max_side}."
+        )
+    model = copy.deepcopy(model).eval().to(DTYPES[dtype])
     if model.config.use_text_guidance:
         model.freeze_classes()
-    batch = Dim("batch", min=1, max=1024)
-    rows, columns = (Dim(n, min=LEAST_SIDE // SIDE_STEP, max=MOST_SIDE // SIDE_STEP) for n in ("rows", "columns"))
-    example = torch.zeros(2, 3, 3 * SIDE_STEP, 4 * SIDE_STEP, dtype=model.dtype, device=model.device)
-    shapes = {"pixel_values": {0: batch, 2: SIDE_STEP * rows, 3: SIDE_STEP * columns}}
+    shapes = None
+    if size is None:
+        rows, columns = (Dim(name, min=2, max=max_side // step) for name in ("rows", "columns"))
+        shapes = {"pixel_values": {0: Dim("batch", min=1, max=1024), 2: step * rows, 3: step * columns}}
+    example = torch.zeros(1 if size else 2, 3, *(size or (3 * step, 4 * step)), device=model.device)
     with torch.no_grad():
-        return torch.export.export(_Logits(model).eval(), (example,), dynamic_shapes=shapes)
+        program = torch.export.export(_Logits(model, step).eval(), (example,), dynamic_shapes=shapes)
+    for part in program.graph_module.modules():  # traces name the files, and so the folders, of this machine
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return program
 
 
-def export(model: Any, processor: Any, directory: str | os.PathLike, kind: str) -> Path:
+def export(
+    model: DenseCLIPForSemanticSegmentation,
+    processor: DenseCLIPImageProcessorPil,
+    directory: str | os.PathLike,
+    kind: str,
+    opset: int | None = None,
+    **options: Any,
+) -> Path:
     """
     Write `model` into `directory`, with what is needed to use it: image processor and `labels.json`.
 
@@ -66,57 +107,49 @@ def export(model: Any, processor: Any, directory: str | os.PathLike, kind: str) 
         processor ([`DenseCLIPImageProcessor`]): its image processor.
         directory (`str` or `os.PathLike`): exists already.
         kind (`str`): "onnx" or "torch_export".
+        opset (`int`, *optional*): of ONNX, by default PyTorch's.
+        options: `size`, `max_side` and `dtype` of [`export_program`].
 
     Returns:
         `Path` of the model file.
 
     Raises:
-        ValueError: for another `kind`, or for "onnx" where one of its packages is missing.
+        ValueError: for another `kind`, for "onnx" where one of its packages is missing, and as [`export_program`].
     """
-    if kind not in FILES:
-        raise ValueError(f"`kind` must be one of {', '.join(FILES)}, got {kind!r}.")
-    path = Path(directory) / FILES[kind]
+    if kind not in FORMATS:
+        raise ValueError(f"`kind` must be one of {', '.join(FORMATS)}, got {kind!r}.")
+    path = Path(directory) / FORMATS[kind]
     if kind == "onnx":
         _require("onnx", "onnxscript")
-    program = export_program(model)
+    program = export_program(model, **options)
     if kind == "onnx":
-        _save_onnx(program, path)
+        save_onnx(program, path, opset)
     else:  # through memory: on a full disk PyTorch's own writer ends the process
         archive = io.BytesIO()
         torch.export.save(program, archive)
         path.write_bytes(archive.getvalue())
     processor.save_pretrained(directory)
-    labels = {"id2label": model.config.id2label, "palette": model.config.palette}
+    labels = {"id2label": model.config.id2label, "palette": model.config.palette, "side_step": side_step(model)}
     (Path(directory) / "labels.json").write_text(json.dumps(labels, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def export_frozen(model: Any, processor: Any, source: str, directory: str | os.PathLike, name: str) -> None:
-    """
-    Freeze the classes of `model` and write it into `directory`: a complete model with tokenizer, and with the card of
-    `source` (and the pictures in it) or a new one.
-
-    Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): its classes are frozen in place.
-        processor ([`DenseCLIPImageProcessor`]): its image processor.
-        source (`str`): directory or Hub name that both were loaded from.
-        directory (`str` or `os.PathLike`): exists already.
-        name (`str`): title of a new card.
-    """
-    model.freeze_classes()
-    for part in (model, processor, load_pretrained(AutoTokenizer, source)):
-        part.save_pretrained(directory)
-    card = _file_of(source, CARD)
-    write_frozen_card(directory, card, f"`{shown_name(source)}`", name)
-    for picture in shown_pictures((Path(directory) / CARD).read_text(encoding="utf-8")):
-        if (file := _file_of(source, picture)) is not None:
-            (Path(directory) / picture).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, Path(directory) / picture)
-
-
-def _file_of(source: str, name: str) -> str | None:
-    """A file of a model directory or Hub repository, if it has one of that name."""
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+def save_onnx(program: ExportedProgram, path: str | os.PathLike, opset: int | None = None) -> None:
+    """Write `program` as ONNX; free axes are called batch, height and width."""
+    exported: Any = torch.onnx.export(
+        program, dynamo=True, input_names=["pixel_values"], output_names=["logits"], opset_version=opset, verbose=False
+    )
+    graph = exported.model.graph
+    for value, names in (
+        (graph.inputs[0], ("batch", None, "height", "width")),
+        (graph.outputs[0], ("batch", None, "logits_height", "logits_width")),
+    ):
+        for axis, name in enumerate(names):
+            if name and not isinstance(value.shape[axis], int):
+                value.shape[axis] = name
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+    exported.save(str(path), external_data=False)
 
 
 def _require(*packages: str) -> None:
@@ -127,18 +160,6 @@ def _require(*packages: str) -> None:
             raise ValueError(
                 f"ONNX needs the package {package}: `pip install onnx onnxscript onnxruntime`."
             ) from error
-
-
-def _save_onnx(program: ExportedProgram, path: Path) -> None:
-    torch.onnx.export(
-        program,
-        f=str(path),
-        dynamo=True,
-        input_names=["pixel_values"],
-        output_names=["logits"],
-        external_data=False,
-        verbose=False,
-    )
 
 
 def run_exported(path: str | os.PathLike, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -158,19 +179,69 @@ def run_exported(path: str | os.PathLike, pixel_values: torch.Tensor) -> torch.T
     return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
 
 
-def check_export(model: Any, processor: Any, path: str | os.PathLike, image: Any) -> float:
+def check_export(
+    model: DenseCLIPForSemanticSegmentation, path: str | os.PathLike, size: tuple[int, int] | None = None
+) -> float:
     """
-    Largest absolute difference between the logits of `model` and of the exported file for `image`.
+    Largest absolute difference between the logits of `model` and of the exported file, for an image of noise.
 
-    The picture is resized to two different multiples of 32, near the image processor's shorter side but at most 544.
+    Args:
+        model ([`DenseCLIPForSemanticSegmentation`]): what was exported.
+        path (`str` or `os.PathLike`): what [`export`] wrote.
+        size (`tuple[int, int]`, *optional*): height and width, by default near those of training.
     """
-    side = min(processor.size.shortest_edge or processor.size.height, 512)
-    side = max(side // SIDE_STEP * SIDE_STEP, LEAST_SIDE)
-    size = {"height": side, "width": side + SIDE_STEP}
-    pixel_values = processor(image, size=size, return_tensors="pt")["pixel_values"]
+    step = side_step(model)
+    side = max(min(model.config.image_size, 512) // step * step, 2 * step)
+    pixel_values = torch.randn(1, 3, *(size or (side, side + step)), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.eval().window_logits(pixel_values)
     return (run_exported(path, pixel_values) - expected).abs().max().item()
 
 
-__all__ = ["check_export", "export", "export_frozen", "export_program", "run_exported"]
+def export_frozen(
+    model: DenseCLIPForSemanticSegmentation,
+    processor: DenseCLIPImageProcessorPil,
+    source: str,
+    directory: str | os.PathLike,
+    name: str,
+) -> None:
+    """
+    Freeze the classes of `model` and write it into `directory`: a complete model with tokenizer, and with the card of
+    `source` (and the images in it) or a new one.
+
+    Args:
+        model ([`DenseCLIPForSemanticSegmentation`]): its classes are frozen in place.
+        processor ([`DenseCLIPImageProcessor`]): its image processor.
+        source (`str`): directory or Hub name that both were loaded from.
+        directory (`str` or `os.PathLike`): exists already.
+        name (`str`): title of a new card.
+    """
+    model.freeze_classes()
+    for part in (model, processor, load_pretrained(AutoTokenizer, source)):
+        part.save_pretrained(directory)
+    target = Path(directory) / CARD
+    card = cached_file(source, CARD, _raise_exceptions_for_missing_entries=False)
+    if card is None:
+        write_card(directory, name=name)
+    else:
+        shutil.copyfile(card, target)
+        for image in shown_images(Path(card).parent, target.read_text(encoding="utf-8")):
+            (Path(directory) / image).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(card).parent / image, Path(directory) / image)
+    with target.open("a", encoding="utf-8") as file:
+        file.write(
+            f"\n## For inference alone\n\nThis is {plain(shown_name(source))} with its classes frozen: the text tower "
+            "is gone, the logits are the same bit for bit, and it can neither be trained nor take new words.\n"
+        )
+
+
+__all__ = [
+    "FORMATS",
+    "check_export",
+    "export",
+    "export_frozen",
+    "export_program",
+    "run_exported",
+    "save_onnx",
+    "side_step",
+]

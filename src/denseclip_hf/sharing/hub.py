@@ -1,8 +1,9 @@
-"""Sharing a model directory: the code that runs it, and what of it goes to the Hub."""
+"""What of a model directory goes to the Hub, and the code that runs it there."""
 
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,33 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import reason_of
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
-from .card import CARD, card_text, card_to_push
-from .card_sections import shown_pictures
+from .card import CARD, MODEL, load_card, shown_images
 
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIGS = ("config.json", "preprocessor_config.json")
-# What a model repository has beside its weights, its code and the pictures of its card; the rest stays here unless it
-# is named.
+# What a model repository has beside its code and the images of its card; the rest stays here unless it is named.
 SHARED = (
-    *CONFIGS, CARD, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "LICENSE*", "eval_results.json", "model.onnx", "model.onnx.data",
+    "config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors",
+    "model-*-of-*.safetensors", "model.safetensors.index.json", CARD, "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE*", "eval_results.json",
+    "model.onnx", "model.onnx.data",
 )  # fmt: skip
 # What no model repository should have: training state and pickles, hidden files and what is called like a secret.
 REFUSED = (
-    "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "*.pt", "*.pth", "*.bin",
-    "*.pkl", "*.pickle", "*.ckpt", "scaler*", "checkpoint-*", ".*", "*.env", "*.pem", "*.key", "secret*",
-    "credential*",
+    "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "*.pt", "*.pth", "*.bin", "*.pkl", "*.pickle",
+    "*.ckpt", "scaler*", "checkpoint-*", ".*", "*.env", "*.pem", "*.key", "secret*", "credential*",
 )  # fmt: skip
+TEXTS = (".json", ".md", ".txt", ".py", ".yaml", ".yml", ".csv")
 
 
 def add_code(model_dir: str | os.PathLike, output_dir: str | os.PathLike | None = None) -> None:
@@ -66,97 +65,59 @@ def add_code(model_dir: str | os.PathLike, output_dir: str | os.PathLike | None 
 
 
 @contextmanager
-def files_to_push(
+def folder_to_push(
     model_dir: str | os.PathLike,
     code: bool = True,
     include: Sequence[str] = (),
     repo_id: str | None = None,
     license: str | None = None,
-) -> Iterator[tuple[dict[str, Path], list[str]]]:
+) -> Iterator[Path]:
     """
-    What of `model_dir` goes to the Hub. The directory itself is not changed.
+    A folder that holds exactly what of `model_dir` goes to the Hub; it is gone afterwards.
 
-    That is config, image processor, tokenizer, card and the pictures in it, licence, results, the weights that the
-    config's loading finds (one file, or the shards of the index), and this package's code.
+    That is config, image processor, tokenizer, weights, card and the images in it, license, results, and this
+    package's code. No file in it names a path of this machine.
 
     Args:
-        model_dir (`str` or `os.PathLike`): a saved model with card.
-        code (`bool`): with the model's code, see [`add_code`]. Code that lies in the directory is never pushed.
+        model_dir (`str` or `os.PathLike`): a saved model with its card. It is not changed.
+        code (`bool`): with the model's code, see [`add_code`]. Code that lies in `model_dir` is never pushed.
         include (`Sequence[str]`): further files in it, by name.
-        repo_id (`str`, *optional*): repository that the card's snippets shall name.
+        repo_id (`str`, *optional*): repository that the card's snippets name.
         license (`str`, *optional*): the Hub's identifier, for the card that is pushed.
 
-    Yields:
-        `tuple[dict[str, Path], list[str]]`: the files by their name in the repository, and the names that stay here.
-
     Raises:
-        ValueError: if there is no complete model, or a file is training state, a pickle, looks like a secret, or is
-            outside the directory.
+        ValueError: if there is no complete model, or a file is training state, a pickle, looks like a secret, is
+            outside `model_dir`, or names a path of this machine.
     """
     folder = Path(model_dir)
-    for name in ("config.json", CARD):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no complete model directory: it has no {name}.")
-    present = sorted(path.name for path in folder.iterdir())
-    shared = [name for name in present if any(fnmatch(name, pattern) for pattern in SHARED)]
-    names = [*shared, *_weights(folder), *_pictures(folder), *(_inside(folder, name) for name in include)]
-    for name in names:
-        _check(folder, name)
-    files = {name: folder / name for name in names}
+    present = [path.name for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in SHARED)]
+    if not {"config.json", CARD} <= set(present) or not any(name.endswith(".safetensors") for name in present):
+        raise ValueError(f"{folder} is no complete model directory: it needs config.json, {CARD} and weights.")
+    card = load_card(folder / CARD)
+    if license:
+        card.data["license"] = license
+    text = str(card).replace(MODEL, repo_id or MODEL)
     with tempfile.TemporaryDirectory() as place:
         staging = Path(place)
         if code:
             add_code(folder, staging)
-        else:
-            _stage_without_code(folder, staging)
-        if repo_id or license:
-            text = card_to_push(folder, repo_id, license)
-            (staging / CARD).write_text(text, encoding="utf-8")
-        files |= {path.name: path for path in sorted(staging.iterdir())}
-        yield files, [name for name in present if name not in files]
-
-
-def _weights(folder: Path) -> list[str]:
-    """Names of the weight files that loading reads; shards of an earlier save may lie beside them."""
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} is no complete model directory: it has no weights ({WEIGHTS}).")
-    try:
-        shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        good = all(fnmatch(shard, "model*.safetensors") and "/" not in shard for shard in shards)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        good = False
-    if not good:
-        raise ValueError(f"{folder / INDEX} is damaged: save the model again.")
-    return [INDEX, *shards]
-
-
-def _pictures(folder: Path) -> list[str]:
-    """Names of the pictures in the directory that its card shows."""
-    shown = shown_pictures(card_text(folder / CARD))
-    return [name for name in shown if (folder / name).is_file()]
-
-
-def _stage_without_code(folder: Path, staging: Path) -> None:
-    """The configs without the names of code that does not go with them."""
-    for name in CONFIGS:
-        if (folder / name).is_file():
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-            if config.pop("auto_map", None) is not None:
-                (staging / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _inside(folder: Path, name: str) -> str:
-    """`name` as a repository has it: relative to `folder`, without detours."""
-    return Path(os.path.relpath(folder / name, folder)).as_posix()
+        (staging / CARD).write_text(text, encoding="utf-8")
+        for name in {*present, *shown_images(folder, text), *include}:
+            _check(folder, name)
+            if not (staging / name).exists():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(folder / name, staging / name)
+        for path in staging.glob("*.json"):
+            _without_local_names(path, keep_code=code)
+        _refuse_local_paths(staging, folder)
+        yield staging
 
 
 def _check(folder: Path, name: str) -> None:
     """Raise `ValueError` if `name`, or what it is a link to, is not to leave this machine, or is not there."""
     root, path = folder.resolve(), (folder / name).resolve()
-    if not path.is_relative_to(root) or Path(name).parts[0] == "..":
-        raise ValueError(f"{name} leads to {path}, outside the model directory {folder}: it is not pushed.")
+    if not path.is_relative_to(root) or ".." in Path(name).parts or Path(name).is_absolute():
+        raise ValueError(f"{name} is outside the model directory {folder}: it is not pushed.")
     parts = [part.lower() for part in (*Path(name).parts, *path.relative_to(root).parts)]
     if any(fnmatch(part, pattern) for part in parts for pattern in REFUSED):
         raise ValueError(f"{name} is training state or a pickle, or may hold secrets: it is not pushed.")
@@ -164,12 +125,47 @@ def _check(folder: Path, name: str) -> None:
         raise ValueError(f"there is no file {name} in {folder}.")
 
 
-def push(files: dict[str, Path], repo_id: str, private: bool = True, message: str = "Upload model", api: Any = None):
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:  # Windows allows links to administrators only
+        shutil.copyfile(source, target)
+
+
+def _without_local_names(path: Path, keep_code: bool) -> None:
+    """Take out of a JSON file where parts were loaded from and, unless the code goes too, what the code is called."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    dropped = {"_name_or_path", "name_or_path"} | ({"auto_map"} if not keep_code else set())
+    kept = _drop(content, dropped)
+    if kept != content:
+        path.unlink()
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _drop(value: Any, keys: set[str]) -> Any:
+    if isinstance(value, list):
+        return [_drop(part, keys) for part in value]
+    if isinstance(value, dict):
+        return {key: _drop(part, keys) for key, part in value.items() if key not in keys}
+    return value
+
+
+def _refuse_local_paths(staging: Path, folder: Path) -> None:
+    """Raise `ValueError` if a text in `staging` names the user's home or where `folder` lies."""
+    places = [str(place) for place in (Path.home(), folder.resolve()) if len(place.parts) > 1]
+    for path in staging.rglob("*"):
+        if path.suffix in TEXTS and (
+            found := [place for place in places if place in path.read_text("utf-8", "ignore")]
+        ):
+            raise ValueError(f"{path.relative_to(staging)} names the local path {found[0]}: take it out.")
+
+
+def push(folder: Path, repo_id: str, private: bool = True, message: str = "Upload model", api: HfApi | None = None):
     """
-    Upload `files` to a repository on the Hub, in one commit.
+    Upload all of `folder` to a repository on the Hub, in one commit.
 
     Args:
-        files (`dict[str, Path]`): from [`files_to_push`].
+        folder (`Path`): from [`folder_to_push`].
         repo_id (`str`): "user/name"; made if it does not exist.
         private (`bool`): whether only its owners may see it.
         message (`str`): of the commit.
@@ -180,32 +176,22 @@ def push(files: dict[str, Path], repo_id: str, private: bool = True, message: st
 
     Raises:
         ValueError: if the repository is there already and public, though `private` was asked for.
-        OSError: if the Hub can't be reached or refuses.
+        OSError: if the Hub cannot be reached or refuses.
     """
     api = HfApi() if api is None else api
-    operations = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in sorted(files.items())
-    ]
-    with _one_sentence(repo_id):
-        api.create_repo(repo_id=repo_id, repo_type="model", private=private, exist_ok=True)
-        is_private = api.repo_info(repo_id=repo_id).private
-    if private and not is_private:
-        raise ValueError(f"{repo_id} exists and is public: push there with `--public`, or choose another name.")
-    if is_private and not private:
-        logger.warning("%s exists and is private, and stays so: make it public in its settings on the Hub.", repo_id)
-    with _one_sentence(repo_id):
-        return api.create_commit(repo_id=repo_id, operations=operations, commit_message=message)
-
-
-@contextmanager
-def _one_sentence(repo_id: str) -> Iterator[None]:
     try:
-        yield
+        api.create_repo(repo_id=repo_id, private=private, exist_ok=True)
+        is_private = api.repo_info(repo_id=repo_id).private
+        if is_private or not private:
+            if not private and is_private:
+                logger.warning("%s exists and stays private: make it public in its settings on the Hub.", repo_id)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
     except Exception as error:  # the client's, its HTTP library's and the network's come from many families
         reason = reason_of(error)
         raise OSError(
             f"pushing to {repo_id} failed ({reason}): look at the network, the name and `hf auth login`."
         ) from error
+    raise ValueError(f"{repo_id} exists and is public: push there with `--public`, or choose another name.")
 
 
-__all__ = ["add_code", "files_to_push", "push"]
+__all__ = ["add_code", "folder_to_push", "push"]

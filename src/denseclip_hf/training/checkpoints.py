@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
 from ..files import complete_or_gone
-from ..sharing.card import CARD, write_model_card
+from ..sharing import CARD, write_card
 from .adapters import load_added_adapter
 from .arguments import NO_PUSH
 from .run_directory import WRITING_DIR, reading_checkpoint
@@ -38,7 +38,7 @@ class CheckpointingTrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         asked_for = not _internal_call and folder.name != WRITING_DIR  # a run writes its own card at its end
         if asked_for and self.args.should_save and (folder / CONFIG_NAME).is_file() and not (folder / CARD).exists():
-            write_model_card(folder, base_model=self.model.config.clip_config.name_or_path or None)
+            write_card(folder, base_model=self.model.config.clip_config.name_or_path or None)
 
     def push_to_hub(self, *args, **kwargs):
         """Raises `ValueError`: what is pushed is chosen by `scripts/push_to_hub.py`."""

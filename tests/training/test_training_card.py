@@ -9,7 +9,7 @@ from PIL import Image
 
 from denseclip_hf import DenseCLIPTrainingArguments
 from denseclip_hf.cli.train import main
-from denseclip_hf.sharing.training_card import training_summary
+from denseclip_hf.training.card import training_summary
 from denseclip_hf.training.recipe import DataArguments, ModelArguments
 from denseclip_hf.training.run_directory import recipe_of
 from helpers.images import pictures

@@ -1,6 +1,8 @@
-"""The card of a model that was just trained: its recipe, its results and a picture."""
+"""The card of a model that was just trained: its recipe, its results and an image."""
 
+import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +11,27 @@ import torch
 from PIL import Image
 
 from ..data.folders import default_palette
+from ..data.loading import SegmentationData
+from ..evaluation.report import protocol_of
 from ..inference.drawing import overlay_with_legend
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
-from .card import write_model_card
-from .card_results import results_of_training
-from .card_sections import environment, shown_name
+from ..sharing import shown_name, write_card
 
 
-PICTURE = "example.png"
+IMAGE = "example.png"
+PACKAGES = ("denseclip_hf", "torch", "transformers", "accelerate", "datasets")
 
 
 def write_training_card(
-    folder: Path, model_args: Any, data_args: Any, args: Any, data: Any, metrics: Mapping[str, Any]
+    folder: Path, model_args: Any, data_args: Any, args: Any, data: SegmentationData, metrics: Mapping[str, Any]
 ) -> Path:
     """
-    Complete the model of a finished run with its card and, where there is validation data, a picture of what the model
+    Complete the model of a finished run with its card and, where there is validation data, an image of what the model
     sees in the first of it.
 
     Args:
-        folder (`Path`): where the model is written; the card's title is made of `args.output_dir`.
+        folder (`Path`): where the model is written; the card's title is the name of `args.output_dir`.
         model_args ([`ModelArguments`]), data_args ([`DataArguments`]), args ([`DenseCLIPTrainingArguments`]): the run.
         data ([`SegmentationData`]): what it was trained on.
         metrics (`Mapping[str, Any]`): of `DenseCLIPTrainer.evaluate`; empty if nothing was measured.
@@ -36,26 +39,38 @@ def write_training_card(
     Returns:
         `Path` of the card.
     """
-    from_nothing = model_args.model is None and model_args.clip_config != "{}"
+    from_random = model_args.model is None and model_args.clip_config != "{}"
     results = None
-    if metrics:
+    if metrics and data.validation is not None:
         model = DenseCLIPForSemanticSegmentation.from_pretrained(folder).eval()
         processor = DenseCLIPImageProcessorPil.from_pretrained(folder)
-        split = data_args.validation_split or "validation"
-        results = results_of_training(metrics, model.config, data_args.dataset, split, processor.size)
-        results["num_images"] = metrics["eval_num_images"]
-        results["protocol"]["dtype"] = precision(args)
-        draw_example(model, processor, next(iter(data.validation))["image"]).save(folder / PICTURE)
-    return write_model_card(
+        results = {
+            "dataset": data_args.dataset,
+            "split": data_args.validation_split or "validation",
+            "num_images": metrics["eval_num_images"],
+            "protocol": protocol_of(model.config, processor.size) | {"dtype": precision(args)},
+            "metrics": {key.removeprefix("eval_"): value for key, value in metrics.items()},
+            "per_category": _per_category(metrics, model.config.id2label),
+        }
+        draw_example(model, processor, next(iter(data.validation))["image"]).save(folder / IMAGE)
+    return write_card(
         folder,
-        name=shown_name(str(Path(args.output_dir).resolve())),
-        base_model=None if from_nothing else model_args.model or model_args.clip,
-        source="trained from random ones, nothing pretrained" if from_nothing else None,
+        name=shown_name(args.output_dir),
+        base_model=None if from_random else model_args.model or model_args.clip,
+        source="trained from random ones, nothing pretrained" if from_random else None,
         dataset=data_args.dataset,
         training=training_summary(data_args, args),
         results=results,
-        picture=PICTURE if results else None,
+        image=IMAGE if results else None,
     )
+
+
+def _per_category(metrics: Mapping[str, Any], id2label: Mapping[int, str]) -> dict[str, dict[str, float]]:
+    columns = {kind: metrics.get(f"eval_per_category_{kind}", []) for kind in ("iou", "accuracy")}
+    return {
+        name: {kind: values[index] for kind, values in columns.items() if index < len(values)}
+        for index, name in id2label.items()
+    }
 
 
 def training_summary(data_args: Any, args: Any) -> dict[str, Any]:
@@ -77,18 +92,36 @@ def training_summary(data_args: Any, args: Any) -> dict[str, Any]:
     }
 
 
+def environment() -> dict[str, str]:
+    """Versions and hardware of this process."""
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    hardware = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+    return {
+        "Versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "Hardware": hardware or f"CPU ({platform.machine()})",
+    }
+
+
 def precision(args: Any) -> str:
     """What a run's matrices are multiplied in."""
     return {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision, args.mixed_precision)
 
 
 @torch.no_grad()
-def draw_example(model: Any, processor: Any, image: Any) -> Image.Image:
+def draw_example(
+    model: DenseCLIPForSemanticSegmentation, processor: DenseCLIPImageProcessorPil, image: Any
+) -> Image.Image:
     """`image` with `model`'s prediction painted over it, and a legend."""
     picture = image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     outputs = model(**processor(picture, return_tensors="pt"))
     (prediction,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[picture.size[::-1]])
-    palette = model.config.palette or default_palette(model.config.num_labels)
+    palette = model.config.palette or default_palette(len(model.config.id2label))
     return overlay_with_legend(picture, prediction.numpy(), model.config.id2label, palette)
 
 

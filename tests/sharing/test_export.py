@@ -1,0 +1,185 @@
+"""Exported programs: the same logits, at any batch and size, without torch where the format allows."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation
+
+from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
+from denseclip_hf.cli.export import main
+from denseclip_hf.example.tiny_clip import make_example_tokenizer
+from denseclip_hf.sharing import check_export, export, export_program, run_exported, write_card
+from helpers.forked import run_script
+from helpers.models import tiny_config, tiny_model
+
+
+ROOT = Path(__file__).parents[2]
+HIDE_TORCH = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "denseclip_hf"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+"""
+PROCESSOR = DenseCLIPImageProcessor(size={"shortest_edge": 96})
+
+
+def photo():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 150, 3), dtype=np.uint8))
+
+
+def patch_model(patch):
+    """A ViT with patches of `patch` pixels."""
+    clip = tiny_config("vit").clip_config.to_dict()
+    clip["vision_config"] |= {"patch_size": patch, "image_size": 4 * patch}
+    torch.manual_seed(0)
+    model = DenseCLIPForSemanticSegmentation(tiny_config("vit", clip_config=clip, crop_size=4 * patch))
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["vit", "resnet"])
+def exported(request, tmp_path_factory):
+    """A model and its two exports."""
+    model = tiny_model(request.param)
+    kinds = ("onnx", "torch_export")
+    return model, {kind: export(model, PROCESSOR, tmp_path_factory.mktemp(kind), kind) for kind in kinds}
+
+
+@pytest.mark.slow
+def test_programs_agree_at_any_batch_and_size(exported):
+    model, files = exported
+    assert not model.config.frozen_classes  # it stayed as it was
+    for kind, tolerance in (("onnx", 1e-4), ("torch_export", 1e-6)):
+        for shape in ((1, 3, 64, 64), (3, 3, 96, 160), (2, 3, 256, 64)):
+            pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                expected = model.window_logits(pixels)
+            torch.testing.assert_close(run_exported(files[kind], pixels), expected, atol=tolerance, rtol=1e-4)
+        assert check_export(model, files[kind]) < tolerance
+        with pytest.raises(Exception, match="Reshape|Guard"):  # a side that is no multiple
+            run_exported(files[kind], torch.zeros(1, 3, 96, 100))
+        for told in (b"text_model", str(ROOT).encode(), b"site-packages"):
+            assert told not in files[kind].read_bytes()
+    with torch.no_grad():
+        model.decode_head.classifier.bias += 0.1
+    assert check_export(model, files["onnx"]) > 1e-3
+    axes = [[side.dim_param for side in value.type.tensor_type.shape.dim] for value in graph_of(files["onnx"])]
+    assert axes == [["batch", "", "height", "width"], ["batch", "", "logits_height", "logits_width"]]
+
+
+def graph_of(path):
+    graph = onnx.load(path).graph
+    return graph.input[0], graph.output[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", [8, 14, 32])
+def test_other_patches_export(patch, tmp_path):
+    model, step = patch_model(patch), 2 * patch
+    program = export_program(model)
+    for height, width in ((2, 2), (3, 5), (6, 4)):
+        pixels = torch.randn(1, 3, height * step, width * step, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(pixels), model.window_logits(pixels), atol=1e-6, rtol=1e-5)
+    assert check_export(model, export(model, PROCESSOR, tmp_path, "onnx")) < 1e-4
+    assert json.loads((tmp_path / "labels.json").read_text())["side_step"] == step
+
+
+@pytest.mark.slow
+def test_one_size_a_bound_half_precision_and_an_opset(kind, tmp_path):
+    model = tiny_model(kind)
+    fixed = export(model, PROCESSOR, tmp_path, "onnx", opset=20, size=(96, 160))
+    assert onnx.load(fixed).opset_import[0].version == 20
+    assert [d.dim_value for d in graph_of(fixed)[0].type.tensor_type.shape.dim] == [1, 3, 96, 160]
+    assert check_export(model, fixed, (96, 160)) < 1e-4
+    half = export(model, PROCESSOR, tmp_path, "onnx", dtype="float16")
+    assert 0 < check_export(model, half) < 0.05
+    (session,) = [onnxruntime.InferenceSession(str(half), providers=["CPUExecutionProvider"])]
+    assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float)"
+    bounded = export_program(model, max_side=128).module()
+    with torch.no_grad():
+        assert torch.equal(bounded(torch.zeros(1, 3, 128, 64)), model.window_logits(torch.zeros(1, 3, 128, 64)))
+        with pytest.raises(Exception, match="Guard"):
+            bounded(torch.zeros(1, 3, 160, 64))
+
+
+@pytest.mark.parametrize("options", [{"size": (96, 100)}, {"size": (32, 96)}, {"max_side": 96}])
+def test_sizes_that_no_program_takes_are_refused(options):
+    with pytest.raises(ValueError, match="multiples of 32"):
+        export_program(tiny_model(), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [{"shortest_edge": 96, "longest_edge": 128}, {"height": 96, "width": 128}])
+def test_the_example_of_the_docs_runs_without_torch(exported, tmp_path, size):
+    _, files = exported
+    DenseCLIPImageProcessor(size=size).save_pretrained(files["onnx"].parent)
+    photo().save(tmp_path / "photo.png")
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    command = [sys.executable, "-c", HIDE_TORCH + example, files["onnx"].parent, tmp_path / "photo.png"]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "class" in result.stdout, result.stderr
+    assert Image.open(tmp_path / "labels.png").size == (150, 100)
+
+
+@pytest.fixture
+def directory(kind, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    make_example_tokenizer(["sky"], vocab_size=520).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_frozen_directory(directory, tmp_path, images):
+    """Equal logits, the text tower gone, and the card of the model with its results and images."""
+    photo().save(directory / "example.png")
+    results = {"dataset": "example", "split": "val", "metrics": {"mean_iou": 0.4351}}
+    before = write_card(directory, results=results, image="example.png", license="mit").read_text()
+    main([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
+    names = {file.name for file in (tmp_path / "frozen").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "example.png"} <= names
+    frozen = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "frozen")
+    whole = AutoModelForSemanticSegmentation.from_pretrained(directory)
+    assert frozen.num_parameters() < whole.num_parameters()
+    with torch.no_grad():
+        assert torch.equal(frozen(images).logits, whole(images).logits)
+    after = (tmp_path / "frozen" / "README.md").read_text()
+    assert ModelCard(after).data.to_dict() == ModelCard(before).data.to_dict()
+    assert "| 43.51 |" in after and "with its classes frozen" in after and str(tmp_path) not in after
+
+
+def test_a_frozen_model_without_card_gets_one(directory, tmp_path):
+    main([str(directory), str(tmp_path / "frozen"), "--format", "frozen"])
+    card = (tmp_path / "frozen" / "README.md").read_text()
+    assert "# frozen" in card and "This is model with its classes frozen" in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"package {package}"):
+        export(tiny_model(), PROCESSOR, tmp_path, "onnx")
+    with pytest.raises(ValueError, match="`kind`"):
+        export(tiny_model(), PROCESSOR, tmp_path, "coreml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["resnet"])
+@pytest.mark.parametrize("format", ["onnx", "torch_export", "frozen"])
+def test_a_full_disk_leaves_nothing(directory, tmp_path, format):
+    """The largest file the process may write is 100 kB, as if the disk ended there."""
+    command = [ROOT / "scripts" / "export.py", directory, tmp_path / "out" / "model", "--format", format]
+    code, said = run_script(*command, largest_file=100_000)
+    assert code == 1 and "could not be written" in said.splitlines()[-1] and "Traceback" not in said, said
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
