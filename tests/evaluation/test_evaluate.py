@@ -172,7 +172,11 @@ def test_the_card_names_every_protocol_once(arguments, with_card, tmp_path):
     for options in [*protocols, {}]:
         text, results = evaluate_into_card(arguments, with_card, **options)
     assert len(results) == 9 and str(tmp_path) not in text
-    for words in ("whole images, short", "windows of 48 x 48, step 32 x 32", "whole images, scales 0.75 1.25, flips"):
+    for words in (
+        "whole images, longest edge 128",
+        "windows of 48 x 48, step 32 x 32",
+        "whole images, scales 0.75 1.25, flips",
+    ):
         assert text.count(f"| data | validation | {words}") == 1, words
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     protocol = {key: value for key, value in report["protocol"].items() if value is not None}

@@ -25,15 +25,14 @@ def main(argv: list[str] | None = None, api=None) -> None:
     parser.add_argument("--message", default="Upload model", help="of the commit")
     args = parser.parse_args(argv)
     with folder_to_push(args.model_dir, not args.no_code, args.include, args.repo_id, args.license) as folder:
-        files = {
-            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
-        }
-        for name, size in sorted(files.items()):
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [path.relative_to(folder).as_posix() for path in files]
+        sizes = [path.stat().st_size for path in files]
+        for name, size in zip(names, sizes, strict=True):
             print(f"{size:>14,}  {name}")
-        left = sorted({path.name for path in Path(args.model_dir).iterdir()} - {name.split("/")[0] for name in files})
-        print(
-            f"{sum(files.values()):>14,}  bytes in {len(files)} files; not among them: {', '.join(left) or 'nothing'}"
-        )
+        left = {path.name for path in Path(args.model_dir).iterdir()} - {name.split("/")[0] for name in names}
+        left_out = ", ".join(sorted(left)) or "nothing"
+        print(f"{sum(sizes):>14,}  bytes in {len(files)} files; not among them: {left_out}")
         visibility = "public" if args.public else "private"
         if not args.push:
             print(f"Nothing was uploaded. With --push these files go to {args.repo_id} ({visibility}).")

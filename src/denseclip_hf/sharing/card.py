@@ -153,6 +153,7 @@ def load_card(path: str | os.PathLike) -> ModelCard:
             raise ValueError("it has aliases (*), by which a few lines can stand for billions of values")
         card = ModelCard(text)
         _table(card.data.get("eval_results") or [])
+        str(card)  # its front matter can be written again
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the front matter of {path} cannot be read ({reason}): correct it.") from error
@@ -246,7 +247,7 @@ def protocol_words(protocol: Mapping[str, Any]) -> str:
     if (scales := rest.pop("scales", [1.0])) != [1.0]:
         words.append(f"scales {' '.join(map(str, scales))}")
     words += ["flips"] * bool(rest.pop("flip", False))
-    words += [f"{key.replace('_', ' ')} {value}" for key, value in size.items()]
+    words += [f"{key.replace('_', ' ')} {value}" for key, value in sorted(size.items())]
     words += [str(rest.pop("dtype"))] if "dtype" in rest else []
     return ", ".join(words + [f"{key} {value}" for key, value in rest.items()])
 
