@@ -203,7 +203,6 @@ BAD = {
     "a type of its own": (lambda p: save(p, release(env_info=Path("x"))), "asks for pathlib"),
     "no mapping": (lambda p: save(p, torch.zeros(3)), "holds a Tensor"),
     "no weights": (lambda p: save(p, {"meta": {}, "epoch": 3}), "top level holds meta, epoch"),
-    "detection": (_with(rpn_head__rpn_cls__weight=torch.zeros(1)), "detection"),
     "a classifier": (lambda p: save(p, {"state_dict": {"fc.weight": torch.zeros(2, 2)}}), "decode_head"),
     "missing key": (_without("context_decoder.out_proj.1.bias"), "lacks the weights of context_decoder"),
     "missing lateral": (_without("neck.lateral_convs.2.conv.weight"), "neck.lateral_convs.2.conv.weight"),

@@ -127,7 +127,7 @@ def class_table(weights: StateDict, meta: dict[str, Any], classes: str | os.Path
 @looking_into("the checkpoint")
 def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
     """
-    The original's model options, as far as names and shapes of the weights tell.
+    The original's model options, as far as names and shapes of the weights show them.
 
     Heads are not among them: CLIP's have 64 channels each, the attention pooling has 32 and the context decoder 64
     channels a head, as in all released models; likewise temperature, dropout and windows are the published ones.
@@ -135,9 +135,13 @@ def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
     Raises:
         CheckpointError: if they are not the weights of a DenseCLIP segmenter.
     """
-    _refuse_others(weights)
     vit = "backbone.class_embedding" in weights
     guided = "gamma" in weights
+    axes = {"decode_head.conv_seg.weight": 4, "neck.lateral_convs.0.conv.weight": 4, "backbone.conv1.weight": 4}
+    if guided:
+        axes |= {"contexts": 3, "text_encoder.positional_embedding": 2, "text_encoder.text_projection": 2}
+        axes |= {"text_encoder.token_embedding.weight": 2, "context_decoder.memory_proj.1.weight": 2}
+    check_axes(weights, axes, "a DenseCLIP segmentation checkpoint")
     backbone = _vit_kwargs(weights) if vit else _resnet_kwargs(weights, guided)
     size = backbone["input_resolution"]
     kwargs: dict[str, Any] = {
@@ -171,18 +175,6 @@ def model_kwargs_from_weights(weights: StateDict) -> dict[str, Any]:
             "identity_head": {"loss_decode": {"loss_weight": 0.4}},
         }
     return kwargs
-
-
-def _refuse_others(weights: StateDict) -> None:
-    if any(key.startswith(("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")) for key in weights):
-        raise CheckpointError(
-            "this is a detection checkpoint, but only semantic segmentation models are converted: name one of them."
-        )
-    axes = {"decode_head.conv_seg.weight": 4, "neck.lateral_convs.0.conv.weight": 4, "backbone.conv1.weight": 4}
-    if "gamma" in weights:
-        axes |= {"contexts": 3, "text_encoder.positional_embedding": 2, "text_encoder.text_projection": 2}
-        axes |= {"text_encoder.token_embedding.weight": 2, "context_decoder.memory_proj.1.weight": 2}
-    check_axes(weights, axes, "a DenseCLIP segmentation checkpoint")
 
 
 def _vit_kwargs(weights: StateDict) -> dict[str, Any]:
