@@ -18,8 +18,7 @@ from PIL import Image
 import denseclip_hf
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.conversion.weights import CheckpointError, read_checkpoint
-from denseclip_hf.data import load_segmentation_dataset
-from denseclip_hf.data.reading import SampleReader, file_stem, read_image
+from denseclip_hf.data import SampleReader, file_stem, load_segmentation_dataset, read_image
 from denseclip_hf.evaluation.measure import EvaluationArguments, measure
 from denseclip_hf.inference import load_model
 from denseclip_hf.inference.segmenter import predict_sources
@@ -162,14 +161,14 @@ def test_code_in_a_data_set_is_not_run(tmp_path, marker, layout, hostile):
         cells = {name: [{"path": name, "bytes": files[name].read_bytes()}] for name in ("0.jpg", "0.png")}
         features = datasets.Features({name: datasets.Image(decode=False) for name in cells})
         datasets.Dataset.from_dict(cells, features).to_parquet(root / "train.parquet")
-    with pytest.raises(ValueError, match=f"{hostile} cannot be read as a picture .it is none of"):
+    with pytest.raises(ValueError, match=f"{hostile} cannot be read as an image .it is none of"):
         load_segmentation_dataset(root, classes=["sky", "road", "car"], **columns)
 
 
 def test_pictures_start_no_program(tmp_path, marker):
     """Pillow would hand PostScript, whatever its file is called, to Ghostscript."""
     (tmp_path / "x.jpg").write_text(f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({marker}) (w) file\n%%EOF\n")
-    with pytest.raises(ValueError, match="x.jpg cannot be read as a picture .it is none of"):
+    with pytest.raises(ValueError, match="x.jpg cannot be read as an image .it is none of"):
         read_image(tmp_path / "x.jpg")
 
 
@@ -314,9 +313,9 @@ def test_passwords_in_addresses_of_a_data_set_are_not_shown(start):
     with pytest.raises((OSError, ValueError), match="(?i)http://127.0.0.1:9/x y.png ") as caught:
         read_image(address)
     assert SECRET not in str(caught.value)
-    with pytest.raises(ValueError, match="The mask http://127.0.0.1:9/x.png is in colour") as caught:
+    with pytest.raises(ValueError, match="The mask http://127.0.0.1:9/x.png is in color") as caught:
         picture = io.BytesIO()
-        Image.new("RGB", (2, 2)).save(picture, "png")
+        Image.new("RGB", (2, 2), "red").save(picture, "png")
         address = f"http://user:{SECRET}@127.0.0.1:9/x.png?{SECRET}"
         SampleReader(2).read_mask({"path": address, "bytes": picture.getvalue()})
     assert SECRET not in str(caught.value)

@@ -1,6 +1,6 @@
-"""The training augmentation of DenseCLIP, paired for picture and mask (paper, section 4.1; mmsegmentation's recipe).
+"""The training augmentation of DenseCLIP, paired for image and mask (paper, section 4.1; mmsegmentation's recipe).
 
-Letter key: H, W the crop; h, w the picture as stored. Pictures are 8-bit RGB, masks hold one class id per pixel.
+Letter key: H, W the crop; h, w the image as stored. Images are 8-bit RGB, masks hold one class id per pixel.
 """
 
 import itertools
@@ -15,8 +15,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .data.reading import name_of
-from .model.image_inputs_denseclip import reduce_labels
+from .data import name_of
 from .model.resizing_denseclip import _nearest, fit_within
 
 
@@ -36,18 +35,15 @@ def resize_region(
     image: Image.Image,
     new_size: tuple[int, int],
     box: tuple[int, int, int, int],
-    extent: tuple[float, float] | None = None,
 ) -> Image.Image:
     """
     The part `box` = (top, left, bottom, right) of `image` resized to `new_size` = (height, width), computed alone.
 
     Bilinear with half-pixel centres and without antialiasing, as OpenCV resizes; fractions are cut off, so values
-    are up to one grey level below the rounded result. `extent` = (height, width) is the part of `image`, in its
-    pixels, that `new_size` stands for (default: all of it).
+    are up to one grey level below the rounded result.
     """
     top, left, bottom, right = box
-    height, width = extent or (image.height, image.width)
-    step_y, step_x = height / new_size[0], width / new_size[1]
+    step_y, step_x = image.height / new_size[0], image.width / new_size[1]
     matrix = (step_x, 0, left * step_x, 0, step_y, top * step_y)
     return image.transform((right - left, bottom - top), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
@@ -55,7 +51,7 @@ def resize_region(
 def crop_is_varied(labels: np.ndarray, cat_max_ratio: float = 0.75, ignore_index: int = 255) -> bool:
     """
     Whether a crop shows more than one labelled class, the largest on strictly less than `cat_max_ratio` of the
-    labelled pixels. `labels`: integer array of any shape, in class ids after `do_reduce_labels`.
+    labelled pixels. `labels`: class ids, an integer array of any shape.
     """
     labelled = labels[labels != ignore_index]
     counts = np.bincount(labelled) if labelled.size else np.zeros(1, dtype=np.int64)
@@ -101,7 +97,7 @@ class TrainTransform:
     """
     Random resize, random crop, horizontal flip, photometric distortion, normalisation and padding of one sample.
 
-    The crop is chosen on the mask before the picture is touched, and only its pixels are resampled.
+    The crop is chosen on the mask before the image is touched, and only its pixels are resampled.
 
     Args:
         crop_size: side, or (height, width), of what comes out, in pixels.
@@ -111,12 +107,8 @@ class TrainTransform:
             or only one class is labelled; 1 takes the first crop.
         flip_probability: probability of a left-right flip.
         photometric: whether to apply [`photometric_distortion`].
-        do_reduce_labels: shift raw ids by one, 0 becoming `ignore_index` (ADE20K).
         ignore_index: label of pixels without a class, and of the padding.
         image_mean, image_std: per channel, for values in 0…1; CLIP's by default.
-        fast_jpeg: let the JPEG decoder shrink a picture by 2, 4 or 8 where that still leaves more pixels than the
-            resized picture has. Faster on large pictures; unlike the original recipe (and the evaluation) such
-            pictures are then antialiased. The result remains the same on every run.
 
     Raises:
         ValueError: for sizes or ratios that are not positive.
@@ -128,11 +120,9 @@ class TrainTransform:
     cat_max_ratio: float = 0.75
     flip_probability: float = 0.5
     photometric: bool = True
-    do_reduce_labels: bool = False
     ignore_index: int = 255
     image_mean: Sequence[float] = tuple(OPENAI_CLIP_MEAN)
     image_std: Sequence[float] = tuple(OPENAI_CLIP_STD)
-    fast_jpeg: bool = False
 
     def __post_init__(self):
         side = self.crop_size
@@ -147,22 +137,22 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """
-        Augment one sample; `mask` is not changed, and with `fast_jpeg` an undecoded JPEG may be decoded smaller.
+        Augment one sample; neither `image` nor `mask` is changed.
 
         Args:
-            image: RGB picture, (w, h) pixels; a JPEG that PIL has opened but not decoded is decoded here.
-            mask: (h, w) integer array of raw class ids.
+            image: RGB image, (w, h) pixels.
+            mask: (h, w) integer array of class ids.
             rng: source of every random draw, see [`sample_rng`].
 
         Returns:
             `pixel_values`, float32 of shape (3, H, W), normalised, 0 in the padding; `labels`, int64 of shape (H, W).
 
         Raises:
-            ValueError: if picture and mask differ in size, or the picture cannot be decoded.
+            ValueError: if image and mask differ in size.
         """
         if image.size != mask.shape[::-1]:
             raise ValueError(
-                f"{name_of(image)}: the picture is {image.width}x{image.height} pixels and its mask "
+                f"{name_of(image)}: the image is {image.width}x{image.height} pixels and its mask "
                 f"{mask.shape[1]}x{mask.shape[0]}; save both at the same size."
             )
         ratio = rng.uniform(*self.ratio_range)
@@ -170,7 +160,7 @@ class TrainTransform:
         new_size = fit_within(mask.shape[0], mask.shape[1], short, long)
         box, crop_labels = self._random_crop(mask, new_size, rng)
         flip = rng.random() < self.flip_probability
-        crop = self._crop_image(image, new_size, box)
+        crop = resize_region(image, new_size, box)
         if self.photometric:
             crop = photometric_distortion(crop, rng)
         pixels = np.asarray(crop)  # (crop height, crop width, 3)
@@ -178,31 +168,18 @@ class TrainTransform:
             pixels, crop_labels = pixels[:, ::-1], crop_labels[:, ::-1]
         return self._normalise_and_pad(pixels, crop_labels)
 
-    def _random_crop(self, mask, new_size, rng) -> tuple[tuple[int, int, int, int], np.ndarray]:
-        """The box (top, left, bottom, right) in the resized picture, and the labels in it."""
+    def _random_crop(
+        self, mask: np.ndarray, new_size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[tuple[int, int, int, int], np.ndarray]:
+        """The box (top, left, bottom, right) in the resized image, and the labels in it."""
         rows, columns = (_nearest(old, new).numpy() for old, new in zip(mask.shape, new_size, strict=True))
         for _ in range(MAX_CROP_DRAWS):
-            top, left = (rng.integers(max(n - c, 0) + 1) for n, c in zip(new_size, self._crop, strict=True))
+            top, left = (int(rng.integers(max(n - c, 0) + 1)) for n, c in zip(new_size, self._crop, strict=True))
             bottom, right = min(top + self._crop[0], new_size[0]), min(left + self._crop[1], new_size[1])
             labels = mask[rows[top:bottom, None], columns[left:right]]
-            if self.do_reduce_labels:
-                labels = reduce_labels(labels, self.ignore_index)
             if self.cat_max_ratio >= 1 or crop_is_varied(labels, self.cat_max_ratio, self.ignore_index):
                 break
         return (top, left, bottom, right), labels
-
-    def _crop_image(self, image: Image.Image, new_size: tuple[int, int], box) -> Image.Image:
-        extent = None
-        try:
-            # `draft` returns None for other formats and for pictures already decoded.
-            drafted = image.draft(image.mode, new_size[::-1]) if self.fast_jpeg else None
-            if drafted is not None:
-                _, (_, _, width, height) = drafted
-                extent = (height, width)
-            image.load()
-        except Exception as error:  # a damaged file fails in any of many ways
-            raise ValueError(f"{name_of(image)} cannot be decoded ({error}); save it anew or remove it.") from error
-        return resize_region(image if image.mode == "RGB" else image.convert("RGB"), new_size, box, extent)
 
     def _normalise_and_pad(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
         height, width = labels.shape
@@ -234,13 +211,13 @@ class AugmentedDataset(_Augmented, torch.utils.data.Dataset):
     """
     Applies a [`TrainTransform`] to the samples of `dataset`, the same way for any number of workers.
 
-    A sample has `pixel_values`, `labels` and the picture's file `name`. Its draws depend on (seed, epoch, index)
+    A sample has `pixel_values`, `labels` and the image's file `name`. Its draws depend on (seed, epoch, index)
     alone. The epoch lies in shared memory, so that persistent workers see it change. accelerate calls `set_epoch` at
     the start of an epoch, but not on several processes nor when it resumes within an epoch: [`DenseCLIPTrainer`]
     adds an [`EpochCallback`] for those, and so must any other `Trainer`.
 
     Args:
-        dataset: index-addressed samples with `image` (RGB PIL picture) and `mask` (integer array).
+        dataset: index-addressed samples with `image` (RGB PIL image) and `mask` (integer array).
         transform: called with (image, mask, generator).
         seed: non-negative; another seed gives other draws.
     """

@@ -120,16 +120,13 @@ def test_shapes_and_types(size):
 
 
 @pytest.mark.parametrize("ignore_index", [255, 200, -100])
-def test_padding_and_reduced_labels_use_the_ignore_index(ignore_index):
+def test_padding_uses_the_ignore_index(ignore_index):
     image, mask = make_sample()
     before = mask.copy()
-    transform = whole_only(crop_size=(70, 90), do_reduce_labels=True, ignore_index=ignore_index)
-    result = transform(image, mask, sample_rng(0, 0, 0))
+    result = whole_only(crop_size=(70, 90), ignore_index=ignore_index)(image, mask, sample_rng(0, 0, 0))
     assert (result["labels"][60:] == ignore_index).all() and (result["labels"][:, 80:] == ignore_index).all()
     assert (result["pixel_values"][:, 60:] == 0).all() and (result["pixel_values"][:, :, 80:] == 0).all()
-    inside = result["labels"][:60, :80].numpy()
-    assert np.array_equal(inside, np.where(mask == 0, ignore_index, mask.astype(int) - 1))
-    assert np.array_equal(mask, before)
+    assert np.array_equal(result["labels"][:60, :80], mask) and np.array_equal(mask, before)
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -156,7 +153,7 @@ def test_flip_turns_picture_and_mask():
 
 
 def test_sizes_that_differ_are_refused():
-    with pytest.raises(ValueError, match="80x60 pixels and its mask 60x80"):
+    with pytest.raises(ValueError, match="80x60"):
         SMALL(Image.new("RGB", (80, 60)), np.zeros((80, 60), dtype=np.uint8), sample_rng(0, 0, 0))
 
 
@@ -169,27 +166,7 @@ def test_senseless_options_are_refused(options, words):
         TrainTransform(**options)
 
 
-def test_a_truncated_picture_is_named(tmp_path):
-    image, mask = make_sample()
-    path = tmp_path / "broken.jpg"
-    image.save(path)
-    path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match="broken.jpg cannot be decoded"):
-        SMALL(Image.open(path), mask, sample_rng(0, 0, 0))
-
-
-def test_fast_jpeg_is_close_and_repeatable(tmp_path):
-    image, mask = make_sample(height=243, width=324)
-    path = tmp_path / "large.jpg"
-    image.save(path, quality=95)
-    exact = whole_only(scale=(81, 61))(Image.open(path), mask, sample_rng(0, 0, 0))
-    fast = [whole_only(scale=(81, 61), fast_jpeg=True)(Image.open(path), mask, sample_rng(0, 0, 0)) for _ in range(2)]
-    assert torch.equal(fast[0]["pixel_values"], fast[1]["pixel_values"])
-    assert not torch.equal(fast[0]["pixel_values"], exact["pixel_values"])
-    assert (fast[0]["pixel_values"] - exact["pixel_values"]).abs().mean() < 0.03
-
-
-# Colours
+# Colors
 
 
 def opencv_hsv(pixels):

@@ -313,10 +313,10 @@ def test_a_disk_that_fills_up_is_one_sentence(arguments, small_disk, monkeypatch
 
 
 def test_matched_masks_are_copies_in_the_models_ids():
-    mask = np.array([[0, 1], [2, 255]], dtype=np.uint8)
-    samples = MatchedSamples([{"image": None, "mask": mask}], [7, 5], True, 255, -100)
+    mask = np.array([[255, 0], [1, 255]], dtype=np.uint8)
+    samples = MatchedSamples([{"image": None, "mask": mask}], [7, 5], 255, -100)
     assert samples[0]["mask"].tolist() == [[-100, 7], [5, -100]]
-    assert mask.tolist() == [[0, 1], [2, 255]]
+    assert mask.tolist() == [[255, 0], [1, 255]]
 
 
 def test_means_are_over_the_chosen_classes():

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from denseclip_hf.data.reading import SampleReader
+from denseclip_hf.data import SampleReader
 
 
 NAMES = ["sky", "road", "car"]

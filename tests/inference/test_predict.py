@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.cli import predict
-from denseclip_hf.data.folders import parse_classes
+from denseclip_hf.data import parse_classes
 from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil

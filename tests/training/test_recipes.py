@@ -227,7 +227,7 @@ def test_a_trained_model_takes_over_what_means_no_class(trained, folder, tmp_pat
     for mask in (folder / "masks").iterdir():
         ids = np.array(Image.open(mask))
         Image.fromarray(np.where(ids == 255, 99, ids).astype(np.uint8)).save(mask)
-    with pytest.raises(ValueError, match="holds the ids 99, but only 0…2 and 255 .* set ignore_index"):
+    with pytest.raises(ValueError, match="holds the ids 99"):
         load_data(DataArguments(dataset=str(folder)))
     data = load_data(parse_arguments(KINDS, ["--dataset", str(folder), "--ignore_index", "99"])[1])
     model, _ = model_to_train(ModelArguments(model=trained), data, 64)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
-from ..data.reading import file_stem
+from ..data import file_stem
 from ..devices import device_of
 from ..inference.drawing import heat_map, indexed_picture, overlay_with_legend
 from ..inference.segmenter import Segmenter

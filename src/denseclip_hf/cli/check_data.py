@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
-from ..data import load_segmentation_dataset
-from ..data.check import check_dataset
+from ..data import check_dataset, load_segmentation_dataset
 from ..training.recipe import DataArguments
 from .arguments import HelpFormatter, one_sentence_errors
 
@@ -25,6 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ignore_index", type=int, help=helps["ignore_index"])
     yes: dict[str, Any] = {"nargs": "?", "const": True, "type": string_to_bool}  # as training and evaluation read it
     parser.add_argument("--do_reduce_labels", **yes, help=helps["do_reduce_labels"])
+    parser.add_argument("--skip_unpaired", **yes, default=False, help=helps["skip_unpaired"])
     parser.add_argument("--streaming", **yes, default=False, help=helps["streaming"])
     parser.add_argument("--full", action="store_true", help="Look at every sample.")
     parser.add_argument("--max_samples", type=int, default=50, help="Samples per split without --full.")

@@ -12,7 +12,7 @@ import sys
 
 from transformers import AutoTokenizer
 
-from ..data.folders import read_names
+from ..data import parse_classes
 from ..devices import device_of
 from ..inference import LOADING_DTYPES, load_model
 from ..inference.segmenter import Segmenter, predict_sources
@@ -26,7 +26,7 @@ def names(text: str) -> list[str]:
     """Names with commas between them, or those in a file, one a line (so that they may hold commas themselves)."""
     if text.endswith(".txt"):
         try:
-            return read_names(text)
+            return list(parse_classes(text).id2label.values())
         except (OSError, ValueError) as error:
             raise argparse.ArgumentTypeError(
                 f"{text} can not be read as a file of names, one a line ({error})."

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from ..data.folders import ClassTable, ade20k_classes, parse_classes
+from ..data import ClassTable, ade20k_classes, parse_classes
 from ..files import new_directory
 from ..inference.views import published_image_processor
 from ..model.configuration_denseclip import DenseCLIPConfig

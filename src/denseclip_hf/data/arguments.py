@@ -14,7 +14,7 @@ class DatasetArguments:
     """A data set as [`load_segmentation_dataset`] takes it."""
 
     dataset: str | None = field(
-        default=None, metadata={"help": "Needed: a folder (images and masks, ADE20K, Cityscapes) or a Hub name."}
+        default=None, metadata={"help": "Needed: a folder (images and masks, see docs/training.md) or a Hub name."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str | None = field(default=None, metadata={"help": "Name of the training split."})
@@ -22,15 +22,20 @@ class DatasetArguments:
         default=VALIDATION_FRACTION, metadata={"help": "Held out if there is no validation split."}
     )
     classes: str | None = field(
-        default=None, metadata={"help": "Class names: a JSON or text file (one a line), or names with commas."}
+        default=None,
+        metadata={"help": "Class names: a file (JSON, CSV, YAML, or text with one a line), or names with commas."},
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (datasets)."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images (datasets)."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the masks (datasets)."})
     ignore_index: int | None = field(
         default=None, metadata={"help": "Id of pixels without a class: what the data says, or 255."}
     )
     do_reduce_labels: bool | None = field(
         default=None, metadata={"help": "Masks hold 0 for no class and n for class n - 1 (as ADE20K's)."}
+    )
+
+    skip_unpaired: bool = field(
+        default=False, metadata={"help": "Leave out images without a mask and masks without an image."}
     )
 
     def load(self, **options: Any) -> SegmentationData:
@@ -52,6 +57,7 @@ class DatasetArguments:
             do_reduce_labels=self.do_reduce_labels,
             image_column=self.image_column,
             label_column=self.label_column,
+            skip_unpaired=self.skip_unpaired,
             **options,
         )
 

@@ -1,16 +1,17 @@
 """Looking through a data set before training on it."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
 
-from .loading import Rows, SegmentationData
-from .reading import SampleReader
+from .loading import Rows, SegmentationData, fault_of_masks, readable_masks
+from .reading import SampleReader, name_of, remarks
 
 
 @dataclass
@@ -22,11 +23,13 @@ class SplitReport:
         num_samples: samples in the split; None for a stream.
         num_checked: samples looked at.
         sizes: (width, height) in pixels of each sample that was sound.
-        pixels_per_class: K counts, after `do_reduce_labels`.
+        pixels_per_class: K counts.
         images_per_class: K counts of masks that show the class.
         void_pixels: pixels without a class.
         void_masks: masks in which no pixel has a class.
-        problems: one sentence per sample that cannot be used, or one if there are no samples.
+        problems: one sentence per sample that cannot be used, or one about all of them.
+        remarks: what does not keep the split from being used, but may not be meant: files that are left out, bands
+            and pages that are not read.
     """
 
     num_samples: int | None
@@ -37,6 +40,7 @@ class SplitReport:
     void_pixels: int = 0
     void_masks: int = 0
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def num_pixels(self) -> int:
@@ -83,6 +87,7 @@ class DatasetReport:
         lines += ["", line("", "", list(self.splits)), line("id", "class", ["pixels    masks"] * len(splits))]
         lines += [line(i, name, [_cell(split, i) for split in splits]) for i, name in self.id2label.items()]
         lines += [line("", "(no class)", [f"{split.void_share:.2%}{'':9}" for split in splits]), ""]
+        lines += [f"{name}: {remark}." for name, split in self.splits.items() for remark in split.remarks]
         if self.unseen_classes:
             lines += [f"In none of the masks looked at: {', '.join(self.unseen_classes)}.", ""]
         lines += [f"Problems: {len(self.problems)}", *_by_kind(self.problems)] if self.problems else ["No problems."]
@@ -137,53 +142,67 @@ def check_dataset(data: SegmentationData, *, full: bool = False, max_samples: in
     splits = {"train": data.train, "validation": data.validation}
     limit = None if full else max_samples
     return DatasetReport(
-        data.id2label, {name: _check_split(rows, data, limit) for name, rows in splits.items() if rows is not None}
+        data.id2label,
+        {name: _check_split(name, rows, data, limit) for name, rows in splits.items() if rows is not None},
     )
 
 
-def _check_split(rows: Rows, data: SegmentationData, limit: int | None) -> SplitReport:
+def _check_split(name: str, rows: Rows, data: SegmentationData, limit: int | None) -> SplitReport:
     num_labels = len(data.id2label)
     report = SplitReport(
         len(rows) if isinstance(rows, datasets.Dataset) else None,
         np.zeros(num_labels, dtype=np.int64),
         np.zeros(num_labels, dtype=np.int64),
     )
-    reader = replace(data.reader, decode=True)
-    samples = _of_dataset(rows, reader, limit) if isinstance(rows, datasets.Dataset) else _of_stream(rows, limit)
-    for position, sample in samples:
+    odd: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    is_stream = not isinstance(rows, datasets.Dataset)
+    samples = _of_stream(rows, limit) if is_stream else _of_dataset(rows, data.reader, limit)
+    for position, sample, found in samples:
         report.num_checked += 1
         if isinstance(sample, Exception):
             report.problems.append(f"sample {position}: {sample}")
             continue
-        ids = reader.class_ids(sample["mask"])
-        labelled = ids[ids != data.ignore_index]
+        mask = sample["mask"]
+        labelled = mask[mask != data.ignore_index]
         counts = np.bincount(labelled, minlength=num_labels)
         report.sizes.append(sample["image"].size)
         report.pixels_per_class += counts
         report.images_per_class += counts > 0
-        report.void_pixels += ids.size - labelled.size
+        report.void_pixels += mask.size - labelled.size
         report.void_masks += not labelled.size
+        odd.update(found)
+        example = {remark: name_of(sample["image"]) for remark in found} | example
+    report.remarks = [f"left out: {sentence}" for sentence in data.left_out.get(name, [])]
+    report.remarks += [f"{count} of {report.num_checked}, such as {example[it]}: {it}" for it, count in odd.items()]
     if not report.num_checked:
         report.problems.append("the split has no samples; remove it or fill it.")
+    elif not report.problems and not report.pixels_per_class[num_labels == 2 :].any() and not is_stream:
+        # Perhaps only in the few that were looked at.
+        fault = fault_of_masks(readable_masks(rows, data.reader), data.reader)
+        report.problems += [fault] if fault else []
     return report
 
 
-def _of_dataset(rows: datasets.Dataset, reader: SampleReader, limit: int | None) -> Iterator[tuple[int, Any]]:
-    """Positions and samples, evenly spaced; the exception in place of a sample that cannot be read."""
+def _of_dataset(
+    rows: datasets.Dataset, reader: SampleReader, limit: int | None
+) -> Iterator[tuple[int, Any, list[str]]]:
+    """Positions, samples and remarks, evenly spaced; the exception in place of a sample that cannot be read."""
     count = len(rows) if limit is None else min(limit, len(rows))
     undecoded = rows.with_format(None)
     for position in np.linspace(0, len(rows) - 1, count).round().astype(int).tolist():
+        row = undecoded[position]
         try:
-            yield position, reader.read_row(undecoded[position])
+            yield position, reader.read_row(row), remarks(row["image"])
         except (ValueError, OSError) as error:
-            yield position, error
+            yield position, error, []
 
 
-def _of_stream(rows: datasets.IterableDataset, limit: int | None) -> Iterator[tuple[int, Any]]:
+def _of_stream(rows: datasets.IterableDataset, limit: int | None) -> Iterator[tuple[int, Any, list[str]]]:
     """Positions and samples from the start; a stream cannot go on after a sample that cannot be read."""
     position = -1
     try:
         for position, sample in enumerate(islice(rows, limit)):
-            yield position, sample
+            yield position, sample, []
     except (ValueError, OSError) as error:
-        yield position + 1, error
+        yield position + 1, error, []

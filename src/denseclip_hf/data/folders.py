@@ -1,270 +1,267 @@
-"""Data sets lying in a folder: which files belong together, and what their classes are called."""
+"""Data sets in a folder: where their files are, which belong together, and what is left out."""
 
-import colorsys
 import hashlib
-import json
-import math
-from collections import Counter
+import os
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .classes import ClassTable, ade20k_classes, cityscapes_classes, find_classes, parse_lines
 
-Color = tuple[int, int, int]
-Pair = tuple[Path, Path]
 
 IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm",
+    ".pbm", ".jp2", ".j2k",
 }  # fmt: skip
-TRAIN_FOLDERS = ("train", "training")
-ADE20K_FOLDERS = ("training", "validation")
-VALIDATION_FOLDERS = ("val", "validation", "valid")
+# Files beside images that nobody takes for one.
+OTHER_SUFFIXES = {".txt", ".csv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".db", ".ini", ".npy"}
+TRAIN_NAMES, VALIDATION_NAMES = ("train", "training"), ("val", "validation", "valid")
+SPLIT_NAMES = (*TRAIN_NAMES, *VALIDATION_NAMES, "test", "testing")
 
-# Stored id, name and colour of the 19 Cityscapes classes that are evaluated; the other ids up to 33 mean no class.
-CITYSCAPES_CLASSES: tuple[tuple[int, str, Color], ...] = (
-    (7, "road", (128, 64, 128)),
-    (8, "sidewalk", (244, 35, 232)),
-    (11, "building", (70, 70, 70)),
-    (12, "wall", (102, 102, 156)),
-    (13, "fence", (190, 153, 153)),
-    (17, "pole", (153, 153, 153)),
-    (19, "traffic light", (250, 170, 30)),
-    (20, "traffic sign", (220, 220, 0)),
-    (21, "vegetation", (107, 142, 35)),
-    (22, "terrain", (152, 251, 152)),
-    (23, "sky", (70, 130, 180)),
-    (24, "person", (220, 20, 60)),
-    (25, "rider", (255, 0, 0)),
-    (26, "car", (0, 0, 142)),
-    (27, "truck", (0, 0, 70)),
-    (28, "bus", (0, 60, 100)),
-    (31, "train", (0, 80, 100)),
-    (32, "motorcycle", (0, 0, 230)),
-    (33, "bicycle", (119, 11, 32)),
+# Where the images and the masks of a split are, tried in this order; upper and lower case do not matter. Both have
+# the same names, or a mask's ends in one of `MASK_ENDINGS`, in one folder in one of `BESIDE_ENDINGS`.
+LAYOUTS = (
+    ("images/{split}", "annotations/{split}"),  # ADE20K, mmsegmentation
+    ("images/{split}", "masks/{split}"),  # Kaggle
+    ("images/{split}", "labels/{split}"),  # YOLO
+    ("img_dir/{split}", "ann_dir/{split}"),  # mmsegmentation
+    ("leftImg8bit/{split}", "gtFine/{split}"),  # Cityscapes
+    ("{split}/images", "{split}/masks"),
+    ("{split}/images", "{split}/labels"),
+    ("{split}/images", "{split}/annotations"),
+    ("{split}/image", "{split}/label"),
+    ("{split}/image", "{split}/mask"),
+    ("{split}", "{split}_labels"),  # CamVid
+    ("{split}", "{split}_masks"),
+    ("{split}", "{split}annot"),  # CamVid of SegNet
+    ("images", "masks"),
+    ("images", "labels"),
+    ("images", "annotations"),
+    ("JPEGImages", "SegmentationClassPNG"),  # labelme
+    ("JPEGImages", "SegmentationClass"),  # Pascal VOC, CVAT, labelme; splits are lists in ImageSets/Segmentation
+    ("{split}", "{split}"),  # Roboflow
+    (".", "."),
 )
-CITYSCAPES_HIGHEST_ID = 33
+BESIDE_ENDINGS = ("_mask", "-mask")
+MASK_ENDINGS = (*BESIDE_ENDINGS, "_masks", "_label", "_labels", "_seg", "_gt", "_L", "_gtFine_labelIds")
+IMAGE_ENDING = "_leftImg8bit"
 
 
 @dataclass
-class ClassTable:
-    """Class names and what belongs to them; every field but `id2label` may be unknown (None)."""
+class Pairs:
+    """Rows of one split, an image and its mask each, in the order of their names; and what is left out, in words."""
 
-    id2label: dict[int, str]
-    palette: list[Color] | None = None
-    ignore_index: int | None = None
-    do_reduce_labels: bool | None = None
-    ignore_colors: list[Color] = field(default_factory=list)
+    rows: list[tuple[str, Any]]
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Layout:
     """
-    The files of a data set, and its classes where the layout knows them.
+    Where the files of a data set are, and its classes where the layout knows them.
 
-    `splits` has a function by split name that looks for the split's (picture, mask) pairs: one that nobody asks for
-    may be without masks.
+    `splits` has a function by split name that pairs the split's files, and leaves out those without a partner if its
+    argument is True: a split that nobody asks for may be without masks.
     """
 
-    splits: dict[str, Callable[[], list[Pair]]]
+    splits: Mapping[str, Callable[[bool], Pairs]]
     classes: ClassTable | None = None
-    id_table: list[int] | None = None
-
-
-def ade20k_classes() -> ClassTable:
-    """The 150 classes of ADE20K; 0 in its masks means no class."""
-    text = resources.files(__package__).joinpath("ade20k.json").read_text(encoding="utf-8")
-    rows = json.loads(text)["classes"]
-    names = {index: row["name"] for index, row in enumerate(rows)}
-    return ClassTable(names, [tuple(row["color"]) for row in rows], ignore_index=255, do_reduce_labels=True)
-
-
-def default_palette(num_labels: int) -> list[Color]:
-    """`num_labels` colours (r, g, b), 0…255, spread over the hue circle; the same on every call."""
-    golden_ratio = (math.sqrt(5) - 1) / 2
-    colors = [
-        colorsys.hsv_to_rgb(i * golden_ratio % 1, (0.65, 0.9, 0.4)[i % 3], (0.95, 0.7, 0.85)[i // 3 % 3])
-        for i in range(num_labels)
-    ]
-    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors]
-
-
-def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
-    """
-    Class names from a list, a mapping id → name, a JSON file of either (its name ends in `.json`), a text file with
-    one name a line (`.txt`), one string with commas between the names, or a mapping with the keys of `classes.json`:
-    `id2label`, and optionally `palette`, `ignore_index`, `do_reduce_labels`, `ignore_colors`. Other keys are ignored.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is no such file, or its content is not as described.
-    """
-    if isinstance(value, str) and not value.endswith((".json", ".txt")):
-        value = [name.strip() for name in value.split(",")]
-    if isinstance(value, (str, Path)):
-        source, is_text = str(value), str(value).endswith(".txt")
-        try:
-            value = read_names(value) if is_text else json.loads(Path(value).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source}, which should hold the class names, does not exist; add it.") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{source} is not a {'text' if is_text else 'JSON'} file ({error}); correct it."
-            ) from error
-    if isinstance(value, Mapping) and "id2label" in value:
-        names, options = value["id2label"], value
-    else:
-        names, options = value, {}
-    id2label = _numbered(names, source)
-    palette = options.get("palette")
-    if palette is not None and len(_colors(palette, source)) != len(id2label):
-        raise ValueError(f"{source} has {len(id2label)} classes but {len(palette)} palette colours; give one each.")
-    ignore_index, reduce = options.get("ignore_index"), options.get("do_reduce_labels")
-    if type(ignore_index) not in (int, type(None)) or type(reduce) not in (bool, type(None)):
-        raise ValueError(f"{source} needs a whole number as ignore_index and true or false as do_reduce_labels.")
-    return ClassTable(
-        id2label,
-        _colors(palette, source) if palette is not None else None,
-        ignore_index,
-        reduce,
-        _colors(options.get("ignore_colors", []), source),
-    )
-
-
-def read_names(file: str | Path) -> list[str]:
-    """The names in a text file, one a line, so that they may hold commas."""
-    return [line.strip() for line in Path(file).read_text("utf-8-sig").rstrip().splitlines()]
-
-
-def _numbered(names: Any, source: str) -> dict[int, str]:
-    """Names by their id 0…K − 1, in that order."""
-    message = f"{source} must name the classes 0…K-1, each once, as a list of names or a mapping from id to name"
-    if isinstance(names, Sequence) and not isinstance(names, str):
-        names = dict(enumerate(names))
-    if not isinstance(names, Mapping) or not names:
-        raise ValueError(f"{message}.")
-    try:
-        id2label = {int(key): name for key, name in sorted(names.items(), key=lambda item: int(item[0]))}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{message}; {list(names)[:3]} are no ids.") from error
-    if list(id2label) != list(range(len(names))):
-        missing = [i for i in range(len(names)) if i not in id2label][:5]
-        raise ValueError(f"{message}; the ids {missing or list(id2label)[:5]} are missing, negative or double.")
-    if not all(isinstance(name, str) and name.strip() for name in id2label.values()):
-        raise ValueError(f"{message}; one is empty or no text.")
-    if any("\ud800" <= character <= "\udfff" for name in id2label.values() for character in name):
-        raise ValueError(f"{message}; one holds half a character (a lone surrogate), which no file can.")
-    (double, times), *_ = Counter(" ".join(name.split()).casefold() for name in id2label.values()).most_common(1)
-    if times > 1:
-        raise ValueError(f"{message}; {double!r} stands there twice (capital letters and blanks do not count).")
-    return id2label
-
-
-def _colors(colors: Any, source: str) -> list[Color]:
-    def is_color(color: Any) -> bool:
-        return isinstance(color, Sequence) and len(color) == 3 and all(type(v) is int and 0 <= v <= 255 for v in color)
-
-    if not isinstance(colors, Sequence) or not all(is_color(color) for color in colors):
-        raise ValueError(f"{source} needs its colours as lists of three whole numbers 0…255.")
-    return [tuple(color) for color in colors]
 
 
 def find_layout(root: Path) -> Layout | None:
-    """The files of a folder laid out like ADE20K, like Cityscapes or as images/ and masks/; None for any other."""
-    for ade20k in (root, root / "ADEChallengeData2016"):
-        if (ade20k / "annotations").is_dir() and any((ade20k / "images" / name).is_dir() for name in ADE20K_FOLDERS):
-            return _ade20k(ade20k)
-    if (root / "leftImg8bit").is_dir():
-        return _cityscapes(root)
-    classes = parse_classes(root / "classes.json") if (root / "classes.json").is_file() else None
-    if _has_pairs(root):
-        return Layout({"train": partial(_pairs, root / "images", root / "masks")}, classes)
-    splits = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and _has_pairs(d)}
-    if not splits:
-        return None
-    return Layout({name: partial(_pairs, d / "images", d / "masks") for name, d in splits.items()}, classes)
+    """
+    The first of `LAYOUTS` that the files of a folder have; None for any other folder.
 
-
-def _has_pairs(folder: Path) -> bool:
-    return (folder / "images").is_dir() or (folder / "masks").is_dir()
-
-
-def _ade20k(root: Path) -> Layout:
-    splits: dict[str, Callable[[], list[Pair]]] = {
-        name: partial(_pairs, root / "images" / name, root / "annotations" / name)
-        for name in ADE20K_FOLDERS
-        if (root / "images" / name).is_dir()
-    }
-    classes = parse_classes(root / "classes.json") if (root / "classes.json").is_file() else ade20k_classes()
-    return Layout(splits, classes)
-
-
-def _cityscapes(root: Path) -> Layout:
-    splits: dict[str, Callable[[], list[Pair]]] = {}
-    for name in ("train", "val"):
-        images = sorted((root / "leftImg8bit" / name).glob("*/*_leftImg8bit.png"))
-        masks = sorted((root / "gtFine" / name).glob("*/*_gtFine_labelIds.png"))
-        if images or masks:
-            key_of = {p: f"{p.parent.name}/{p.name.rsplit('_', 1)[0]}" for p in images}
-            mask_key_of = {p: f"{p.parent.name}/{p.name.removesuffix('_gtFine_labelIds.png')}" for p in masks}
-            splits[name] = partial(_matched, key_of, mask_key_of)
-    if not splits:
+    Raises:
+        FileNotFoundError: if there are images but no masks where one of them has its masks.
+    """
+    if (root / "ADEChallengeData2016").is_dir():
+        root = root / "ADEChallengeData2016"
+    lacking: tuple[Path, str] | None = None
+    for images, masks in LAYOUTS:
+        folders = _splits(root, images)
+        if not folders or (images == masks and not any(map(_has_masks, folders.values()))):
+            continue
+        found = {name: _folder(root, masks.format(split=name)) for name in folders}
+        if not any(found.values()):
+            lacking = lacking or (next(iter(folders.values())), masks.format(split=next(iter(folders))))
+            continue
+        splits: dict[str, Callable[[bool], Pairs]] = {
+            name: partial(_pairs, folder, found[name] or root / masks.format(split=name))
+            for name, folder in folders.items()
+        }
+        if images == "JPEGImages":
+            splits = _listed_splits(root, folders["train"], found["train"] or root)
+        inside = [part for folder in folders.values() for part in (folder, folder.parent) if root in part.parents]
+        classes = find_classes([root, *inside])
+        if classes is None and images == "leftImg8bit/{split}":
+            classes = cityscapes_classes()
+        if classes is None and masks == "annotations/{split}" and {"training", "validation"} & set(splits):
+            classes = ade20k_classes()
+        return Layout(splits, classes)
+    if lacking:
+        folder, masks = lacking
         raise FileNotFoundError(
-            f"{root / 'leftImg8bit'} holds no train/CITY/*_leftImg8bit.png; unpack Cityscapes there."
+            f"{folder} holds images, but {root / masks} does not exist; put their masks there. {root} holds "
+            f"{_some(_names(root))}."
         )
-    id_table = [255] * (CITYSCAPES_HIGHEST_ID + 1)
-    for index, (stored_id, _, _) in enumerate(CITYSCAPES_CLASSES):
-        id_table[stored_id] = index
-    id2label = {index: name for index, (_, name, _) in enumerate(CITYSCAPES_CLASSES)}
-    classes = ClassTable(id2label, [color for _, _, color in CITYSCAPES_CLASSES], 255, False)
-    return Layout(splits, classes, id_table)
+    return None
 
 
-def _pairs(images: Path, masks: Path) -> list[Pair]:
-    """Pictures and masks of two folders with the same name but for the suffix."""
-    return _matched({p: p.stem for p in _pictures(images)}, {p: p.stem for p in _pictures(masks)})
+def _splits(root: Path, images: str) -> dict[str, Path]:
+    """Name and folder of images of each split that a layout finds; "train" where it has no splits."""
+    before, has_splits, after = images.partition("{split}")
+    base = _folder(root, before)
+    if base is None:
+        return {}
+    if not has_splits:
+        return {"train": base}
+    folders = {name: _folder(base / name, after) for name in _names(base) if (base / name).is_dir()}
+    found = {name: folder for name, folder in folders.items() if folder is not None}
+    # Only what is inside, or beside, a folder shows that it is a split where its name does not.
+    known = {name: folder for name, folder in found.items() if name.lower() in SPLIT_NAMES}
+    return found if after or (before and known) else known
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _folder(root: Path, path: str) -> Path | None:
+    """The folder `path` below `root`, in whichever case its name is written."""
+    for part in PurePosixPath(path.strip("/")).parts:
+        if not (root / part).is_dir():
+            alike = [name for name in _names(root) if name.lower() == part.lower() and (root / name).is_dir()]
+            if not alike:
+                return None
+            part = alike[0]
+        root = root / part
+    return root
+
+
+def _names(folder: Path) -> list[str]:
+    """What a folder holds, without what systems and editors put there."""
+    return sorted(name for name in os.listdir(folder) if _visible(name)) if folder.is_dir() else []
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".") and name not in ("__MACOSX", "@eaDir")
+
+
+def _has_masks(folder: Path) -> bool:
+    return any(Path(name).stem.endswith(BESIDE_ENDINGS) for name in _names(folder) if _is_image(name))
+
+
+def _is_image(name: str | Path) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _listed_splits(root: Path, images: Path, masks: Path) -> dict[str, Callable[[bool], Pairs]]:
+    """The splits of Pascal VOC, one list of names each in ImageSets/Segmentation; without any, all that has masks."""
+    lists = _folder(root, "ImageSets/Segmentation")
+    files = {Path(name).stem: lists / name for name in _names(lists) if name.endswith(".txt")} if lists else {}
+    if not set(map(str.lower, files)) & set(TRAIN_NAMES):
+        return {"train": partial(_pairs, images, masks, masks_decide=True)}
+    return {name: partial(_pairs, images, masks, listed=file) for name, file in files.items()}
+
+
+def _pairs(
+    images: Path, masks: Path, skip_unpaired: bool = False, *, listed: Path | None = None, masks_decide: bool = False
+) -> Pairs:
+    """
+    The images and masks of two folders, and of those in them, that have the same name but for suffix and ending.
+
+    Args:
+        images, masks: the folders; masks in the folder of the images have an ending.
+        skip_unpaired: leave out what has no partner.
+        listed: a file with the names to take, one a line.
+        masks_decide: leave out images without a mask.
+
+    Raises:
+        FileNotFoundError, ValueError: if a folder or a partner is missing, or two files have the same name.
+    """
+    left_out: list[str] = []
+    image_files = _images_in(images, left_out)
+    if images == masks:
+        mask_files = [path for path in image_files if path.stem.endswith(BESIDE_ENDINGS)]
+        image_files = [path for path in image_files if not path.stem.endswith(BESIDE_ENDINGS)]
+    else:
+        mask_files = _images_in(masks, left_out)
+        mask_files = [p for p in mask_files if "_gtFine_" not in p.name or p.stem.endswith("_gtFine_labelIds")]
+    image_of = _by_key((path, _key(path, images).removesuffix(IMAGE_ENDING)) for path in image_files)
+    mask_of = _by_key((path, _mask_key(path, masks, image_of)) for path in mask_files)
+    if listed is not None:
+        names = [unicodedata.normalize("NFC", name) for name in parse_lines(listed) if name]
+        if missing := [name for name in names if name not in image_of and name not in mask_of]:
+            raise FileNotFoundError(f"{listed} names {_some(missing)}, of which there is no file; correct the list.")
+        image_of, mask_of = ({name: files[name] for name in names if name in files} for files in (image_of, mask_of))
+    for kind, other, files, partners in (("image", "mask", image_of, mask_of), ("mask", "image", mask_of, image_of)):
+        lonely = sorted(path for key, path in files.items() if key not in partners)
+        if not lonely:
+            continue
+        if not skip_unpaired and not (masks_decide and kind == "image"):
+            unread = [n for n in _names(masks if kind == "image" else images) if Path(n).stem == lonely[0].stem]
+            unread = [name for name in unread if not _is_image(name)]
+            raise FileNotFoundError(
+                f"The {kind} {lonely[0]}{f' (and {len(lonely) - 1} more)' if len(lonely) > 1 else ''} has no {other} "
+                f"of that name{f' ({unread[0]} is of a kind that is not read; save it as PNG)' if unread else ''}; "
+                "add it or remove it, or leave out all such files with skip_unpaired."
+            )
+        left_out.append(f"{len(lonely)} in {lonely[0].parent} without {other}: {_some([p.name for p in lonely])}")
+    keys = sorted(image_of.keys() & mask_of.keys())
+    return Pairs([(str(image_of[key]), str(mask_of[key])) for key in keys], left_out)
+
+
+def _images_in(folder: Path, left_out: list[str]) -> list[Path]:
+    """The image files in a folder and those below it; what else is there is told to `left_out`."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"The folder {folder} does not exist; pictures go into images/, masks into masks/.")
-    found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+        raise FileNotFoundError(f"The folder {folder} does not exist; put images and masks into folders of their own.")
+    found, others = [], []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(filter(_visible, folders))
+        for path in (Path(parent, name) for name in sorted(filter(_visible, names))):
+            if _is_image(path):
+                found.append(path)
+            elif path.suffix.lower() not in OTHER_SUFFIXES:
+                others.append(path.name)
     if not found:
         raise FileNotFoundError(
-            f"The folder {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}); put them there."
+            f"The folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); put them there."
         )
+    if others:
+        left_out.append(f"{len(others)} in {folder} of a kind that is not read: {_some(others)}")
     return found
 
 
-def _matched(images: dict[Path, str], masks: dict[Path, str]) -> list[Pair]:
-    """Pairs with equal keys, in order; every picture needs one mask and every mask one picture."""
-    mask_of = _by_key(masks)
-    image_of = _by_key(images)
-    for kind, other, lonely in (
-        ("picture", "mask", [image_of[key] for key in image_of.keys() - mask_of.keys()]),
-        ("mask", "picture", [mask_of[key] for key in mask_of.keys() - image_of.keys()]),
-    ):
-        if lonely:
-            more = f" (and {len(lonely) - 1} more)" if len(lonely) > 1 else ""
-            raise FileNotFoundError(
-                f"The {kind} {min(lonely)}{more} has no {other} of that name; add it or remove it."
-            )
-    return [(image_of[key], mask_of[key]) for key in sorted(image_of)]
+def _key(path: Path, folder: Path) -> str:
+    """The path below a folder without suffix; accents in one form, as systems write the same name in two."""
+    return unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
 
 
-def _by_key(files: dict[Path, str]) -> dict[str, Path]:
+def _mask_key(path: Path, folder: Path, images: Mapping[str, Path]) -> str:
+    """The key of the image that a mask is of: its own, or what it is without an ending or a second suffix."""
+    key = _key(path, folder)
+    endings = [ending for ending in MASK_ENDINGS if key.endswith(ending)]
+    shorter = [key.removesuffix(ending) for ending in endings]
+    shorter += [key[: key.rfind(".")] for key in (key, *shorter) if _is_image(key)]
+    return next((key for key in (key, *shorter) if key in images), key)
+
+
+def _by_key(files: Iterable[tuple[Path, str]]) -> dict[str, Path]:
     by_key: dict[str, Path] = {}
-    for path, key in files.items():
+    for path, key in files:
         if key in by_key:
             raise ValueError(f"{by_key[key]} and {path} differ only in their suffix; keep one of them.")
         by_key[key] = path
     return by_key
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:5], *(["…"] if len(names) > 5 else [])]) or "nothing"
+
+
 def pick_split(names: Iterable[str], wanted: str | None, usual: Sequence[str]) -> str | None:
     """
-    `wanted`, or if that is `None` the first of the `usual` names that is in `names`, if any is.
+    `wanted`, or if that is `None` the first of the `usual` names that is in `names` (in any case), if any is.
 
     Raises:
         ValueError: if `wanted` is not in `names`.
@@ -272,20 +269,17 @@ def pick_split(names: Iterable[str], wanted: str | None, usual: Sequence[str]) -
     names = list(names)
     if wanted is not None and wanted not in names:
         raise ValueError(f"There is no split {wanted!r}; the data set has {', '.join(map(str, names))}.")
-    return wanted if wanted is not None else next((name for name in usual if name in names), None)
+    by_lower = {str(name).lower(): name for name in names}
+    return wanted if wanted is not None else next((by_lower[name] for name in usual if name in by_lower), None)
 
 
-def hold_out(pairs: list[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
-    """Split off about `fraction` of the pairs, at least one, by a hash of the name: stable as files are added."""
-
-    def is_held_out(pair: Pair) -> bool:
-        return int(hashlib.sha256(pair[0].stem.encode()).hexdigest()[:8], 16) < fraction * 2**32
-
-    held_out = [pair for pair in pairs if is_held_out(pair)]
-    if fraction > 0 and len(pairs) > 1 and len(held_out) in (0, len(pairs)):
-        # So few files that the hash chose none, or all.
-        held_out = pairs[-1:]
-    if len(held_out) == len(pairs):
-        held_out = []
-    chosen = set(held_out)
-    return [pair for pair in pairs if pair not in chosen], held_out
+def hold_out(rows: list[tuple[str, Any]], fraction: float) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """Split off about `fraction` of the rows, at least one, by a hash of the name: stable as files are added."""
+    share = [int(hashlib.sha256(Path(image).stem.encode()).hexdigest()[:8], 16) / 2**32 for image, _ in rows]
+    chosen = [value < fraction for value in share]
+    if fraction > 0 and len(rows) > 1 and len(set(chosen)) == 1:
+        chosen = [False] * (len(rows) - 1) + [True]  # So few files that the hash chose none, or all.
+    if all(chosen):
+        chosen = [False] * len(rows)
+    pairs = list(zip(rows, chosen, strict=True))
+    return [row for row, out in pairs if not out], [row for row, out in pairs if out]

@@ -1,26 +1,16 @@
 """Segmentation data sets: a folder, ADE20K, Cityscapes, or anything `datasets` loads, in one form."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 
-from .folders import (
-    TRAIN_FOLDERS,
-    VALIDATION_FOLDERS,
-    ClassTable,
-    Color,
-    Layout,
-    Pair,
-    default_palette,
-    find_layout,
-    hold_out,
-    parse_classes,
-    pick_split,
-)
+from .classes import ClassTable, Color, default_palette, parse_classes
+from .folders import TRAIN_NAMES, VALIDATION_NAMES, Layout, Pairs, find_layout, hold_out, pick_split
 from .reading import SampleReader
 
 
@@ -36,7 +26,7 @@ LABEL_COLUMNS = (
     *("label_image", "ground_truth", "gt"),
 )
 # Files by which a folder is one that `datasets` itself can load.
-DATASETS_PATTERNS = ("**/*.parquet", "**/*.arrow", "**/metadata.jsonl", "**/metadata.csv", "*.tar", "**/*.tar")
+DATASETS_PATTERNS = ("**/*.parquet", "**/*.arrow", "**/metadata.jsonl", "**/*.csv", "**/*.tar")
 
 
 @dataclass
@@ -44,17 +34,19 @@ class SegmentationData:
     """
     A segmentation data set, ready for [`AugmentedDataset`] and for evaluation.
 
-    `train[i]` and `validation[i]` give `{"image": RGB PIL picture, "mask": (h, w) integer array of raw ids}`, decoded
+    `train[i]` and `validation[i]` give `{"image": RGB PIL image, "mask": (h, w) integer array of class ids}`, decoded
     when asked for; a streaming data set gives the same when iterated. All methods of `datasets` remain
     (`select`, `shuffle`, …).
 
     Args:
         train, validation: the samples; None where there are none.
-        id2label: class names by id 0…K − 1 (after `do_reduce_labels`).
-        palette: K colours (r, g, b), 0…255.
+        id2label: class names by id 0…K − 1.
+        palette: K colors (r, g, b), 0…255.
         ignore_index: id of pixels without a class.
-        do_reduce_labels: raw ids are 0 for no class and 1…K.
+        do_reduce_labels: whether stored masks hold 0 for no class and n for class n − 1; samples are shifted already.
         reader: how files become samples.
+        split_names: what the data set calls "train" and "validation".
+        left_out: by "train" and "validation", what of the files is not used, in words.
     """
 
     train: Rows | None
@@ -64,6 +56,8 @@ class SegmentationData:
     ignore_index: int
     do_reduce_labels: bool
     reader: SampleReader = field(repr=False)
+    split_names: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def label2id(self) -> dict[str, int]:
@@ -86,7 +80,7 @@ def load_segmentation_dataset(
     streaming: bool = False,
     shuffle_buffer: int = 0,
     revision: str | None = None,
-    decode: bool = True,
+    skip_unpaired: bool = False,
     read_first: bool = True,
 ) -> SegmentationData:
     """
@@ -94,8 +88,8 @@ def load_segmentation_dataset(
 
     Args:
         path_or_name: one of
-            - a folder with SPLIT/images and SPLIT/masks, or images and masks, files paired by name, and classes.json;
-            - the folder of ADE20K (ADEChallengeData2016) or of Cityscapes (leftImg8bit and gtFine);
+            - a folder in one of the layouts of docs/training.md, such as SPLIT/images and SPLIT/masks, files paired
+              by name, with the class names in classes.json;
             - a folder written by `save_to_disk`, a folder `datasets` can load, or the name of one on the Hub;
             - a `Dataset`, `IterableDataset` or mapping of them by split.
         config_name: configuration of a Hub data set.
@@ -111,71 +105,78 @@ def load_segmentation_dataset(
         shuffle_buffer: a stream's training samples are drawn from a buffer of so many, still encoded, anew in each
             epoch of an [`AugmentedStream`]; 0 takes them as they come.
         revision: version of a Hub data set.
-        decode: False leaves plain RGB JPEGs undecoded, for `TrainTransform(fast_jpeg=True)`.
-        read_first: read the first sample of each split now, so that what is wrong shows early.
+        skip_unpaired: leave out files of a folder that have no partner, in place of refusing them.
+        read_first: read the first sample of each split now, and as many masks as it takes to see that they show
+            classes, so that what is wrong shows early.
 
     Raises:
         FileNotFoundError, ValueError: with one sentence that names the file and the remedy, when files are missing,
-            unpaired or unreadable, the class names unknown, or the first sample of a split does not fit them.
+            unpaired or unreadable, the class names unknown, or the first sample of a split does not fit them; when
+            there is one class alone, or no mask shows any.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; give a share from 0 to below 1.")
-    layout = _layout_of(path_or_name)
+    root = _folder_of(path_or_name)
+    layout = _layout_of(root) if root and not _saved_to_disk(root) else None
     known = layout.classes if layout else None
     splits: Splits
+    left_out: dict[str, list[str]] = {}
     if layout:
-        files = {name: pair() for name, pair in _picked(layout.splits, train_split, validation_split).items()}
-        splits = _rows_of_layout(files, validation_fraction)
+        names = _split_names(layout.splits, train_split, validation_split)
+        pairs = {kind: layout.splits[name](skip_unpaired) for kind, name in names.items()}
+        left_out = {kind: found.left_out for kind, found in pairs.items() if found.left_out}
+        splits = _rows_of_pairs(pairs, validation_fraction)
     else:
-        loaded = _load_rows(path_or_name, config_name, streaming, revision)
-        picked = _with_held_out(_picked(loaded, train_split, validation_split), validation_fraction)
-        splits, feature_names = _standard_columns(picked, image_column, label_column)
+        loaded = _load_rows(root or path_or_name, config_name, streaming, revision)
+        names = _split_names(loaded, train_split, validation_split)
+        picked = _with_held_out({kind: loaded[name] for kind, name in names.items()}, validation_fraction)
+        splits, feature_names = _standard_columns(picked, image_column, label_column, root)
         # Names that are given may mend what is wrong with the data set's own.
         own = feature_names and classes is None
         known = parse_classes(feature_names, "the data set's label column") if own else None
+    for kind, sentences in left_out.items():
+        for sentence in sentences:
+            logger.warning("Left out of %s: %s.", names[kind], sentence)
     table = _class_table(known, classes, path_or_name)
-    ignore = next(value for value in (ignore_index, table.ignore_index, 255) if value is not None)
-    reduce = next(value for value in (do_reduce_labels, table.do_reduce_labels, False) if value is not None)
-    if 0 <= ignore < len(table.id2label) + reduce:
-        name = table.id2label[max(ignore - reduce, 0)]
-        raise ValueError(
-            f"ignore_index is {ignore}, but that is the id of a class ({name}): set ignore_index to an id that none "
-            f"of the {len(table.id2label)} classes has, such as 65535."
-        )
-    if layout and layout.id_table and known and len(known.id2label) != len(table.id2label):
-        raise ValueError(
-            f"{path_or_name} has {len(known.id2label)} classes, but {len(table.id2label)} names are given: give one "
-            f"for each of {', '.join(known.id2label.values())}."
-        )
-    id_table = [ignore if i == 255 else i for i in layout.id_table] if layout and layout.id_table else None
-    reader = SampleReader(len(table.id2label), ignore, reduce, table.palette, table.ignore_colors, id_table, decode)
-    ready = {name: _readable(rows, reader, read_first) for name, rows in splits.items()}
+    reader = _reader(table, known, path_or_name, ignore_index, do_reduce_labels)
+    ready = {kind: _readable(rows, reader, read_first) for kind, rows in splits.items()}
     train = splits.get("train")
     if shuffle_buffer > 1 and isinstance(train, datasets.IterableDataset):
         ready["train"] = _readable(train.shuffle(seed=0, buffer_size=shuffle_buffer), reader, read_first=False)
-    palette = table.palette or default_palette(len(table.id2label))
     return SegmentationData(
-        ready.get("train"), ready.get("validation"), table.id2label, palette, ignore, reduce, reader
+        ready.get("train"),
+        ready.get("validation"),
+        table.id2label,
+        table.palette or default_palette(len(table.id2label)),
+        reader.ignore_index,
+        reader.do_reduce_labels,
+        reader,
+        names,
+        left_out,
     )
 
 
-def _layout_of(source: Any) -> Layout | None:
-    """The layout of a folder of files; None for what `datasets` should load."""
+def _folder_of(source: Any) -> Path | None:
+    """The folder that a data set is in; None for the name of one on the Hub, and for rows."""
     if not isinstance(source, (str, Path)):
         return None
     root = Path(source).expanduser()
-    if not root.is_dir():
-        if isinstance(source, Path) or source.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"{root} is no folder; give the folder that holds the data set.")
-        return None
-    root = root.resolve()
-    if _saved_to_disk(root):
-        return None
+    if root.is_dir():
+        return root.resolve()
+    if isinstance(source, Path) or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{root} is no folder; give the folder that holds the data set.")
+    return None
+
+
+def _layout_of(root: Path) -> Layout | None:
+    """The layout of a folder of files; None for what `datasets` should load."""
     layout = find_layout(root)
     if layout is None and not any(next(root.glob(pattern), None) for pattern in DATASETS_PATTERNS):
+        inside = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         raise FileNotFoundError(
-            f"{root} holds no data set that is recognised; put pictures into SPLIT/images and masks into SPLIT/masks "
-            "(or images and masks), or give the folder of ADE20K, of Cityscapes or of a `datasets` data set."
+            f"{root} holds no data set that is recognised, but {', '.join(inside[:8]) or 'nothing'}"
+            f"{', …' if len(inside) > 8 else ''}; put images into SPLIT/images and masks into SPLIT/masks, or take "
+            "another of the layouts in docs/training.md."
         )
     return layout
 
@@ -184,28 +185,27 @@ def _saved_to_disk(root: Path) -> bool:
     return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
 
 
-def _picked(splits: Mapping[str, Any], train: str | None, validation: str | None) -> dict[str, Any]:
-    """What is under the names of the training and the validation split, where there are such."""
+def _split_names(splits: Mapping[str, Any], train: str | None, validation: str | None) -> dict[str, str]:
+    """What the splits for training and validation are called, where there are such."""
     names = {
-        "train": pick_split(splits, train, TRAIN_FOLDERS),
-        "validation": pick_split(splits, validation, VALIDATION_FOLDERS),
+        "train": pick_split(splits, train, TRAIN_NAMES),
+        "validation": pick_split(splits, validation, VALIDATION_NAMES),
     }
-    picked = {kind: splits[name] for kind, name in names.items() if name is not None}
+    picked = {kind: name for kind, name in names.items() if name is not None}
     if not picked:
         raise ValueError(f"Which split trains? Set train_split to one of {', '.join(map(str, splits))}.")
     return picked
 
 
-def _rows_of_layout(pairs: dict[str, list[Pair]], fraction: float) -> dict[str, Rows]:
-    if "validation" not in pairs:
-        pairs["train"], pairs["validation"] = hold_out(pairs["train"], fraction)
-        logger.info("No validation split: %d of the training samples are held out.", len(pairs["validation"]))
+def _rows_of_pairs(pairs: Mapping[str, Pairs], fraction: float) -> dict[str, Rows]:
+    rows = {kind: found.rows for kind, found in pairs.items()}
+    if "validation" not in rows:
+        rows["train"], rows["validation"] = hold_out(rows["train"], fraction)
+        logger.info("No validation split: %d of the training samples are held out.", len(rows["validation"]))
     features = datasets.Features({name: datasets.Image(decode=False) for name in ("image", "mask")})
     return {
-        name: datasets.Dataset.from_dict(
-            {"image": [str(image) for image, _ in chosen], "mask": [str(mask) for _, mask in chosen]}, features
-        )
-        for name, chosen in pairs.items()
+        kind: datasets.Dataset.from_dict({"image": [i for i, _ in chosen], "mask": [m for _, m in chosen]}, features)
+        for kind, chosen in rows.items()
         if chosen
     }
 
@@ -215,13 +215,11 @@ def _load_rows(source: Any, config_name: str | None, streaming: bool, revision: 
         return {"train": source}
     if isinstance(source, Mapping):
         return source
-    root = Path(source).expanduser()
     try:
-        if root.is_dir() and _saved_to_disk(root):
-            loaded = datasets.load_from_disk(str(root))
+        if isinstance(source, Path) and _saved_to_disk(source):
+            loaded = datasets.load_from_disk(str(source))
         else:
-            path = str(root) if root.is_dir() else str(source)
-            loaded = datasets.load_dataset(path, config_name, streaming=streaming, revision=revision)
+            loaded = datasets.load_dataset(str(source), config_name, streaming=streaming, revision=revision)
     except OSError as error:
         raise FileNotFoundError(
             f"{source} can be read neither as a folder here nor as a data set on the Hub ({error}); check the name."
@@ -240,9 +238,9 @@ def _with_held_out(picked: dict[str, Rows], fraction: float) -> dict[str, Rows]:
 
 
 def _standard_columns(
-    splits: dict[str, Rows], image_column: str | None, label_column: str | None
+    splits: dict[str, Rows], image_column: str | None, label_column: str | None, root: Path | None
 ) -> tuple[dict[str, Rows], list[str]]:
-    """The splits with the columns `image` and `mask` alone, pictures undecoded, and the class names they carry."""
+    """The splits with the columns `image` and `mask` alone, images undecoded, and the class names they carry."""
     names: list[str] = []
     standard: dict[str, Rows] = {}
     for split, rows in splits.items():
@@ -253,7 +251,9 @@ def _standard_columns(
         names = names or _names_in(features[label])
         rows = rows.with_format(None).select_columns([image, label])
         for column in (image, label):
-            if isinstance(features[column], datasets.Image):
+            if _is_text(features[column]) and root is not None:
+                rows = rows.map(lambda row, column=column: {column: str(root / row[column])})  # paths in a CSV file
+            if isinstance(features[column], datasets.Image) or _is_text(features[column]):
                 rows = rows.cast_column(column, datasets.Image(decode=False))
         renamed = {old: new for old, new in ((image, "image"), (label, "mask")) if old != new}
         standard[split] = rows.rename_columns(renamed) if renamed else rows
@@ -261,26 +261,32 @@ def _standard_columns(
 
 
 def _columns(features: Mapping[str, Any], image: str | None, label: str | None) -> tuple[str, str]:
-    """The picture column and the mask column."""
+    """The image column and the mask column."""
     for given in (image, label):
         if given is not None and given not in features:
             raise ValueError(f"There is no column {given!r}; the data set has {', '.join(features)}.")
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    paths = [name for name, feature in features.items() if _is_text(feature)]
     if label is None:
-        maps = [name for name, feature in features.items() if name != image and _may_be_mask(feature)]
-        labels = [name for name in maps if name.lower() in LABEL_COLUMNS]
-        # Two pictures, one of which is called image: the other is the mask.
-        others = [name for name in pictures if name != image and name.lower() not in IMAGE_COLUMNS]
+        maps = [name for name, feature in features.items() if name in paths or _may_be_mask(feature)]
+        labels = [name for name in maps if name != image and name.lower() in LABEL_COLUMNS]
+        # Two images, one of which is called image: the other is the mask.
+        others = [name for name in images if name != image and name.lower() not in IMAGE_COLUMNS]
         label = _only(labels) or (None if labels else _only(others))
     if image is None:
-        candidates = [name for name in pictures if name != label]
-        image = _only([name for name in candidates if name.lower() in IMAGE_COLUMNS]) or _only(candidates)
+        candidates = [name for name in images if name != label]
+        named = [name for name in (*candidates, *paths) if name != label and name.lower() in IMAGE_COLUMNS]
+        image = _only(named) or _only(candidates)
     if image is None or label is None or image == label:
         raise ValueError(
-            f"Which columns hold pictures and masks? The data set has {', '.join(features)}; "
+            f"Which columns hold images and masks? The data set has {', '.join(features)}; "
             "set image_column and label_column."
         )
     return image, label
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
 def _only(names: list[str]) -> str | None:
@@ -288,7 +294,7 @@ def _only(names: list[str]) -> str | None:
 
 
 def _may_be_mask(feature: Any) -> bool:
-    """Whether a column can hold one id per pixel: a picture, or a list of lists."""
+    """Whether a column can hold one id per pixel: an image, or a list of lists."""
     return isinstance(feature, (datasets.Image, datasets.Array2D)) or hasattr(_inner(feature), "feature")
 
 
@@ -323,7 +329,34 @@ def _class_table(known: ClassTable | None, given: Any, source: Any) -> ClassTabl
         table.ignore_index if table.ignore_index is not None else known.ignore_index,
         table.do_reduce_labels if table.do_reduce_labels is not None else known.do_reduce_labels,
         table.ignore_colors or known.ignore_colors,
+        table.id_map or known.id_map,
     )
+
+
+def _reader(
+    table: ClassTable, known: ClassTable | None, source: Any, ignore_index: int | None, reduce: bool | None
+) -> SampleReader:
+    """How to read masks of these classes; refuses classes and options that contradict each other."""
+    names = table.id2label
+    if len(names) == 1:
+        raise ValueError(
+            f"{names[0]!r} is the only class, so every pixel would be one: name what else there is as well, for "
+            "instance as background, and give its pixels an id of their own."
+        )
+    if ignore_index is None:
+        ignore_index = 255 if table.ignore_index is None else table.ignore_index
+    reduce = bool(table.do_reduce_labels) if reduce is None else reduce
+    if 0 <= ignore_index < len(names) + reduce:
+        raise ValueError(
+            f"ignore_index is {ignore_index}, but that is the id of a class ({names[max(ignore_index - reduce, 0)]}): "
+            f"set ignore_index to an id that none of the {len(names)} classes has, such as 65535."
+        )
+    if known and known.id_map and len(known.id2label) != len(names):
+        raise ValueError(
+            f"{source} has {len(known.id2label)} classes, but {len(names)} names are given: give one for each of "
+            f"{', '.join(known.id2label.values())}."
+        )
+    return SampleReader(len(names), ignore_index, reduce, table.palette, table.ignore_colors, table.id_map)
 
 
 def _readable(rows: Rows, reader: SampleReader, read_first: bool) -> Rows:
@@ -332,10 +365,45 @@ def _readable(rows: Rows, reader: SampleReader, read_first: bool) -> Rows:
         first = next(iter(rows), None)
         if first is None:
             raise ValueError("A split has no samples; remove it or fill it.")
-        replace(reader, decode=True).read_row(first)
+        masks: Iterable[np.ndarray] = [reader.read_row(first)["mask"]]
+        if isinstance(rows, datasets.Dataset):
+            masks = readable_masks(rows, reader)
+        if problem := fault_of_masks(masks, reader):
+            raise ValueError(problem)
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(reader.read_row)
     return rows.with_transform(reader)
 
 
-__all__ = ["SegmentationData", "load_segmentation_dataset"]
+def readable_masks(rows: datasets.Dataset, reader: SampleReader) -> Iterator[np.ndarray]:
+    """The masks of a split, as class ids, without those that cannot be read."""
+    undecoded = rows.with_format(None).select_columns(["mask"])
+    for row in undecoded:
+        try:
+            yield reader.read_mask(row["mask"])
+        except (ValueError, OSError):
+            continue
+
+
+def fault_of_masks(masks: Iterable[np.ndarray], reader: SampleReader) -> str | None:
+    """What is wrong with masks in which no pixel has a class, or white of 255 stands for the second of two classes."""
+    classes: set[int] = set()
+    has_void = False
+    for mask in masks:
+        values = set(np.unique(mask).tolist())
+        has_void |= reader.ignore_index in values
+        classes |= values - {reader.ignore_index}
+        if classes and (reader.num_labels > 2 or classes != {0}):
+            return None
+    if not has_void:
+        return None
+    void = f"{reader.ignore_index}, which means no class"
+    if not classes:
+        return f"In every mask every pixel is {void}: set ignore_index, or correct the masks."
+    return (
+        f"The masks hold nothing but 0 and {void}: save the second class as 1, or name the colors of both in "
+        'classes.json, such as "palette": [[0, 0, 0], [255, 255, 255]].'
+    )
+
+
+__all__ = ["SegmentationData", "fault_of_masks", "load_segmentation_dataset", "readable_masks"]

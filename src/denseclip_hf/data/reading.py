@@ -1,8 +1,9 @@
-"""Reading one picture and its mask from files or bytes: converted where that loses nothing, refused otherwise."""
+"""One image and its mask, from files or bytes: converted where that loses nothing, refused otherwise."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import fsspec
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..model.image_inputs_denseclip import decode, reduce_labels
+from ..model.image_inputs_denseclip import decode
 
 
 NAMELESS = "a sample without a file name"
-EXIF_ORIENTATION = 0x0112
-# What turns a picture of that EXIF orientation upright. (ImageOps.exif_transpose writes all tags anew, which fails for
+EXIF_ORIENTATION, SAMPLES_PER_PIXEL = 0x0112, 277
+# What turns an image of that EXIF orientation upright. (ImageOps.exif_transpose writes all tags anew, which fails for
 # damaged ones.)
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,13 +32,17 @@ TURNS = {
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # Where a stream's files may be: a data set chooses its addresses, and fsspec knows some that log in or run templates.
 PROTOCOLS = {"hf", "http", "https", "file", "s3", "gs", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"}
-# Of one file, which inside an archive may be a thousand times what the archive takes: more than the largest picture.
+# Of one file, after decompression.
 MAX_FILE_BYTES = 1 << 30
+# Of one image, decoded and as it is converted to RGB.
+MAX_DECODED_BYTES = 1 << 30
+BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+NO_COLOR = 1 << 24  # beyond the codes of colors
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def name_of(source: Any) -> str:
-    """What to call a picture or mask in a message: its path where it has one, without an address's secrets."""
+    """What to call an image or mask in a message: its path where it has one, without an address's secrets."""
     if not isinstance(source, (str, Path)):
         source = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", None)
     return shown_address(str(source)) if source else NAMELESS
@@ -53,35 +58,28 @@ def shown_address(address: str) -> str:
     return "::".join(re.sub(r"(?is)^(https?://[^?#]*).*", r"\1", part) for part in parts)
 
 
-def without_secrets(text: str) -> str:
-    """`text` in which the addresses, as far as the next blank, lack what [`shown_address`] takes out."""
-    if "://" not in text:
-        return text
-    text = re.sub(r"://[^/?#\s]*@", "://", text)
-    return re.sub(r"(https?://[^?#\n]*)[?#]\S*", r"\1", text, flags=re.IGNORECASE)
-
-
 def file_stem(name: str) -> str:
-    """What to call new files about the picture at a path or address: of at most 200 bytes, and no path itself."""
+    """What to call new files about the image at a path or address: of at most 200 bytes, and no path itself."""
     stem = re.split(r"[/\\]", name)[-1]
     stem = stem[: stem.rfind(".")] if "." in stem[1:] else stem
     stem = re.sub(r'[\x00-\x1f\x7f<>:"|?*\ud800-\udfff]', "_", stem)
     return stem.encode()[:200].decode(errors="ignore").strip(" .")
 
 
-def _open(source: Any) -> Image.Image:
-    """A PIL image, opened but not decoded, from a PIL image, a path or the `{"path", "bytes"}` of `datasets`."""
+def _open(source: Any) -> tuple[Image.Image, bytes]:
+    """A PIL image, opened but not decoded, and its file's content, from anything that [`read_image`] takes."""
     if isinstance(source, Image.Image):
-        return source
+        return source, b""
     if isinstance(source, (str, Path)):
         source = {"path": str(source), "bytes": None}
     name = name_of(source)
-    path = str(source.get("path") or name) if isinstance(source, Mapping) else name
     try:
         content = source["bytes"]
         if content is None:
-            content = _content(path)
+            content = _content(str(source["path"]))
         image = Image.open(BytesIO(content), formats=_formats())
+    except MemoryError:
+        raise
     except FileNotFoundError as error:
         kind = "missing, or its server does not answer" if "://" in name else "missing"
         raise FileNotFoundError(f"{name} is {kind}; restore the file or remove the sample.") from error
@@ -91,11 +89,15 @@ def _open(source: Any) -> Image.Image:
             "you trust the file."
         ) from error
     except UnidentifiedImageError as error:  # which calls the file by where it lies in memory
-        raise _broken(name, f"it is none of {', '.join(_formats())}") from error
-    except Exception as error:  # a damaged file fails in any of many ways
-        raise _broken(name, without_secrets(str(error).replace(path, name))) from error
+        raise _broken(
+            name, f"it is none of {', '.join(_formats())}, or of a kind that Pillow does not know"
+        ) from error
+    except Exception as error:  # A damaged file fails in any of many ways; what a server says may repeat a password.
+        is_own = type(error) is ValueError or "://" not in name
+        raise _broken(name, error if is_own else type(error).__name__) from error
     image.filename = name  # type: ignore[attr-defined]
-    return image
+    _refuse_huge(image, name)
+    return image, content
 
 
 def _formats() -> tuple[str, ...]:
@@ -109,96 +111,166 @@ def _content(path: str) -> bytes:
     if "://" in path:  # what a stream gives: on the Hub, or inside an archive
         if unknown := {part.split("://")[0] for part in path.split("::") if "://" in part} - PROTOCOLS:
             raise ValueError(f"{min(unknown)}:// is none of the kinds of address that are read")
-        with fsspec.open(path, "rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    else:
-        with open(path, "rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+    elif os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is no regular file")  # a pipe would be waited for without an end
+    with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MiB")
     return content
 
 
+def _refuse_huge(image: Image.Image, name: str) -> None:
+    """Refuse an image whose decoding, conversion and turning would take more than `MAX_DECODED_BYTES`."""
+    is_deep = image.mode[0] in "IF"
+    stored = BYTES_PER_PIXEL.get(image.mode, 4) + (4 * len(image.getbands()) if image.format == "JPEG2000" else 0)
+    converted = 0 if image.mode == "RGB" else 12 if is_deep else 4
+    turns = 1 + (_turn(image) is not None)
+    # Pillow keeps a pointer to each line of an image.
+    needed = turns * (image.width * image.height * (stored + converted) + 16 * image.height)
+    needed += 16 * image.width * (turns - 1)
+    if needed > MAX_DECODED_BYTES:
+        raise ValueError(
+            f"{name} has more pixels than are decoded: {image.width}x{image.height} in mode {image.mode} would take "
+            f"{needed >> 20} MiB of {MAX_DECODED_BYTES >> 20}; shrink or divide it."
+        )
+
+
 def _broken(name: str, error: object) -> ValueError:
-    return ValueError(f"{name} cannot be read as a picture ({error}); save it anew or remove the sample.")
+    return ValueError(f"{name} cannot be read as an image ({error}); save it anew or remove the sample.")
 
 
 def _decode(image: Image.Image, name: str) -> None:
     try:
         decode(image)
+    except MemoryError:
+        raise
     except Exception as error:
         raise _broken(name, error) from error
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns a picture upright as its EXIF tag says; `None` where there is no tag or the tags are damaged."""
+    """What turns an image upright as its EXIF tag says; `None` where there is no tag or the tags are damaged."""
     try:
         return TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:
         return None
 
 
-def read_image(source: Any, decode: bool = True) -> Image.Image:
+def read_image(source: Any) -> Image.Image:
     """
-    An RGB picture of 8 bits per channel, turned upright as its EXIF tag says.
+    An RGB image of 8 bits per channel, turned upright as its EXIF tag says.
 
-    Grey, palette, CMYK and RGBA pictures are converted (alpha is dropped), 16-bit ones scaled from 0…65535 and
+    Grey, palette, CMYK and RGBA images are converted (alpha is dropped), 16-bit ones scaled from 0…65535 and
     floating-point ones from 0…1.
 
     Args:
-        source: path, `{"path": …, "bytes": …}` as `datasets` stores pictures, or PIL image.
-        decode: False leaves an upright RGB file in JPEG opened but not decoded, for
-            `TrainTransform(fast_jpeg=True)`; damage to it then shows only when its pixels are used.
+        source: path, `{"path": …, "bytes": …}` as `datasets` stores images, or PIL image.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if it cannot be read, is larger than Pillow's limit, or has values without a meaning as grey.
+        ValueError: if it cannot be read, would take more than 1 GiB or is larger than Pillow's limit, or has values
+            without a meaning as grey.
     """
-    image = _open(source)
+    image, _ = _open(source)
     name = name_of(image)
     if 0 in image.size:
         raise _broken(name, "it has no pixels")
-    if not decode and image.format in ("JPEG", "MPO") and image.mode == "RGB" and _turn(image) is None:
-        return image
     _decode(image, name)
     turn = _turn(image)  # asked after decoding, which turns a TIFF by itself
     if turn is not None:
         image = image.transpose(turn)
-        image.info = {}  # nothing shall turn it again
+        image.info = {"turned": True}  # and nothing shall turn it again
     if image.mode in (*SIXTEEN_BIT_MODES, "F"):
         image = Image.fromarray(_eight_bit(np.asarray(image), name))
     try:
         image = image if image.mode == "RGB" else image.convert("RGB")
-    except ValueError as error:  # some colour spaces have no way to RGB
+    except ValueError as error:  # some color spaces have no way to RGB
         raise _broken(name, error) from error
     image.filename = name  # type: ignore[attr-defined]
     return image
 
 
+def remarks(source: Any) -> list[str]:
+    """What a user should know about an image file that can be read: pixels that are not used, or look odd."""
+    image, _ = _open(source)
+    found = []
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if pages > 1:
+        found.append("only the first of several pages or frames is read")
+    bands = getattr(image, "tag_v2", {}).get(SAMPLES_PER_PIXEL, 1)
+    if bands > len(image.getbands()):
+        found.append(f"only {len(image.getbands())} of {bands} bands are read")
+    if _turn(image) is not None:
+        found.append("EXIF turns the image upright: masks must be drawn on it as it is shown, not as it is stored")
+    if image.mode in SIXTEEN_BIT_MODES:
+        _decode(image, name_of(image))
+        if 255 < np.asarray(image).max(initial=0) < 4096:
+            found.append("its 16-bit values stay below 4096 of 65535, which is nearly black: scale 12-bit data by 16")
+    return found
+
+
 def _eight_bit(values: np.ndarray, name: str) -> np.ndarray:
     """Grey values of more than 8 bits as 0…255."""
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds values that are not numbers (NaN or infinite); save it as an 8-bit picture.")
+        raise ValueError(f"{name} holds values that are not numbers (NaN or infinite); save it as an 8-bit image.")
     highest = 1 if values.dtype.kind == "f" else 65535
     if values.min(initial=0) < 0 or values.max(initial=0) > highest:
         raise ValueError(
             f"{name} has values from {values.min()} to {values.max()} where 0 to {highest} are expected; "
-            "save it as an 8-bit picture."
+            "save it as an 8-bit image."
         )
     return np.round(values * (255 / highest)).astype(np.uint8)
 
 
-def _check_size(shape: tuple[int, ...], mask: str, picture: Image.Image | None) -> None:
-    """Refuse a mask of another (height, width); asked before its ids, which one that was resized may have lost."""
-    if picture is not None and len(shape) == 2 and shape != picture.size[::-1]:
-        raise ValueError(
-            f"{name_of(picture)} is {picture.width}x{picture.height} pixels but its mask {mask} is "
-            f"{shape[1]}x{shape[0]}; save both at the same size."
-        )
+def _lossy(image: Image.Image, content: bytes) -> str | None:
+    """How a file was compressed if that may change ids."""
+    if image.format in ("JPEG", "MPO", "AVIF"):
+        return image.format
+    if image.format == "TIFF" and image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"):
+        return "TIFF with JPEG or WebP compression"
+    if image.format == "WEBP" and content and b"VP8L" not in content:
+        return "lossy WebP"
+    if image.format == "JPEG2000" and content:
+        wavelet = content.find(b"\xff\x52", content.find(b"\xff\x4f\xff\x51")) + 13
+        if content[wavelet : wavelet + 1] == b"\0":
+            return "lossy JPEG 2000"
+        # The reversible wavelet loses nothing unless the file was cut to a size: it is then shorter than its pixels.
+        whole = BytesIO()
+        image.save(whole, "JPEG2000")
+        if whole.tell() > 1.5 * len(content):
+            return "JPEG 2000 cut to a size"
+    return None
+
+
+def _stored_samples(image: Image.Image, content: bytes) -> np.ndarray:
+    """The samples of a grey file as they are stored, which Pillow stretches to 0…255 (or 65535), or inverts."""
+    layout = next((part for part in _codec_arguments(image) if isinstance(part, str)), "")
+    header = re.match(rb"P[25]\s(?:\s*#.*\n|\s)*\d+(?:\s*#.*\n|\s)+\d+(?:\s*#.*\n|\s)+(\d+)\s", content)
+    _decode(image, name_of(image))
+    values = np.asarray(image)
+    if image.mode == "1":
+        values = values.astype(np.uint8)
+    if header and image.format == "PPM":
+        highest = int(header[1])
+        shown = 255 if image.mode == "L" else 65535
+        return values if highest == shown else np.round(values * (highest / shown)).astype(np.int32)
+    bits = 8 if not (depth := re.fullmatch(r"L;([24]).*", layout)) else int(depth[1])
+    if bits < 8:
+        values = values // (255 // (2**bits - 1))
+    if re.fullmatch(r"[1L];\d?I.*", layout):
+        values = (1 if image.mode == "1" else 2**bits - 1) - values
+    return values
+
+
+def _codec_arguments(image: Image.Image) -> tuple[Any, ...]:
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ()
+    return arguments if isinstance(arguments, tuple) else (arguments,)
 
 
 def _color_codes(colors: np.ndarray) -> np.ndarray:
-    """One integer for each colour of an (…, 3) array of 8-bit values."""
+    """One integer for each color of an (…, 3) array of 8-bit values."""
     red, green, blue = (colors[..., channel].astype(np.uint32) for channel in range(3))
     return red << 16 | green << 8 | blue
 
@@ -206,16 +278,17 @@ def _color_codes(colors: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class SampleReader:
     """
-    How the pictures and masks of a data set are read. Called by `datasets` on a batch of rows, it decodes them.
+    How the images and masks of a data set are read. Called by `datasets` on a batch of rows, it decodes them.
+
+    This is the one place where ids as they are stored become class ids 0…K − 1 and `ignore_index`.
 
     Args:
         num_labels: K, the number of classes.
-        ignore_index: id of pixels without a class.
-        do_reduce_labels: masks hold 0 for "no class" and 1…K; they are checked for it but returned unshifted.
-        palette: K colours (r, g, b), 0…255: how classes appear in masks that are pictures in colour.
-        ignore_colors: colours of such masks that mean "no class".
-        id_table: class of each stored id (position = stored id, `ignore_index` = no class); None: stored as they are.
-        decode: see [`read_image`].
+        ignore_index: id of pixels without a class, in masks as they are stored and as they are returned.
+        do_reduce_labels: masks hold 0 for no class and n for class n − 1.
+        palette: K colors (r, g, b), 0…255: how classes appear in masks that are images in color.
+        ignore_colors: colors of such masks that mean "no class".
+        id_map: class by stored id where it is not the id itself, None for no class.
     """
 
     num_labels: int
@@ -223,8 +296,7 @@ class SampleReader:
     do_reduce_labels: bool = False
     palette: Sequence[Sequence[int]] | None = None
     ignore_colors: Sequence[Sequence[int]] = ()
-    id_table: Sequence[int] | None = None
-    decode: bool = True
+    id_map: Mapping[int, int | None] = field(default_factory=dict)
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         samples = [self.read(i, m) for i, m in zip(batch["image"], batch["mask"], strict=True)]
@@ -236,92 +308,201 @@ class SampleReader:
 
     def read(self, image: Any, mask: Any) -> dict[str, Any]:
         """
-        One sample: `image`, an RGB PIL picture of (w, h) pixels, and `mask`, an (h, w) integer array of raw ids.
+        One sample: `image`, an RGB PIL image of (w, h) pixels, and `mask`, an (h, w) array of class ids, uint8 where
+        they fit and else int32.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if a file cannot be read, the two differ in size, or the mask holds a value or colour that
+            ValueError: if a file cannot be read, the two differ in size, or the mask holds a value or color that
                 is no class. The message names the file and what to do.
         """
-        picture = read_image(image, self.decode)
-        return {"image": picture, "mask": self.read_mask(mask, picture)}
+        shown = read_image(image)
+        return {"image": shown, "mask": self.read_mask(mask, shown)}
 
-    def read_mask(self, source: Any, picture: Image.Image | None = None) -> np.ndarray:
+    def read_mask(self, source: Any, image: Image.Image | None = None) -> np.ndarray:
         """
-        The (h, w) integer array of raw ids of a mask: file, bytes, PIL image, or array of ids.
+        The (h, w) array of class ids of a mask: file, bytes, PIL image, or array of stored ids.
 
         Raises:
-            FileNotFoundError, ValueError: as [`read`], the latter if its size is not that of `picture` (if given).
+            FileNotFoundError, ValueError: as [`read`], the latter if its size is not that of `image` (if given).
         """
         if isinstance(source, (np.ndarray, list)):
-            ids = np.asarray(source)
-            _check_size(ids.shape, "given as an array", picture)
-            return self._checked_ids(ids, "a mask given as an array")
-        image = _open(source)
-        name = name_of(image)
-        if image.format == "JPEG":
-            raise ValueError(f"The mask {name} is a JPEG, whose compression changes ids; save masks as PNG.")
-        _decode(image, name)
-        _check_size(image.size[::-1], name, picture)
-        if image.mode in ("RGB", "RGBA"):
-            return self._ids_of_colors(np.asarray(image)[..., :3], name)
-        if image.mode not in ("1", "L", "P", *SIXTEEN_BIT_MODES):
+            ids = _whole_numbers(np.asarray(source))
+            _check_size(ids.shape, "given as an array", image)
+            return self._ids(ids, "given as an array")
+        mask, content = _open(source)
+        name = name_of(mask)
+        stored = _stored_samples(mask, content)
+        # Asked before the ids, which resizing or compression may have changed.
+        _check_size(mask.size[::-1], name, image)
+        if kind := _lossy(mask, content):
+            raise ValueError(f"The mask {name} is a {kind}, whose compression changes ids; save masks as PNG.")
+        if mask.mode == "P":
+            return self._ids_of_palette(stored, np.reshape(mask.getpalette("RGB") or [], (-1, 3)), name)
+        if mask.mode in ("RGB", "RGBA", "LA"):
+            stored = stored[..., :3] if mask.mode != "LA" else stored[..., 0]
+        elif mask.mode not in ("1", "L", "F", *SIXTEEN_BIT_MODES):
             raise ValueError(
-                f"The mask {name} has mode {image.mode}; save it as a PNG with one integer id per pixel (or in the "
-                "colours of the palette)."
+                f"The mask {name} has mode {mask.mode}; save it as a PNG with one integer id per pixel (or in the "
+                "colors of the palette)."
             )
-        ids = np.asarray(image)  # of a palette picture: the indices, not the colours
-        return self._checked_ids(ids.astype(np.uint8) if image.mode == "1" else ids, name)
+        return self._ids_of_colors(stored, name) if stored.ndim == 3 else self._ids_of_greys(stored, name)
 
-    def _checked_ids(self, ids: np.ndarray, name: str) -> np.ndarray:
-        if ids.ndim != 2 or ids.dtype.kind not in "iu":
-            raise ValueError(f"The mask {name} has shape {ids.shape} and type {ids.dtype}; give (h, w) integer ids.")
-        if self.id_table is not None:
-            self._refuse_outside(ids, len(self.id_table) - 1, name)
-            # Every id past the table is the void id, which the check has let through.
-            table = np.append(self.id_table, self.ignore_index)
-            dtype = np.uint8 if 0 <= self.ignore_index <= 255 else np.int32
-            return table.astype(dtype)[np.minimum(ids, len(self.id_table))]
-        self._refuse_outside(ids, self.num_labels - (not self.do_reduce_labels), name)
-        return ids
+    @property
+    def _colors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of the colors of the palette, in rising order, and the class ids they mean."""
+        colors = np.array([*(self.palette or ()), *self.ignore_colors], dtype=np.uint8).reshape(-1, 3)
+        classes = np.arange(len(colors))
+        classes[len(self.palette or ()) :] = self.ignore_index
+        codes = _color_codes(colors)
+        order = np.argsort(codes)
+        return codes[order], classes[order]
 
-    def _refuse_outside(self, ids: np.ndarray, highest: int, name: str) -> None:
-        """Raise unless every id is the void id or in 0…`highest`."""
-        # Comparing every pixel is only needed when the extremes are outside.
-        if not ids.size or (ids.min() >= 0 and ids.max() <= highest):
-            return
-        void = 255 if self.id_table is not None else self.ignore_index
-        outside = np.unique(ids[((ids < 0) | (ids > highest)) & (ids != void)])
-        if outside.size:
-            values = ", ".join(str(value) for value in outside[:8]) + (" …" if outside.size > 8 else "")
-            raise ValueError(
-                f"The mask {name} holds the ids {values}, but only 0…{highest} and {void} (no class) have a meaning "
-                f"with {self.num_labels} classes; complete the class list, set ignore_index or do_reduce_labels, or "
-                "correct the mask."
-            )
+    def _of_colors(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The class ids of colors, and which of them are in the palette."""
+        known, classes = self._colors
+        positions = np.minimum(np.searchsorted(known, codes), len(known) - 1)
+        return classes[positions], known[positions] == codes
 
     def _ids_of_colors(self, pixels: np.ndarray, name: str) -> np.ndarray:
-        """Ids, in the raw convention of this data set, of an (h, w, 3) mask in the palette's colours."""
+        """Class ids of an (h, w, 3) mask in the palette's colors, or with the id in each of three channels."""
+        codes = _color_codes(pixels)
+        is_grey = bool((pixels[..., :1] == pixels).all())
+        unknown = codes[:0]
+        if self.palette:
+            if len(np.unique(self._colors[0])) < len(self._colors[0]):
+                raise ValueError(f"The mask {name} is in color but two classes share one; give each its own color.")
+            ids, is_known = self._of_colors(codes)
+            if is_known.all():
+                return self._typed(ids)
+            unknown = codes[~is_known]
+        if is_grey:
+            return self._ids_of_greys(pixels[..., 0], name)
         if not self.palette:
-            raise ValueError(f"The mask {name} is in colour but no palette is given; add one or save ids instead.")
-        colors = np.array([*self.palette, *self.ignore_colors], dtype=np.uint8)
-        classes = np.arange(len(colors)) + self.do_reduce_labels
-        classes[len(self.palette) :] = 0 if self.do_reduce_labels else self.ignore_index
-        codes = _color_codes(colors)
-        if len(np.unique(codes)) < len(codes):
-            raise ValueError(f"The mask {name} is in colour but two classes share one; give each its own colour.")
-        order = np.argsort(codes)
-        pixel_codes = _color_codes(pixels)
-        positions = order[np.minimum(np.searchsorted(codes[order], pixel_codes), len(codes) - 1)]
-        unknown = pixels[codes[positions] != pixel_codes]
-        if unknown.size:
-            color = tuple(int(value) for value in unknown[0])
-            raise ValueError(
-                f"The mask {name} holds the colour {color}, which is no class of the palette; add it to the palette "
-                "or, if it means no class, to ignore_colors."
-            )
-        return classes[positions]
+            raise ValueError(f"The mask {name} is in color but no palette is given; add one or save ids instead.")
+        color = tuple(int(unknown[0]) >> shift & 255 for shift in (16, 8, 0))
+        raise ValueError(
+            f"The mask {name} holds the color {color}, which is no class of the palette; add it to the palette "
+            "or, if it means no class, to ignore_colors."
+        )
 
-    def class_ids(self, mask: np.ndarray) -> np.ndarray:
-        """`mask` with `do_reduce_labels` applied, as a new array: 0…K − 1 and `ignore_index`."""
-        return reduce_labels(mask, self.ignore_index) if self.do_reduce_labels else mask.astype(np.int64)
+    def _ids_of_palette(self, indices: np.ndarray, colors: np.ndarray, name: str) -> np.ndarray:
+        """
+        Class ids of a mask of indices: by color if the mask's own palette is made of the classes' colors, which may
+        have another order there, and else by index.
+        """
+        if not self.palette or self._shared_colors:
+            return self._ids(indices, name)
+        if len(colors) > 2 and (colors == np.arange(len(colors))[:, None]).all():
+            return self._ids_of_greys(indices, name)  # a palette that shows each index as that grey
+        used = _values(indices)
+        codes = np.full(max(len(colors), 1 + used.max(initial=0)), NO_COLOR)
+        codes[: len(colors)] = _color_codes(colors)
+        ids, is_known = self._of_colors(codes)
+        # A palette that was made for other classes may share black with these.
+        is_own = is_known[: len(colors)].all() or codes[used[is_known[used]]].any()
+        is_own = is_own or len(set(ids[is_known].tolist()) - {self.ignore_index}) == self.num_labels
+        for index in {self.ignore_index, 0 if self.do_reduce_labels else -1} & set(used.tolist()):
+            # An id that means no class does so unless it alone has the color of a class.
+            if not is_known[index] or (codes[:index] == codes[index]).any():
+                ids[index], is_known[index] = self.ignore_index, True
+        if not is_own or not is_known[used].all():
+            return self._ids(indices, name)
+        return self._typed(ids)[indices]
+
+    @property
+    def _shared_colors(self) -> bool:
+        codes = self._colors[0]
+        return len(np.unique(codes)) < len(codes)
+
+    def _ids_of_greys(self, greys: np.ndarray, name: str) -> np.ndarray:
+        """Class ids of a mask of ids, or where all colors of the palette are greys, of these."""
+        greys = _whole_numbers(greys)
+        colors = np.array(self.palette or [[0, 0, 1]])
+        if (colors != colors[:, :1]).any() or self._shared_colors or (colors[:, 0] == np.arange(len(colors))).all():
+            return self._ids(greys, name)
+        used = _values(greys).astype(np.int64)
+        ids, is_known = self._of_colors(_color_codes(np.repeat(used.clip(0, 255)[:, None], 3, 1)))
+        is_known &= used < 256
+        if is_known.all():
+            return self._typed(ids)[np.searchsorted(used, greys)]
+        meant = zip(used[is_known].tolist(), ids[is_known].tolist(), strict=True)
+        if any(self._meaning(value) not in (None, class_id) for value, class_id in meant):
+            raise ValueError(
+                f"The mask {name} holds the greys {_shown(used[is_known])} of the palette, which are also ids of "
+                f"classes, beside {_shown(used[~is_known])}; save masks either with ids or in the palette's greys."
+            )
+        return self._ids(greys, name)
+
+    def _ids(self, stored: np.ndarray, name: str) -> np.ndarray:
+        """Class ids of stored ones: mapped, shifted, or as they are."""
+        if stored.ndim != 2 or stored.dtype.kind not in "iub":
+            raise ValueError(
+                f"The mask {name} has shape {stored.shape} and type {stored.dtype}; give (h, w) integer ids."
+            )
+        is_plain = not self.id_map and not self.do_reduce_labels
+        if is_plain and (not stored.size or (stored.min() >= 0 and stored.max() < self.num_labels)):
+            return self._typed(stored)
+        used = _values(stored)
+        ids = [self._meaning(value) for value in used.tolist()]
+        if None in ids:
+            outside = used[[value is None for value in ids]]
+            highest = self.num_labels - 1 + self.do_reduce_labels
+            raise ValueError(
+                f"The mask {name} holds the ids {_shown(outside)}, but only 0…{highest}"
+                f"{', those of id_map' if self.id_map else ''} and {self.ignore_index} (no class) have a meaning with "
+                f"{self.num_labels} classes; complete the class list, set id_map, ignore_index or do_reduce_labels, "
+                "or correct the mask."
+            )
+        return self._typed(np.array(ids))[np.searchsorted(used, stored)]
+
+    def _meaning(self, stored: int) -> int | None:
+        """The class id, or `ignore_index`, that a stored id means; None if it means nothing."""
+        if stored in self.id_map:
+            meant = self.id_map[stored]
+            return self.ignore_index if meant is None else meant
+        if stored == self.ignore_index or (stored == 0 and self.do_reduce_labels):
+            return self.ignore_index
+        meant = stored - self.do_reduce_labels
+        return meant if 0 <= meant < self.num_labels else None
+
+    def _typed(self, ids: np.ndarray) -> np.ndarray:
+        is_small = self.num_labels <= 256 and 0 <= self.ignore_index <= 255
+        return ids.astype(np.uint8 if is_small else np.int32)
+
+
+def _check_size(shape: tuple[int, ...], mask: str, image: Image.Image | None) -> None:
+    """Refuse a mask of another (height, width) than its image's."""
+    if image is None or len(shape) != 2 or shape == image.size[::-1]:
+        return
+    turned = image.info.get("turned") and shape == image.size
+    hint = (
+        " (its EXIF orientation turns the image; the mask seems to be drawn on it as it is stored)" if turned else ""
+    )
+    remedy = "turn the mask too, or remove the tag from the image" if turned else "save both at the same size"
+    raise ValueError(
+        f"{name_of(image)} is {image.width}x{image.height} pixels but its mask {mask} is {shape[1]}x{shape[0]}{hint}; "
+        f"{remedy}."
+    )
+
+
+def _whole_numbers(values: np.ndarray) -> np.ndarray:
+    """Integers where floats are whole numbers, and (h, w) where an axis of one channel was added."""
+    if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
+        values = values[0] if values.shape[0] == 1 else values[..., 0]
+    if values.dtype.kind == "f" and np.isfinite(values).all() and (values == (whole := values.astype(np.int64))).all():
+        return whole
+    return values
+
+
+def _values(ids: np.ndarray) -> np.ndarray:
+    """The different values of an array of integers, rising."""
+    if ids.dtype != np.uint8:
+        return np.unique(ids)
+    seen = np.zeros(256, dtype=bool)
+    seen[ids.ravel()] = True
+    return np.flatnonzero(seen)
+
+
+def _shown(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:8].tolist())) + (" …" if len(values) > 8 else "")

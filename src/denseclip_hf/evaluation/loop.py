@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..data.reading import name_of
+from ..data import name_of
 from ..metrics import confusion_matrix, scores_from_confusion_matrix
-from ..model.image_inputs_denseclip import reduce_labels
 from ..model.open_vocabulary_denseclip import eval_mode
 from ..model.resizing_denseclip import resize_argmax, resize_labels
 from ..training.stopping import OutlivesSignals, sigterm_blocked
@@ -22,19 +21,13 @@ Sample = dict[str, Any]
 
 
 class _Preparation:
-    """What happens to a sample before the model sees it: its picture preprocessed, its labels shifted."""
+    """What happens to a sample before the model sees it."""
 
-    def __init__(self, image_processor, do_reduce_labels: bool, ignore_index: int):
-        self.image_processor, self.do_reduce_labels, self.ignore_index = (
-            image_processor,
-            do_reduce_labels,
-            ignore_index,
-        )
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
 
     def __call__(self, sample: Sample, index: int, counted: bool = True) -> Sample:
-        mask = np.asarray(sample["mask"])
-        mask = reduce_labels(mask, self.ignore_index) if self.do_reduce_labels else mask
-        labels = torch.from_numpy(mask.astype(np.int64))
+        labels = torch.from_numpy(np.asarray(sample["mask"]).astype(np.int64))
         prepared = {"image": sample["image"], "mask": labels, "index": index, "counted": counted}
         prepared["name"] = name_of(sample["image"])
         if self.image_processor is not None:
@@ -74,7 +67,6 @@ def evaluate_segmentation(
     samples,
     image_processor,
     *,
-    do_reduce_labels: bool = False,
     accelerator: Accelerator | None = None,
     autocast: bool = True,
     batch_size: int = 1,
@@ -88,9 +80,8 @@ def evaluate_segmentation(
 
     Args:
         model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode for it, and back.
-        samples (sequence or stream of `{"image", "mask"}`): pictures and raw masks.
+        samples (sequence or stream of `{"image", "mask"}`): images and masks of class ids.
         image_processor ([`DenseCLIPImageProcessor`]): preprocessing of the pictures.
-        do_reduce_labels (`bool`): raw masks hold 0 for no class and n for class n - 1.
         accelerator (`Accelerator`, *optional*): shares the pictures among its processes.
         autocast (`bool`): compute in the mixed precision of `accelerator`, if it has one.
         batch_size (`int`): most consecutive pictures of one size run together.
@@ -111,7 +102,7 @@ def evaluate_segmentation(
     length = len(samples) if hasattr(samples, "__len__") else None
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     config, device = model.config, accelerator.device if accelerator else model.device
-    prepare = _Preparation(None if predict else image_processor, do_reduce_labels, config.semantic_loss_ignore_index)
+    prepare = _Preparation(None if predict else image_processor)
     share = (_StreamShare if length is None else _Share)(samples, world, rank, prepare)
     loader = torch.utils.data.DataLoader(
         share, batch_size=None, num_workers=0 if length is None else num_workers, worker_init_fn=OutlivesSignals()

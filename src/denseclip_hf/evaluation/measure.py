@@ -15,10 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from ..data.arguments import DatasetArguments
-from ..data.folders import default_palette
-from ..data.loading import SegmentationData
-from ..data.reading import NAMELESS, file_stem, name_of
+from ..data import NAMELESS, DatasetArguments, SegmentationData, default_palette, file_stem, name_of
 from ..files import make_directory, writing_into
 from ..inference.drawing import confusion_picture, indexed_picture
 from ..inference.views import (
@@ -110,7 +107,7 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     ids = match_classes(data.id2label, names)
     ignore_index = model.config.semantic_loss_ignore_index
     make_directory(args.output_dir)
-    samples = MatchedSamples(data.validation, ids, data.do_reduce_labels, data.ignore_index, ignore_index)
+    samples = MatchedSamples(data.validation, ids, data.ignore_index, ignore_index)
     collector = _Collector(args, model.config, samples, ids)
     scores = evaluate_segmentation(
         model,

@@ -28,7 +28,6 @@ import numpy as np
 
 from ..files import write_atomically
 from ..metrics import scores_from_confusion_matrix
-from ..model.image_inputs_denseclip import reduce_labels
 
 
 logger = logging.getLogger(__name__)
@@ -73,15 +72,13 @@ class MatchedSamples:
     Samples whose masks hold the model's class ids.
 
     Args:
-        samples (sequence of `{"image", "mask"}`): with raw masks.
+        samples (sequence of `{"image", "mask"}`): with masks of the data's class ids.
         ids (`Sequence[int]`): the model's id of each of the data's classes, see [`match_classes`].
-        do_reduce_labels (`bool`): raw masks hold 0 for no class and n for class n - 1.
         data_ignore_index, ignore_index (`int`): pixels without a class, in the data and for the model.
     """
 
-    def __init__(self, samples, ids: Sequence[int], do_reduce_labels: bool, data_ignore_index: int, ignore_index: int):
+    def __init__(self, samples, ids: Sequence[int], data_ignore_index: int, ignore_index: int):
         self.samples, self.ids = samples, np.array(ids)
-        self.do_reduce_labels = do_reduce_labels
         self.data_ignore_index, self.ignore_index = data_ignore_index, ignore_index
 
     def __len__(self) -> int:
@@ -90,7 +87,6 @@ class MatchedSamples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
         mask = np.asarray(sample["mask"]).astype(np.int64)
-        mask = reduce_labels(mask, self.data_ignore_index) if self.do_reduce_labels else mask
         ignored = mask == self.data_ignore_index
         matched = np.where(ignored, self.ignore_index, self.ids[np.where(ignored, 0, mask)])
         return {"image": sample["image"], "mask": matched}

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.folders import default_palette, parse_classes
+from ..data import default_palette, parse_classes
 from ..files import make_directory, write_atomically, writing_into
 from ..model.open_vocabulary_denseclip import check_words, predict_from_scores, score_maps_of
 from ..model.resizing_denseclip import check_finite, resize_argmax

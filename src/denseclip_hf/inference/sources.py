@@ -20,8 +20,7 @@ from urllib.request import Request, urlopen
 
 from PIL import Image
 
-from ..data.folders import IMAGE_SUFFIXES
-from ..data.reading import file_stem, read_image, shown_address
+from ..data import IMAGE_SUFFIXES, file_stem, read_image, shown_address
 
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..data.reading import name_of
+from ..data import name_of
 from ..devices import DTYPES
 from ..model.fpn_denseclip import resize_bilinear
 from ..model.image_inputs_denseclip import flatten_images, picture_to_tensor

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.folders import default_palette
-from ..data.loading import SegmentationData
+from ..data import SegmentationData, default_palette
 from ..evaluation.report import protocol_of
 from ..inference.drawing import overlay_with_legend
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil

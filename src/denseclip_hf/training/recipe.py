@@ -9,9 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
 
-from ..data.arguments import DatasetArguments
-from ..data.check import check_dataset
-from ..data.loading import SegmentationData
+from ..data import DatasetArguments, SegmentationData, check_dataset
 from ..model.configuration_clip_resnet import clip_config_class, refuse_unknown_options
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.freezing_denseclip import refuse_if_frozen
@@ -77,7 +75,6 @@ class DataArguments(DatasetArguments):
     ratio_max: float = field(default=2.0, metadata={"help": "Highest random factor on that size in training."})
     cat_max_ratio: float = field(default=0.75, metadata={"help": "Most of a crop one class may fill."})
     photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
-    fast_jpeg: bool = field(default=False, metadata={"help": "Let the JPEG decoder shrink large pictures."})
     check_data: bool = field(default=True, metadata={"help": "Look at a sample of the files before training."})
 
 
@@ -92,7 +89,6 @@ def load_data(args: DataArguments) -> SegmentationData:
         validation_split=args.validation_split,
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer,
-        decode=not args.fast_jpeg,
         read_first=not args.check_data,  # the check does
     )
     if args.check_data:
@@ -213,9 +209,7 @@ def make_trainer(
         ratio_range=(data_args.ratio_min, data_args.ratio_max),
         cat_max_ratio=data_args.cat_max_ratio,
         photometric=data_args.photometric,
-        do_reduce_labels=data.do_reduce_labels,
         ignore_index=data.ignore_index,
-        fast_jpeg=data_args.fast_jpeg,
     )
     # Files in a folder here are no stream, whatever `streaming` says.
     augmented = AugmentedStream if isinstance(data.train, IterableDataset) else AugmentedDataset
@@ -230,7 +224,6 @@ def make_trainer(
         eval_dataset=data.validation,
         image_processor=image_processor,
         tokenizer=tokenizer,
-        do_reduce_labels=data.do_reduce_labels,
         **kwargs,
     )
     return trainer, data

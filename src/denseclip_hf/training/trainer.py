@@ -37,11 +37,10 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         model (`DenseCLIPForSemanticSegmentation`): the model, with or without adapters of `peft`.
         args ([`DenseCLIPTrainingArguments`]): the recipe.
         train_dataset ([`AugmentedDataset`] or [`AugmentedStream`]): augmented samples.
-        eval_dataset (*optional*): samples `{"image", "mask"}`, pictures and raw masks, see [`SegmentationData`]; or
-            several such sets in a `dict` by name.
+        eval_dataset (*optional*): samples `{"image", "mask"}`, images and masks of class ids, see
+            [`SegmentationData`]; or several such sets in a `dict` by name.
         image_processor ([`DenseCLIPImageProcessor`]): used in evaluation and saved with the model.
         tokenizer (*optional*): saved with the model.
-        do_reduce_labels (`bool`): of the raw masks in `eval_dataset`.
         kwargs: further arguments of `Trainer`.
     """
 
@@ -57,7 +56,6 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         eval_dataset=None,
         image_processor=None,
         tokenizer=None,
-        do_reduce_labels: bool = False,
         **kwargs,
     ):
         if args.n_gpu > 1:  # torch's DataParallel, whose copies of the model have no parameters to train
@@ -67,7 +65,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             synchronise_batch_norms(model, args.device.type)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        self.image_processor, self.tokenizer, self.do_reduce_labels = image_processor, tokenizer, do_reduce_labels
+        self.image_processor, self.tokenizer = image_processor, tokenizer
         self._log = TrainingLog()
         self._unchecked: list[tuple[torch.Tensor, Any]] = []  # losses of the step that runs, and their files' names
         self._still: list[nn.Module] = []  # batch norms that keep their statistics
@@ -286,7 +284,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         Scores on `eval_dataset`, or the trainer's own; every picture is counted once, on however many processes.
 
         Args:
-            eval_dataset (sequence or stream of `{"image", "mask"}`, *optional*): pictures and raw masks. Of a `dict`
+            eval_dataset (sequence or stream of `{"image", "mask"}`, *optional*): images and masks. Of a `dict`
                 of such sets each is evaluated, its name after the prefix; `eval_mean_iou` is the mean of all
                 `eval_NAME_mean_iou`.
             ignore_keys: has no effect.
@@ -311,7 +309,6 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             self.model,
             rows,
             self.image_processor,
-            do_reduce_labels=self.do_reduce_labels,
             accelerator=self.accelerator,
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from denseclip_hf.data.folders import parse_classes
+from denseclip_hf.data import parse_classes
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["text", "path"])

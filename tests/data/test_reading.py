@@ -1,4 +1,4 @@
-"""Pictures and masks: every file type that is read, and every refusal with its words."""
+"""Images and masks: every file type that is read, and what is refused."""
 
 import shutil
 
@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-from denseclip_hf.data import load_segmentation_dataset
-from denseclip_hf.data.reading import read_image
-from denseclip_hf.transforms import AugmentedDataset, TrainTransform
+from denseclip_hf.data import read_image
 from helpers.sample_data import PALETTE, SIZE, make_mask, make_pixels, reader, truncated, write_folder
 
 
@@ -27,7 +25,7 @@ def folder(tmp_path):
     ("mode", "suffix"),
     [("L", ".png"), ("P", ".png"), ("RGBA", ".png"), ("LA", ".png"), ("1", ".png"), ("CMYK", ".jpg"), ("L", ".jpg")],
 )
-def test_other_pictures_become_rgb(tmp_path, mode, suffix):
+def test_other_images_become_rgb(tmp_path, mode, suffix):
     original = Image.fromarray(make_pixels())
     path = tmp_path / f"picture{suffix}"
     original.convert(mode).save(path)
@@ -56,17 +54,16 @@ def test_more_than_8_bits_are_scaled(tmp_path, values, suffix):
 FORMATS = ["JPEG", "MPO", "WEBP", "PNG", "TIFF", pytest.param("AVIF", marks=NEEDS_AVIF)]
 
 
-@pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright_as_pillow_turns_them(tmp_path, file_format, orientation, decode):
+def test_images_are_turned_upright_as_pillow_turns_them(tmp_path, file_format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(make_pixels()).save(tmp_path / "lying", file_format, exif=exif)
     with Image.open(tmp_path / "lying") as lying:
         expected = np.asarray(ImageOps.exif_transpose(lying).convert("RGB"))
     assert expected.shape == (*(SIZE if orientation > 4 else SIZE[::-1]), 3)
-    image = read_image(tmp_path / "lying", decode)
+    image = read_image(tmp_path / "lying")
     assert np.array_equal(read_image(image), expected)  # what is upright stays so
 
 
@@ -85,15 +82,8 @@ def test_a_mask_that_lies_on_its_side_is_turned_upright(tmp_path, compression, a
     assert np.array_equal(reader().read(picture, save(np.rot90(upright)))["mask"], upright)
     grey = np.asarray(read_image(save(np.rot90(upright))))
     assert np.array_equal(grey, np.dstack([upright] * 3))
-    with pytest.raises(ValueError, match=f"is 8x6 pixels but its mask .*mask.tif is {SIZE[1]}x{SIZE[0]}; save both"):
+    with pytest.raises(ValueError, match=f"is 8x6 pixels but its mask .*mask.tif is {SIZE[1]}x{SIZE[0]}"):
         reader().read(picture, save(upright))
-
-
-def test_plain_files_can_be_left_undecoded(folder):
-    data = load_segmentation_dataset(folder, decode=False)
-    assert data.train[0]["image"].tile  # what Pillow still has to decode
-    transform = TrainTransform(crop_size=4, scale=(8, 4), fast_jpeg=True)
-    assert AugmentedDataset(data.train, transform)[0]["labels"].shape == (4, 4)
 
 
 IDS = np.array([[0, 1], [2, 255]], dtype=np.uint8)
@@ -128,15 +118,13 @@ def test_masks_in_the_colors_of_the_palette(tmp_path, reduce):
     colors = np.array([[PALETTE[2], PALETTE[0], [1, 2, 3]]], dtype=np.uint8)
     Image.fromarray(colors).save(tmp_path / "mask.png")
     rules = reader(ignore_colors=[[1, 2, 3]], do_reduce_labels=reduce)
-    mask = rules.read_mask(tmp_path / "mask.png")
-    assert mask.tolist() == ([[3, 1, 0]] if reduce else [[2, 0, 255]])
-    assert rules.class_ids(mask).tolist() == [[2, 0, 255]]
+    assert rules.read_mask(tmp_path / "mask.png").tolist() == [[2, 0, 255]]
 
 
 def test_reduced_labels_may_be_one_higher():
     rules = reader(do_reduce_labels=True)
-    assert rules.class_ids(rules.read_mask(np.array([[0, 1, 3, 255]]))).tolist() == [[255, 0, 2, 255]]
-    with pytest.raises(ValueError, match=r"ids 4, .* 0…3 and 255"):
+    assert rules.read_mask(np.array([[0, 1, 3, 255]])).tolist() == [[255, 0, 2, 255]]
+    with pytest.raises(ValueError, match="ids 4"):
         rules.read_mask(np.array([[4]]))
 
 
@@ -152,33 +140,33 @@ def save_mask(array, path):
     [
         (
             lambda p: save_mask(np.full((6, 8), 7, np.uint8), p),
-            r"mask.png holds the ids 7, .* 0…2 and 255 .* 3 classes; complete the class list, .* or correct",
+            "mask.png holds the ids 7",
         ),
         (
             lambda p: save_mask(np.full((6, 8, 3), 9, np.uint8), p),
-            r"mask.png holds the colour \(9, 9, 9\), .*; add it to the palette",
+            "mask.png holds the ids 9",
         ),
         (
             lambda p: save_mask(np.zeros((8, 6), np.uint8), p),
-            r"image.png is 8x6 pixels but its mask .*mask.png is 6x8; save both at the same size",
+            "is 8x6 pixels but its mask .*mask.png is 6x8",
         ),
         (
             lambda p: save_mask(np.full((8, 6), 77, np.uint8), p),  # ids that smoothing made
-            r"image.png is 8x6 pixels but its mask .*mask.png is 6x8; save both at the same size",
+            "is 8x6 pixels but its mask .*mask.png is 6x8",
         ),
         (
-            lambda p: Image.new("LA", SIZE).save(p),
-            "mask.png has mode LA; save it as a PNG with one integer id per pixel",
+            lambda p: Image.new("LAB", SIZE).save(p, "TIFF"),
+            "mask.png has mode LAB",
         ),
         (
             lambda p: (Image.new("L", (64, 64)).save(p.parent / "image.png"), truncated(p, "PNG")),
-            "mask.png cannot be read as a picture",
+            "mask.png cannot be read",
         ),
-        (lambda p: p.write_bytes(b"no picture"), "mask.png cannot be read as a picture"),
-        (lambda p: Image.new("L", SIZE).save(p, "JPEG"), "mask.png is a JPEG, .*; save masks as PNG"),
+        (lambda p: p.write_bytes(b"no picture"), "mask.png cannot be read"),
+        (lambda p: Image.new("L", SIZE).save(p, "JPEG"), "mask.png is a JPEG"),
         (lambda p: None, "mask.png is missing"),
     ],
-    ids=["ids", "colour", "size", "smoothed", "mode", "truncated", "no picture", "jpeg", "missing"],
+    ids=["ids", "colour", "size", "smoothed", "mode", "truncated", "no image", "jpeg", "missing"],
 )
 def test_masks_that_are_refused(tmp_path, make, words):
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"
@@ -191,20 +179,20 @@ def test_masks_that_are_refused(tmp_path, make, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (truncated, "image.tif cannot be read .* truncated.*; save it anew or remove the sample"),
+        (truncated, "image.tif cannot be read"),
         (
             lambda p: save_mask(np.array([[0, np.nan]], np.float32), p),
-            "image.tif holds values that are not numbers .NaN or infinite.; save it as an 8-bit",
+            "not numbers",
         ),
         (lambda p: save_mask(np.array([[0, 300]], np.float32), p), "image.tif has values from 0.0 to 300.0"),
         (lambda p: save_mask(np.array([[-1, 300]], np.int32), p), "image.tif has values from -1 to 300"),
         (lambda p: p.write_bytes(b""), "image.tif cannot be read"),
-        (lambda p: save_mask(np.array([[0, np.inf]], np.float32), p), "image.tif holds values that are not numbers"),
-        (lambda p: None, "image.tif is missing; restore"),
+        (lambda p: save_mask(np.array([[0, np.inf]], np.float32), p), "not numbers"),
+        (lambda p: None, "image.tif is missing"),
     ],
     ids=["truncated", "nan", "float range", "negative", "empty", "infinite", "missing"],
 )
-def test_pictures_that_are_refused(tmp_path, make, words):
+def test_images_that_are_refused(tmp_path, make, words):
     make(tmp_path / "image.tif")
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         read_image(tmp_path / "image.tif")
@@ -213,31 +201,31 @@ def test_pictures_that_are_refused(tmp_path, make, words):
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (30, 30)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="bomb.png has more pixels than are decoded .*; shrink it"):
+    with pytest.raises(ValueError, match="bomb.png has more pixels"):
         read_image(tmp_path / "bomb.png")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "I", "F"])
-def test_a_picture_without_pixels_is_refused(mode):
-    with pytest.raises(ValueError, match="cannot be read as a picture .it has no pixels.; save it anew or remove"):
+def test_an_image_without_pixels_is_refused(mode):
+    with pytest.raises(ValueError, match="no pixels"):
         read_image(Image.new(mode, (0, 5)))
 
 
 def test_a_color_mask_needs_a_palette_of_different_colors():
-    mask = Image.fromarray(np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(ValueError, match="no palette is given"):
+    mask = Image.fromarray(np.full((2, 2, 3), PALETTE[1], np.uint8))
+    with pytest.raises(ValueError, match="no palette"):
         reader(palette=None).read_mask(mask)
     with pytest.raises(ValueError, match="two classes share one"):
         reader(palette=[[0, 0, 0], [0, 0, 0], [1, 1, 1]]).read_mask(mask)
 
 
-@pytest.mark.parametrize("array", [np.zeros((2, 2)), np.zeros((2, 2, 1), int)], ids=["float", "3-d"])
+@pytest.mark.parametrize("array", [np.full((2, 2), 0.5), np.zeros((2, 2, 2), int)], ids=["float", "3-d"])
 def test_arrays_that_are_no_mask(array):
     with pytest.raises(ValueError, match=r"give \(h, w\) integer ids"):
         reader().read_mask(array)
 
 
-def test_pictures_inside_an_archive(folder, tmp_path):
+def test_images_inside_an_archive(folder, tmp_path):
     archive = shutil.make_archive(str(tmp_path / "masks"), "zip", folder / "train" / "masks")
     mask = reader().read_mask({"path": f"zip://001.png::{archive}", "bytes": None})
     assert np.array_equal(mask, make_mask(1))
