@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers.golden import FIXTURES
 from transformers import CLIPConfig, CLIPModel
 
 from denseclip_hf.conversion.catseg import CATSEG_KEY_TABLE
 from denseclip_hf.conversion.keys import check_keys, rename
 from denseclip_hf.model.cost_aggregation_denseclip import CostAggregationHead
+from helpers.golden import FIXTURES
 
 
 RELEASED = json.loads((FIXTURES / "catseg_keys.json").read_text())["models"]

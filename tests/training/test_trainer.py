@@ -107,6 +107,14 @@ def test_label_smoothing_is_refused(tmp_path):
         trainer_for(tmp_path, label_smoothing_factor=0.1)
 
 
+def test_the_code_is_saved_too_if_asked_for(tmp_path):
+    trainer_for(tmp_path, save_code=True).save_model(tmp_path / "model")
+    assert (
+        "AutoModelForSemanticSegmentation" in json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+    )
+    assert (tmp_path / "model" / "modeling_denseclip.py").is_file() and (tmp_path / "model" / "README.md").is_file()
+
+
 def test_saved_directory_is_complete(tmp_path):
     trainer = trainer_for(tmp_path / "model")
     trainer.train()

@@ -188,6 +188,10 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Keep convolutions' tensors channels-last: faster with bf16 and ResNets."}
     )
     exempt_norms_and_biases: bool = field(default=False, metadata={"help": "No weight decay on norms and biases."})
+    save_code: bool = field(
+        default=False,
+        metadata={"help": "Put the model's code beside the weights, for `trust_remote_code=True`."},
+    )
     if not hasattr(TrainingArguments, "activation_checkpointing"):  # the name since transformers 5.23
         activation_checkpointing: bool = field(
             default=False, metadata={"help": "Compute activations again in the backward pass, to need less memory."}

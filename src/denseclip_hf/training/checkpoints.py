@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
 from ..files import complete_or_gone
-from ..sharing import CARD, write_card
+from ..sharing import CARD, add_code, write_card
 from .adapters import load_added_adapter
 from .arguments import NO_PUSH
 from .run_directory import WRITING_DIR, reading_checkpoint
@@ -33,9 +33,11 @@ class CheckpointingTrainer(Trainer):
                 part.save_pretrained(folder)
 
     def save_model(self, output_dir=None, _internal_call: bool = False):
-        """[`Trainer.save_model`]; a whole model gets the card that a directory to share must have, if it has none."""
+        """[`Trainer.save_model`]; a whole model gets a card if it has none and, with `save_code`, the model's code."""
         super().save_model(output_dir, _internal_call)
         folder = Path(str(output_dir or self.args.output_dir))
+        if self.args.save_code and not _internal_call and self.args.should_save:
+            add_code(folder)
         asked_for = not _internal_call and folder.name != WRITING_DIR  # a run writes its own card at its end
         if asked_for and self.args.should_save and (folder / CONFIG_NAME).is_file() and not (folder / CARD).exists():
             write_card(folder, base_model=self.model.config.clip_config.name_or_path or None)
