@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .data import name_of
+from .data import NAMELESS
 from .model.resizing_denseclip import _nearest, fit_within
 
 
@@ -56,6 +56,10 @@ def crop_is_varied(labels: np.ndarray, cat_max_ratio: float = 0.75, ignore_index
     labelled = labels[labels != ignore_index]
     counts = np.bincount(labelled) if labelled.size else np.zeros(1, dtype=np.int64)
     return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
+
+
+def _name_of(image: Image.Image) -> str:
+    return getattr(image, "filename", "") or NAMELESS
 
 
 def _linear_table(gain: float, shift: float) -> np.ndarray:
@@ -152,13 +156,14 @@ class TrainTransform:
         """
         if image.size != mask.shape[::-1]:
             raise ValueError(
-                f"{name_of(image)}: the image is {image.width}x{image.height} pixels and its mask "
+                f"{_name_of(image)}: the image is {image.width}x{image.height} pixels and its mask "
                 f"{mask.shape[1]}x{mask.shape[0]}; save both at the same size."
             )
         ratio = rng.uniform(*self.ratio_range)
         short, long = sorted(int(side * ratio) for side in self.scale)
         new_size = fit_within(mask.shape[0], mask.shape[1], short, long)
-        box, crop_labels = self._random_crop(mask, new_size, rng)
+        rows, columns = _nearest(mask.shape[0], new_size[0]), _nearest(mask.shape[1], new_size[1])
+        box, crop_labels = self._random_crop(mask, rows.numpy(), columns.numpy(), rng)
         flip = rng.random() < self.flip_probability
         crop = resize_region(image, new_size, box)
         if self.photometric:
@@ -169,10 +174,10 @@ class TrainTransform:
         return self._normalise_and_pad(pixels, crop_labels)
 
     def _random_crop(
-        self, mask: np.ndarray, new_size: tuple[int, int], rng: np.random.Generator
+        self, mask: np.ndarray, rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator
     ) -> tuple[tuple[int, int, int, int], np.ndarray]:
-        """The box (top, left, bottom, right) in the resized image, and the labels in it."""
-        rows, columns = (_nearest(old, new).numpy() for old, new in zip(mask.shape, new_size, strict=True))
+        """The box (top, left, bottom, right) in the resized image, whose pixels are these of the mask; its labels."""
+        new_size = (len(rows), len(columns))
         for _ in range(MAX_CROP_DRAWS):
             top, left = (int(rng.integers(max(n - c, 0) + 1)) for n, c in zip(new_size, self._crop, strict=True))
             bottom, right = min(top + self._crop[0], new_size[0]), min(left + self._crop[1], new_size[1])
@@ -204,7 +209,7 @@ class _Augmented:
 
     def _augment(self, sample: dict[str, Any], epoch: int, key: int) -> dict[str, Any]:
         augmented = self.transform(sample["image"], sample["mask"], sample_rng(self.seed, epoch, key))
-        return {**augmented, "name": name_of(sample["image"])}
+        return {**augmented, "name": _name_of(sample["image"])}
 
 
 class AugmentedDataset(_Augmented, torch.utils.data.Dataset):

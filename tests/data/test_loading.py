@@ -3,7 +3,6 @@
 import json
 import shutil
 from functools import partial
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from PIL import Image
 
 from denseclip_hf.data import check_dataset, default_palette, load_segmentation_dataset
-from denseclip_hf.data.folders import hold_out
 from denseclip_hf.transforms import AugmentedStream, TrainTransform
 from helpers.sample_data import (
     NAMES,
@@ -64,10 +62,13 @@ def test_held_out_share_of_few_samples(tmp_path, count):
     assert (data.validation is None) == (count == 1)
 
 
-def test_files_added_later_do_not_move_others():
-    pairs = [(Path(f"{i}.jpg"), Path(f"{i}.png")) for i in range(200)]
-    few, many = (set(hold_out(chosen, 0.2)[1]) for chosen in (pairs[:100], pairs))
-    assert few <= many and 20 < len(many) < 60
+def test_files_added_later_do_not_move_others(tmp_path):
+    held_out = []
+    for count in (40, 80):
+        write_pairs(tmp_path, count)
+        data = load_segmentation_dataset(tmp_path, classes=NAMES, validation_fraction=0.2, read_first=False)
+        held_out.append({row["mask"]["path"] for row in data.validation.with_format(None)})
+    assert held_out[0] < held_out[1] and 8 < len(held_out[1]) < 26
 
 
 @pytest.mark.parametrize(

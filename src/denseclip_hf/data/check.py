@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .loading import Rows, SegmentationData, fault_of_masks, readable_masks
+from .loading import Rows, SegmentationData
 from .reading import SampleReader, name_of, remarks
 
 
@@ -141,10 +141,16 @@ def check_dataset(data: SegmentationData, *, full: bool = False, max_samples: in
         raise ValueError(f"`max_samples` is {max_samples}, and so none would be looked at: give 1 or more.")
     splits = {"train": data.train, "validation": data.validation}
     limit = None if full else max_samples
-    return DatasetReport(
-        data.id2label,
-        {name: _check_split(name, rows, data, limit) for name, rows in splits.items() if rows is not None},
+    found = {name: rows for name, rows in splits.items() if rows is not None}
+    report = DatasetReport(
+        data.id2label, {name: _check_split(name, rows, data, limit) for name, rows in found.items()}
     )
+    seen = np.sum([split.pixels_per_class for split in report.splits.values()], axis=0)
+    if report.ok and not (seen[1:] if len(seen) == 2 else seen).any():  # perhaps only in those that were looked at
+        kept = [rows for rows in found.values() if isinstance(rows, datasets.Dataset)]
+        if fault := data.reader.fault_of_masks(data.reader.readable_masks(kept)):
+            next(iter(report.splits.values())).problems.append(fault)
+    return report
 
 
 def _check_split(name: str, rows: Rows, data: SegmentationData, limit: int | None) -> SplitReport:
@@ -156,8 +162,7 @@ def _check_split(name: str, rows: Rows, data: SegmentationData, limit: int | Non
     )
     odd: Counter[str] = Counter()
     example: dict[str, str] = {}
-    is_stream = not isinstance(rows, datasets.Dataset)
-    samples = _of_stream(rows, limit) if is_stream else _of_dataset(rows, data.reader, limit)
+    samples = _of_dataset(rows, data.reader, limit) if isinstance(rows, datasets.Dataset) else _of_stream(rows, limit)
     for position, sample, found in samples:
         report.num_checked += 1
         if isinstance(sample, Exception):
@@ -177,10 +182,6 @@ def _check_split(name: str, rows: Rows, data: SegmentationData, limit: int | Non
     report.remarks += [f"{count} of {report.num_checked}, such as {example[it]}: {it}" for it, count in odd.items()]
     if not report.num_checked:
         report.problems.append("the split has no samples; remove it or fill it.")
-    elif not report.problems and not report.pixels_per_class[num_labels == 2 :].any() and not is_stream:
-        # Perhaps only in the few that were looked at.
-        fault = fault_of_masks(readable_masks(rows, data.reader), data.reader)
-        report.problems += [fault] if fault else []
     return report
 
 

@@ -60,6 +60,7 @@ class ClassTable:
         do_reduce_labels: masks hold 0 for no class and n for class n − 1.
         ignore_colors: colors of pixels without a class.
         id_map: class of ids that masks hold otherwise, None for no class.
+        colors: K colors to draw the classes in: those of the palette, or some that are easily told apart.
     """
 
     id2label: dict[int, str]
@@ -68,6 +69,10 @@ class ClassTable:
     do_reduce_labels: bool | None = None
     ignore_colors: list[Color] = field(default_factory=list)
     id_map: dict[int, int | None] = field(default_factory=dict)
+    colors: list[Color] = field(init=False)
+
+    def __post_init__(self):
+        self.colors = self.palette or default_palette(len(self.id2label))
 
 
 def ade20k_classes() -> ClassTable:

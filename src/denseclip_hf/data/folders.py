@@ -3,9 +3,8 @@
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,33 +49,42 @@ MASK_ENDINGS = (*BESIDE_ENDINGS, "_masks", "_label", "_labels", "_seg", "_gt", "
 IMAGE_ENDING = "_leftImg8bit"
 
 
-@dataclass
-class Pairs:
-    """Rows of one split, an image and its mask each, in the order of their names; and what is left out, in words."""
-
-    rows: list[tuple[str, Any]]
-    left_out: list[str] = field(default_factory=list)
+Row = tuple[str, Any]  # an image's path, and a mask as [`SampleReader`] takes it
 
 
 @dataclass
-class Layout:
+class FolderData:
     """
-    Where the files of a data set are, and its classes where the layout knows them.
+    What is in a folder, by "train" and "validation".
 
-    `splits` has a function by split name that pairs the split's files, and leaves out those without a partner if its
-    argument is True: a split that nobody asks for may be without masks.
+    Args:
+        names: what the folder calls the splits.
+        rows: the images and masks, in the order of their names.
+        left_out: which files are not used, in words.
+        classes: the classes, where the folder says or its layout knows them.
     """
 
-    splits: Mapping[str, Callable[[bool], Pairs]]
-    classes: ClassTable | None = None
+    names: dict[str, str]
+    rows: dict[str, list[Row]]
+    left_out: dict[str, list[str]]
+    classes: ClassTable | None
 
 
-def find_layout(root: Path) -> Layout | None:
+def read_folder(
+    root: Path, train: str | None, validation: str | None, held_out: float, skip_unpaired: bool
+) -> FolderData | None:
     """
-    The first of `LAYOUTS` that the files of a folder have; None for any other folder.
+    The files of a folder in the first of `LAYOUTS` that it has; None for any other folder.
+
+    Args:
+        root: the folder.
+        train, validation: names of the splits; None for the usual names.
+        held_out: share of the training rows that is held out where there is no validation split.
+        skip_unpaired: leave out files without a partner.
 
     Raises:
-        FileNotFoundError: if there are images but no masks where one of them has its masks.
+        FileNotFoundError, ValueError: if there are images but no masks where one of the layouts has its masks, and for
+            splits, partners and classes that are missing.
     """
     if (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
@@ -85,30 +93,36 @@ def find_layout(root: Path) -> Layout | None:
         folders = _splits(root, images)
         if not folders or (images == masks and not any(map(_has_masks, folders.values()))):
             continue
-        found = {name: _folder(root, masks.format(split=name)) for name in folders}
-        if not any(found.values()):
+        mask_folders = {name: _folder(root, masks.format(split=name)) for name in folders}
+        if any(mask_folders.values()):
+            break
+        if images != "{split}":  # what any folder may be
             lacking = lacking or (next(iter(folders.values())), masks.format(split=next(iter(folders))))
-            continue
-        splits: dict[str, Callable[[bool], Pairs]] = {
-            name: partial(_pairs, folder, found[name] or root / masks.format(split=name))
-            for name, folder in folders.items()
-        }
-        if images == "JPEGImages":
-            splits = _listed_splits(root, folders["train"], found["train"] or root)
-        inside = [part for folder in folders.values() for part in (folder, folder.parent) if root in part.parents]
-        classes = find_classes([root, *inside])
-        if classes is None and images == "leftImg8bit/{split}":
-            classes = cityscapes_classes()
-        if classes is None and masks == "annotations/{split}" and {"training", "validation"} & set(splits):
-            classes = ade20k_classes()
-        return Layout(splits, classes)
-    if lacking:
-        folder, masks = lacking
+    else:
+        if lacking is None:
+            return None
         raise FileNotFoundError(
-            f"{folder} holds images, but {root / masks} does not exist; put their masks there. {root} holds "
+            f"{lacking[0]} holds images, but {root / lacking[1]} does not exist; put their masks there. {root} holds "
             f"{_some(_names(root))}."
         )
-    return None
+    lists = _lists(root) if images == "JPEGImages" else {}
+    names = split_names(lists or folders, train, validation)
+    rows: dict[str, list[Row]] = {}
+    left_out: dict[str, list[str]] = {}
+    for kind, name in names.items():
+        key = name if name in folders else "train"
+        found = mask_folders[key] or root / masks.format(split=name)
+        skipped = {"image", "mask"} if skip_unpaired else {"image"} if images == "JPEGImages" and not lists else set()
+        rows[kind], left_out[kind] = _pairs(folders[key], found, skipped, lists.get(name))
+    if "validation" not in rows:
+        rows["train"], rows["validation"] = _hold_out(rows["train"], held_out)
+    inside = [part for folder in folders.values() for part in (folder, folder.parent) if root in part.parents]
+    classes = find_classes([root, *inside])
+    if classes is None and images == "leftImg8bit/{split}":
+        classes = cityscapes_classes()
+    if classes is None and masks == "annotations/{split}" and {"training", "validation"} & set(folders):
+        classes = ade20k_classes()
+    return FolderData(names, rows, left_out, classes)
 
 
 def _splits(root: Path, images: str) -> dict[str, Path]:
@@ -155,26 +169,22 @@ def _is_image(name: str | Path) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _listed_splits(root: Path, images: Path, masks: Path) -> dict[str, Callable[[bool], Pairs]]:
-    """The splits of Pascal VOC, one list of names each in ImageSets/Segmentation; without any, all that has masks."""
-    lists = _folder(root, "ImageSets/Segmentation")
-    files = {Path(name).stem: lists / name for name in _names(lists) if name.endswith(".txt")} if lists else {}
-    if not set(map(str.lower, files)) & set(TRAIN_NAMES):
-        return {"train": partial(_pairs, images, masks, masks_decide=True)}
-    return {name: partial(_pairs, images, masks, listed=file) for name, file in files.items()}
+def _lists(root: Path) -> dict[str, Path]:
+    """The splits of Pascal VOC, one list of names each in ImageSets/Segmentation; none if none is for training."""
+    folder = _folder(root, "ImageSets/Segmentation")
+    lists = {Path(name).stem: folder / name for name in _names(folder) if name.endswith(".txt")} if folder else {}
+    return lists if {name.lower() for name in lists} & set(TRAIN_NAMES) else {}
 
 
-def _pairs(
-    images: Path, masks: Path, skip_unpaired: bool = False, *, listed: Path | None = None, masks_decide: bool = False
-) -> Pairs:
+def _pairs(images: Path, masks: Path, skipped: set[str], listed: Path | None) -> tuple[list[Row], list[str]]:
     """
-    The images and masks of two folders, and of those in them, that have the same name but for suffix and ending.
+    The images and masks of two folders, and of those in them, that have the same name but for suffix and ending; and
+    what is left out, in words.
 
     Args:
         images, masks: the folders; masks in the folder of the images have an ending.
-        skip_unpaired: leave out what has no partner.
+        skipped: "image" to leave out images without a mask, "mask" for masks without an image.
         listed: a file with the names to take, one a line.
-        masks_decide: leave out images without a mask.
 
     Raises:
         FileNotFoundError, ValueError: if a folder or a partner is missing, or two files have the same name.
@@ -198,7 +208,7 @@ def _pairs(
         lonely = sorted(path for key, path in files.items() if key not in partners)
         if not lonely:
             continue
-        if not skip_unpaired and not (masks_decide and kind == "image"):
+        if kind not in skipped:
             unread = [n for n in _names(masks if kind == "image" else images) if Path(n).stem == lonely[0].stem]
             unread = [name for name in unread if not _is_image(name)]
             raise FileNotFoundError(
@@ -208,7 +218,7 @@ def _pairs(
             )
         left_out.append(f"{len(lonely)} in {lonely[0].parent} without {other}: {_some([p.name for p in lonely])}")
     keys = sorted(image_of.keys() & mask_of.keys())
-    return Pairs([(str(image_of[key]), str(mask_of[key])) for key in keys], left_out)
+    return [(str(image_of[key]), str(mask_of[key])) for key in keys], left_out
 
 
 def _images_in(folder: Path, left_out: list[str]) -> list[Path]:
@@ -259,27 +269,32 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join([*names[:5], *(["…"] if len(names) > 5 else [])]) or "nothing"
 
 
-def pick_split(names: Iterable[str], wanted: str | None, usual: Sequence[str]) -> str | None:
+def split_names(splits: Iterable[str], train: str | None, validation: str | None) -> dict[str, str]:
     """
-    `wanted`, or if that is `None` the first of the `usual` names that is in `names` (in any case), if any is.
+    What the splits for training and validation are called, where there are such: as asked, or by the usual names.
 
     Raises:
-        ValueError: if `wanted` is not in `names`.
+        ValueError: if none is for either, or there is none of that name.
     """
-    names = list(names)
-    if wanted is not None and wanted not in names:
-        raise ValueError(f"There is no split {wanted!r}; the data set has {', '.join(map(str, names))}.")
-    by_lower = {str(name).lower(): name for name in names}
-    return wanted if wanted is not None else next((by_lower[name] for name in usual if name in by_lower), None)
+    by_lower = {str(name).lower(): name for name in splits}
+    picked = {}
+    for kind, asked, usual in (("train", train, TRAIN_NAMES), ("validation", validation, VALIDATION_NAMES)):
+        if asked is not None and asked not in by_lower.values():
+            raise ValueError(f"There is no split {asked!r}; the data set has {', '.join(by_lower.values())}.")
+        name = asked or next((by_lower[name] for name in usual if name in by_lower), None)
+        if name is not None:
+            picked[kind] = name
+    if not picked:
+        raise ValueError(f"Which split trains? Set train_split to one of {', '.join(by_lower.values())}.")
+    return picked
 
 
-def hold_out(rows: list[tuple[str, Any]], fraction: float) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+def _hold_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     """Split off about `fraction` of the rows, at least one, by a hash of the name: stable as files are added."""
     share = [int(hashlib.sha256(Path(image).stem.encode()).hexdigest()[:8], 16) / 2**32 for image, _ in rows]
     chosen = [value < fraction for value in share]
     if fraction > 0 and len(rows) > 1 and len(set(chosen)) == 1:
         chosen = [False] * (len(rows) - 1) + [True]  # So few files that the hash chose none, or all.
-    if all(chosen):
-        chosen = [False] * len(rows)
-    pairs = list(zip(rows, chosen, strict=True))
-    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
+    kept = [row for row, is_out in zip(rows, chosen, strict=True) if not is_out]
+    held_out = [row for row, is_out in zip(rows, chosen, strict=True) if is_out]
+    return (kept, held_out) if kept else (rows, [])

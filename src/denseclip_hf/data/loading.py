@@ -1,16 +1,15 @@
 """Segmentation data sets: a folder, ADE20K, Cityscapes, or anything `datasets` loads, in one form."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-import numpy as np
 
-from .classes import ClassTable, Color, default_palette, parse_classes
-from .folders import TRAIN_NAMES, VALIDATION_NAMES, Layout, Pairs, find_layout, hold_out, pick_split
+from .classes import ClassTable, Color, parse_classes
+from .folders import Row, read_folder, split_names
 from .reading import SampleReader
 
 
@@ -26,7 +25,7 @@ LABEL_COLUMNS = (
     *("label_image", "ground_truth", "gt"),
 )
 # Files by which a folder is one that `datasets` itself can load.
-DATASETS_PATTERNS = ("**/*.parquet", "**/*.arrow", "**/metadata.jsonl", "**/*.csv", "**/*.tar")
+DATASETS_PATTERNS = ("**/*.parquet", "**/*.arrow", "**/metadata.jsonl", "**/*.csv", "**/*.tar", "dataset_dict.json")
 
 
 @dataclass
@@ -117,37 +116,42 @@ def load_segmentation_dataset(
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; give a share from 0 to below 1.")
     root = _folder_of(path_or_name)
-    layout = _layout_of(root) if root and not _saved_to_disk(root) else None
-    known = layout.classes if layout else None
+    files = None
+    if root and not _saved_to_disk(root):
+        files = read_folder(root, train_split, validation_split, validation_fraction, skip_unpaired)
     splits: Splits
-    left_out: dict[str, list[str]] = {}
-    if layout:
-        names = _split_names(layout.splits, train_split, validation_split)
-        pairs = {kind: layout.splits[name](skip_unpaired) for kind, name in names.items()}
-        left_out = {kind: found.left_out for kind, found in pairs.items() if found.left_out}
-        splits = _rows_of_pairs(pairs, validation_fraction)
+    if files:
+        names, known, left_out = files.names, files.classes, files.left_out
+        splits = {kind: _rows_of_files(rows) for kind, rows in files.rows.items() if rows}
     else:
         loaded = _load_rows(root or path_or_name, config_name, streaming, revision)
-        names = _split_names(loaded, train_split, validation_split)
+        names, left_out = split_names(loaded, train_split, validation_split), {}
         picked = _with_held_out({kind: loaded[name] for kind, name in names.items()}, validation_fraction)
         splits, feature_names = _standard_columns(picked, image_column, label_column, root)
         # Names that are given may mend what is wrong with the data set's own.
         own = feature_names and classes is None
         known = parse_classes(feature_names, "the data set's label column") if own else None
+    table = _class_table(known, classes, path_or_name)
+    reader = _reader(table, known, path_or_name, ignore_index, do_reduce_labels)
+    if "validation" not in names and "validation" in splits:
+        logger.info("No validation split: %d of the training samples are held out.", len(splits["validation"]))
     for kind, sentences in left_out.items():
         for sentence in sentences:
             logger.warning("Left out of %s: %s.", names[kind], sentence)
-    table = _class_table(known, classes, path_or_name)
-    reader = _reader(table, known, path_or_name, ignore_index, do_reduce_labels)
-    ready = {kind: _readable(rows, reader, read_first) for kind, rows in splits.items()}
+    if read_first:
+        reader.refuse_unusable(splits.values())
     train = splits.get("train")
     if shuffle_buffer > 1 and isinstance(train, datasets.IterableDataset):
-        ready["train"] = _readable(train.shuffle(seed=0, buffer_size=shuffle_buffer), reader, read_first=False)
+        splits = {**splits, "train": train.shuffle(seed=0, buffer_size=shuffle_buffer)}
+    ready: dict[str, Rows] = {}
+    for kind, rows in splits.items():
+        is_stream = isinstance(rows, datasets.IterableDataset)
+        ready[kind] = rows.map(reader.read_row) if is_stream else rows.with_transform(reader)
     return SegmentationData(
         ready.get("train"),
         ready.get("validation"),
         table.id2label,
-        table.palette or default_palette(len(table.id2label)),
+        table.colors,
         reader.ignore_index,
         reader.do_reduce_labels,
         reader,
@@ -168,46 +172,13 @@ def _folder_of(source: Any) -> Path | None:
     return None
 
 
-def _layout_of(root: Path) -> Layout | None:
-    """The layout of a folder of files; None for what `datasets` should load."""
-    layout = find_layout(root)
-    if layout is None and not any(next(root.glob(pattern), None) for pattern in DATASETS_PATTERNS):
-        inside = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
-        raise FileNotFoundError(
-            f"{root} holds no data set that is recognised, but {', '.join(inside[:8]) or 'nothing'}"
-            f"{', …' if len(inside) > 8 else ''}; put images into SPLIT/images and masks into SPLIT/masks, or take "
-            "another of the layouts in docs/training.md."
-        )
-    return layout
-
-
 def _saved_to_disk(root: Path) -> bool:
     return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
 
 
-def _split_names(splits: Mapping[str, Any], train: str | None, validation: str | None) -> dict[str, str]:
-    """What the splits for training and validation are called, where there are such."""
-    names = {
-        "train": pick_split(splits, train, TRAIN_NAMES),
-        "validation": pick_split(splits, validation, VALIDATION_NAMES),
-    }
-    picked = {kind: name for kind, name in names.items() if name is not None}
-    if not picked:
-        raise ValueError(f"Which split trains? Set train_split to one of {', '.join(map(str, splits))}.")
-    return picked
-
-
-def _rows_of_pairs(pairs: Mapping[str, Pairs], fraction: float) -> dict[str, Rows]:
-    rows = {kind: found.rows for kind, found in pairs.items()}
-    if "validation" not in rows:
-        rows["train"], rows["validation"] = hold_out(rows["train"], fraction)
-        logger.info("No validation split: %d of the training samples are held out.", len(rows["validation"]))
+def _rows_of_files(rows: list[Row]) -> datasets.Dataset:
     features = datasets.Features({name: datasets.Image(decode=False) for name in ("image", "mask")})
-    return {
-        kind: datasets.Dataset.from_dict({"image": [i for i, _ in chosen], "mask": [m for _, m in chosen]}, features)
-        for kind, chosen in rows.items()
-        if chosen
-    }
+    return datasets.Dataset.from_dict({"image": [i for i, _ in rows], "mask": [m for _, m in rows]}, features)
 
 
 def _load_rows(source: Any, config_name: str | None, streaming: bool, revision: str | None) -> Splits:
@@ -215,6 +186,13 @@ def _load_rows(source: Any, config_name: str | None, streaming: bool, revision: 
         return {"train": source}
     if isinstance(source, Mapping):
         return source
+    if isinstance(source, Path) and not any(next(source.glob(pattern), None) for pattern in DATASETS_PATTERNS):
+        inside = sorted(path.name for path in source.iterdir() if not path.name.startswith("."))
+        raise FileNotFoundError(
+            f"{source} holds no data set that is recognised, but {', '.join(inside[:8]) or 'nothing'}"
+            f"{', …' if len(inside) > 8 else ''}; put images into SPLIT/images and masks into SPLIT/masks, or take "
+            "another of the layouts in docs/training.md."
+        )
     try:
         if isinstance(source, Path) and _saved_to_disk(source):
             loaded = datasets.load_from_disk(str(source))
@@ -233,7 +211,6 @@ def _with_held_out(picked: dict[str, Rows], fraction: float) -> dict[str, Rows]:
     if "validation" not in picked and isinstance(rows, datasets.Dataset) and fraction and len(rows) > 1:
         held_out = rows.train_test_split(test_size=max(1, round(fraction * len(rows))), seed=0)
         picked = {"train": held_out["train"], "validation": held_out["test"]}
-        logger.info("No validation split: %d of the training samples are held out.", len(picked["validation"]))
     return picked
 
 
@@ -359,51 +336,4 @@ def _reader(
     return SampleReader(len(names), ignore_index, reduce, table.palette, table.ignore_colors, table.id_map)
 
 
-def _readable(rows: Rows, reader: SampleReader, read_first: bool) -> Rows:
-    """`rows` that are decoded as they are read."""
-    if read_first:
-        first = next(iter(rows), None)
-        if first is None:
-            raise ValueError("A split has no samples; remove it or fill it.")
-        masks: Iterable[np.ndarray] = [reader.read_row(first)["mask"]]
-        if isinstance(rows, datasets.Dataset):
-            masks = readable_masks(rows, reader)
-        if problem := fault_of_masks(masks, reader):
-            raise ValueError(problem)
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.map(reader.read_row)
-    return rows.with_transform(reader)
-
-
-def readable_masks(rows: datasets.Dataset, reader: SampleReader) -> Iterator[np.ndarray]:
-    """The masks of a split, as class ids, without those that cannot be read."""
-    undecoded = rows.with_format(None).select_columns(["mask"])
-    for row in undecoded:
-        try:
-            yield reader.read_mask(row["mask"])
-        except (ValueError, OSError):
-            continue
-
-
-def fault_of_masks(masks: Iterable[np.ndarray], reader: SampleReader) -> str | None:
-    """What is wrong with masks in which no pixel has a class, or white of 255 stands for the second of two classes."""
-    classes: set[int] = set()
-    has_void = False
-    for mask in masks:
-        values = set(np.unique(mask).tolist())
-        has_void |= reader.ignore_index in values
-        classes |= values - {reader.ignore_index}
-        if classes and (reader.num_labels > 2 or classes != {0}):
-            return None
-    if not has_void:
-        return None
-    void = f"{reader.ignore_index}, which means no class"
-    if not classes:
-        return f"In every mask every pixel is {void}: set ignore_index, or correct the masks."
-    return (
-        f"The masks hold nothing but 0 and {void}: save the second class as 1, or name the colors of both in "
-        'classes.json, such as "palette": [[0, 0, 0], [255, 255, 255]].'
-    )
-
-
-__all__ = ["SegmentationData", "fault_of_masks", "load_segmentation_dataset", "readable_masks"]
+__all__ = ["SegmentationData", "load_segmentation_dataset"]

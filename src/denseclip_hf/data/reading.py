@@ -2,17 +2,17 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-
-from ..model.image_inputs_denseclip import decode
 
 
 NAMELESS = "a sample without a file name"
@@ -141,12 +141,16 @@ def _broken(name: str, error: object) -> ValueError:
 
 
 def _decode(image: Image.Image, name: str) -> None:
+    # Without its name: Pillow 12 scrambles a TIFF that lies on its side where it maps the named file into memory.
+    filename, image.filename = getattr(image, "filename", ""), ""  # type: ignore[attr-defined]
     try:
-        decode(image)
+        image.load()
     except MemoryError:
         raise
     except Exception as error:
         raise _broken(name, error) from error
+    finally:
+        image.filename = filename  # type: ignore[attr-defined]
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -347,6 +351,56 @@ class SampleReader:
                 "colors of the palette)."
             )
         return self._ids_of_colors(stored, name) if stored.ndim == 3 else self._ids_of_greys(stored, name)
+
+    def refuse_unusable(self, splits: Iterable[datasets.Dataset | datasets.IterableDataset]) -> None:
+        """
+        Read the first sample of each split, and as many masks as it takes to see that they show classes.
+
+        Raises:
+            FileNotFoundError, ValueError: as [`read`]; if there is no sample; and if no mask shows a class.
+        """
+        kept = []
+        for rows in splits:
+            first = next(iter(rows), None)
+            if first is None:
+                raise ValueError("A split has no samples; remove it or fill it.")
+            self.read_row(first)
+            if isinstance(rows, datasets.Dataset):
+                kept.append(rows)
+        if problem := self.fault_of_masks(self.readable_masks(kept)):
+            raise ValueError(problem)
+
+    def readable_masks(self, splits: Iterable[datasets.Dataset]) -> Iterator[np.ndarray]:
+        """The masks of several splits, as class ids, without those that cannot be read."""
+        for row in chain.from_iterable(rows.with_format(None).select_columns(["mask"]) for rows in splits):
+            try:
+                yield self.read_mask(row["mask"])
+            except (ValueError, OSError):
+                continue
+
+    def fault_of_masks(self, masks: Iterable[np.ndarray]) -> str | None:
+        """
+        What is wrong with masks in which no pixel has a class, or white of 255 stands for the second of two classes.
+
+        Only as many of `masks` are taken as it takes to tell; None if nothing is wrong.
+        """
+        classes: set[int] = set()
+        has_void = False
+        for mask in masks:
+            values = set(_values(mask).tolist())
+            has_void |= self.ignore_index in values
+            classes |= values - {self.ignore_index}
+            if classes and (self.num_labels > 2 or classes != {0}):
+                return None
+        if not has_void:
+            return None
+        void = f"{self.ignore_index}, which means no class"
+        if not classes:
+            return f"In every mask every pixel is {void}: set ignore_index, or correct the masks."
+        return (
+            f"The masks hold nothing but 0 and {void}: save the second class as 1, or name the colors of both in "
+            'classes.json, such as "palette": [[0, 0, 0], [255, 255, 255]].'
+        )
 
     @property
     def _colors(self) -> tuple[np.ndarray, np.ndarray]:
