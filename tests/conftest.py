@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.app.answers import AppModels
-from denseclip_hf.example.tiny_clip import example_clip_model, example_corpus, make_example_tokenizer
+from denseclip_hf.example import example_clip_model, example_tokenizer
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from helpers.images import photo
 from helpers.models import CLASSES, varied
@@ -33,7 +33,7 @@ settings.load_profile("few")
 def word_model_dir(tmp_path_factory) -> Path:
     """A model that knows words and shows more than one class: around the example's CLIP with random weights."""
     folder = tmp_path_factory.mktemp("models") / "random"
-    tokenizer = make_example_tokenizer(example_corpus(num_scenes=5), vocab_size=700)
+    tokenizer = example_tokenizer()
     torch.manual_seed(0)
     sizes = {"context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2, "neck_hidden_size": 8}
     model = DenseCLIPForSemanticSegmentation.from_clip(

@@ -12,8 +12,7 @@ import pytest
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
 from denseclip_hf.data import load_segmentation_dataset
-from denseclip_hf.example.scenes import make_example_dataset
-from denseclip_hf.example.tiny_clip import make_example_clip
+from denseclip_hf.example import make_example_clip, make_example_dataset
 from denseclip_hf.metrics import confusion_matrix
 from denseclip_hf.model.loading_denseclip import load_clip
 

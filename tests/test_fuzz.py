@@ -28,12 +28,12 @@ from denseclip_hf.conversion.options import model_options
 from denseclip_hf.conversion.release import convert_release
 from denseclip_hf.conversion.weights import read_checkpoint, state_dict_of
 from denseclip_hf.data import SampleReader, parse_classes, read_image
-from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.inference import load_model
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.model.loading_denseclip import load_clip
 from denseclip_hf.sharing import add_results, write_card
 from denseclip_hf.training.run_directory import check_checkpoint
+from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.checkpoints import release, tokenizer
 from helpers.clip_reference import reference_clip
 from helpers.damage import HEADERS, JSON, changed, damaged, invented_png, odd_weights, picture_files
@@ -215,7 +215,7 @@ def model_files(kind):
 def clip_files(kind):
     config = tiny_config(kind).clip_config
     model = CLIPModel(config) if kind == "vit" else CLIPResNetModel(config)
-    return files_of(model, make_example_tokenizer(["sky road car"], vocab_size=600))
+    return files_of(model, learn_tokenizer(["sky road car"], vocab_size=600))
 
 
 def write_damaged(folder, files, data):

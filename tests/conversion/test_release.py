@@ -14,8 +14,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from denseclip_hf.conversion import CheckpointError, config_from_original, convert_original_state_dict, convert_release
 from denseclip_hf.conversion.options import model_options
 from denseclip_hf.conversion.release import class_table, model_kwargs_from_weights
-from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.files import OutputError
+from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.checkpoints import NAMES, PALETTE, release, save, tokenizer
 from helpers.forked import run_script
 from helpers.golden import FIXTURES, golden_case
@@ -135,7 +135,7 @@ def _adamw_state(state):
 
 def _clip_sized_tokenizer(names):
     """A tokenizer with as many tokens as CLIP's, that has one for every word of `names`."""
-    small = make_example_tokenizer(names, vocab_size=49408)
+    small = learn_tokenizer(names, vocab_size=49408)
     model = json.loads(small.backend_tokenizer.to_str())["model"]
     words = sorted(model["vocab"], key=model["vocab"].get)
     fillers = [f"filler{number}" for number in range(49408 - len(words))]
@@ -245,7 +245,7 @@ def test_tensors_that_repeat_a_few_numbers_are_refused(tmp_path):
 
 
 def test_another_models_tokenizer_is_refused(tmp_path):
-    other = make_example_tokenizer(NAMES, vocab_size=530)
+    other = learn_tokenizer(NAMES, vocab_size=530)
     with pytest.raises(ValueError, match=f"{len(other)} tokens"):
         convert_release(save(tmp_path, release()), tmp_path / "model", other)
     with pytest.raises(ValueError, match="tokenizer"):

@@ -10,9 +10,8 @@ def test_a_folder_of_somebody_else_is_one_sentence(tmp_path, capsys):
     (tmp_path / "data" / "thesis.tex").write_text("precious")
     with pytest.raises(SystemExit, match="^1$"):
         demo.main(["--output_dir", str(tmp_path)])
-    assert capsys.readouterr().err == (
-        f"error: {tmp_path}/data is not empty and was not made by this example; choose another folder\n"
-    )
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/data is not empty") and said.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from safetensors.torch import save_file
 
-from denseclip_hf.example.tiny_clip import make_example_tokenizer
+from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.clip_reference import reference_clip
 from helpers.golden import golden_case
 
@@ -20,7 +20,7 @@ IMAGE = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(3))
 @cache
 def tokenizer():
     """Of both kinds of checkpoints."""
-    return make_example_tokenizer([*NAMES, "a photo of a boat", "a photo of a cat"], vocab_size=560)
+    return learn_tokenizer([*NAMES, "a photo of a boat", "a photo of a cat"], vocab_size=560)
 
 
 def release(name="seg_vit", options=None, **meta):

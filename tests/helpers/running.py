@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from denseclip_hf.example.tiny_clip import make_example_tokenizer
+from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.forked import Forked
 from helpers.training import TINY, TINY_CLIP, write_folder
 
@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def training_recipe(folder, **options):
     """A recipe of 12 steps, three epochs, with augmentation and two workers; checkpoints every second step."""
     data = write_folder(folder / "data", 9, ".png")
-    make_example_tokenizer(["sky", "road", "car"], vocab_size=540).save_pretrained(folder / "tokenizer")
+    learn_tokenizer(["sky", "road", "car"], vocab_size=540).save_pretrained(folder / "tokenizer")
     recipe = {
         "clip_config": TINY_CLIP, "config": TINY, "tokenizer": str(folder / "tokenizer"), "crop_size": 64,
         "scale_long": 128, "max_steps": 12,

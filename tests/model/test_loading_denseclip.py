@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSemanticSegmentation, CLIPModel
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
-from denseclip_hf.example.tiny_clip import make_example_clip
+from denseclip_hf.example import make_example_clip
 from denseclip_hf.model.loading_denseclip import load_clip, load_pretrained
 from denseclip_hf.model.modeling_clip_resnet import resize_position_grid
 from helpers.models import EOS, SOS, Tokenizer, forward, tiny_config, tiny_model

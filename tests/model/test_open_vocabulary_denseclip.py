@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
-from denseclip_hf.example.tiny_clip import example_clip_model, example_corpus, make_example_tokenizer
+from denseclip_hf.example import example_clip_model, example_tokenizer
 from denseclip_hf.model.image_encoder_denseclip import encode_image
 from denseclip_hf.model.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
 from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits
@@ -16,7 +16,7 @@ NAMES = ["sky", "house", "a tree with yellow leaves"]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_example_tokenizer(example_corpus(num_scenes=5), vocab_size=700)
+    return example_tokenizer()
 
 
 @pytest.fixture(scope="module")

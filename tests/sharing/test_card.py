@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from denseclip_hf import DenseCLIPImageProcessor
-from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.sharing import add_code, add_results, folder_to_push, write_card
 from denseclip_hf.sharing.card import plain, shown_images, shown_name
+from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.models import tiny_model
 from helpers.results import RESULTS
 
@@ -205,7 +205,7 @@ def test_images_of_a_card_are_found(tmp_path):
 def test_snippets_run_and_ask_nothing(directory):
     """As a person runs them who has the whole model with code beside it, and a photo."""
     DenseCLIPImageProcessor(size={"shortest_edge": 64}).save_pretrained(directory)
-    make_example_tokenizer(["sky"], vocab_size=520).save_pretrained(directory)
+    learn_tokenizer(["sky"], vocab_size=520).save_pretrained(directory)
     write_card(directory)
     add_code(directory)
     Image.new("RGB", (90, 70), (200, 30, 30)).save(directory.parent / "photo.jpg")

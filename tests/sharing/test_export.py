@@ -17,8 +17,8 @@ from transformers import AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
 from denseclip_hf.cli.export import main
-from denseclip_hf.example.tiny_clip import make_example_tokenizer
 from denseclip_hf.sharing import check_export, export, export_program, run_exported, write_card
+from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.forked import run_script
 from helpers.models import tiny_config, tiny_model
 
@@ -137,7 +137,7 @@ def test_the_example_of_the_docs_runs_without_torch(exported, tmp_path, size):
 def directory(kind, tmp_path):
     tiny_model(kind).save_pretrained(tmp_path / "model")
     PROCESSOR.save_pretrained(tmp_path / "model")
-    make_example_tokenizer(["sky"], vocab_size=520).save_pretrained(tmp_path / "model")
+    learn_tokenizer(["sky"], vocab_size=520).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
 from denseclip_hf.cli.push import main
-from denseclip_hf.example.tiny_clip import example_clip_model, make_example_tokenizer
+from denseclip_hf.example import example_clip_model
 from denseclip_hf.sharing import add_code, folder_to_push, push, write_card
+from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.models import tiny_model
 from helpers.results import RESULTS
 
@@ -57,7 +58,7 @@ def directory(request, kind, tmp_path, images):
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     DenseCLIPImageProcessor(size={"shortest_edge": 64}).save_pretrained(folder)
-    make_example_tokenizer(["sky"], vocab_size=520).save_pretrained(folder)
+    learn_tokenizer(["sky"], vocab_size=520).save_pretrained(folder)
     write_card(folder, license="mit")
     with torch.no_grad():
         torch.save({"pixel_values": images, "logits": model(images).logits}, tmp_path / "inputs.pt")
@@ -174,7 +175,7 @@ def test_no_file_of_a_push_names_a_path_of_this_machine(kind, code, tmp_path, mo
     for folder in (clip, data):
         folder.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
-    tokenizer = make_example_tokenizer(["sky", "road"], vocab_size=520)
+    tokenizer = learn_tokenizer(["sky", "road"], vocab_size=520)
     for part in (example_clip_model(tokenizer, kind), tokenizer):
         part.save_pretrained(clip)
     sizes = {"context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2, "neck_hidden_size": 8}

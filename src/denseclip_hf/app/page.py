@@ -13,7 +13,7 @@ import numpy as np
 from gradio_client import utils as client_utils
 from PIL import Image
 
-from ..example.scenes import draw_scene
+from ..example import draw_scene
 from .answers import (
     MAX_HEAT_MAPS,
     MAX_WORDS,

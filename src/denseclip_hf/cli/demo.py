@@ -14,8 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..example.scenes import make_example_dataset
-from ..example.tiny_clip import make_example_clip
+from ..example import make_example_clip, make_example_dataset
 from .arguments import HelpFormatter, one_sentence_errors, recipe_file
 
 

@@ -6,8 +6,7 @@ denseclip example --output_dir outputs/example --pretraining_steps 600
 import argparse
 from pathlib import Path
 
-from ..example.scenes import make_example_dataset
-from ..example.tiny_clip import make_example_clip
+from ..example import make_example_clip, make_example_dataset
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 

@@ -19,6 +19,7 @@ from ..model.modeling_clip_resnet import CLIPResNetModel
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..transforms import AugmentedDataset, AugmentedStream, TrainTransform
 from .arguments import DenseCLIPTrainingArguments
+from .tokenizer import learn_tokenizer
 from .trainer import DenseCLIPTrainer
 
 
@@ -181,9 +182,7 @@ def _tokenizer_for(args: ModelArguments, data: SegmentationData):
     """The named tokenizer, or for a CLIP from nothing a small one learnt from the class names."""
     if args.tokenizer is not None:
         return load_pretrained(AutoTokenizer, args.tokenizer)
-    from ..example.tiny_clip import example_corpus, make_example_tokenizer
-
-    return make_example_tokenizer([*data.id2label.values(), *example_corpus()])
+    return learn_tokenizer(data.id2label.values())
 
 
 def make_trainer(

@@ -1,0 +1,42 @@
+"""The tokenizer of a CLIP from random weights follows CLIP's conventions."""
+
+import subprocess
+import sys
+
+import pytest
+
+from denseclip_hf.training.tokenizer import learn_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return learn_tokenizer(["traffic light", "hedgerow"])
+
+
+def test_tokenizer_follows_clip(tokenizer):
+    start, end = len(tokenizer) - 2, len(tokenizer) - 1
+    ids = tokenizer("Hedgerow  TREE")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|startoftext|>", "hedgerow</w>", "tree</w>", "<|endoftext|>"]
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (start, end)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hedgerow tree"
+
+
+@pytest.mark.parametrize("text", ["zebra q x Ω 3", "ÿþ!?", "crosswalk-sign"])
+def test_tokenizer_knows_any_text(tokenizer, text):
+    assert tokenizer(text)["input_ids"].count(tokenizer.eos_token_id) == 1
+
+
+def test_tokenizer_is_the_same_in_a_fresh_process(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    code = (
+        "from transformers import AutoTokenizer; from denseclip_hf.training.tokenizer import learn_tokenizer\n"
+        f"print(AutoTokenizer.from_pretrained({str(tmp_path)!r})('a hedge')['input_ids'])\n"
+        "print(learn_tokenizer(['traffic light', 'hedgerow'])('a hedge')['input_ids'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(tokenizer("a hedge")["input_ids"])] * 2
+
+
+def test_a_vocabulary_too_small_for_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="at least 514"):
+        learn_tokenizer(["a car"], vocab_size=300)
