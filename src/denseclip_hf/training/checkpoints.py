@@ -21,6 +21,7 @@ class CheckpointingTrainer(Trainer):
     """`Trainer` that writes a checkpoint aside and then moves it, with image processor and tokenizer in it."""
 
     model: Any
+    args: Any
     image_processor: Any = None
     tokenizer: Any = None
 
