@@ -9,7 +9,7 @@ from transformers.initialization import no_init_weights
 
 from ..data import ClassTable, ade20k_classes, parse_classes
 from ..files import new_directory
-from ..inference.views import published_image_processor
+from ..inference import published_image_processor
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..model.prompts_denseclip import tokenize_classes

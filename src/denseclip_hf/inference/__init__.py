@@ -1,5 +1,6 @@
 """Files and videos in, masks and overlays out; multi-scale views."""
 
+from .drawing import overlay_with_legend
 from .views import (
     LOADING_DTYPES,
     colorize,
@@ -8,6 +9,7 @@ from .views import (
     multi_scale_probabilities,
     multi_scale_segmentation,
     overlay,
+    published_image_processor,
     sliding_window_logits,
 )
 
@@ -20,5 +22,7 @@ __all__ = [
     "multi_scale_probabilities",
     "multi_scale_segmentation",
     "overlay",
+    "overlay_with_legend",
+    "published_image_processor",
     "sliding_window_logits",
 ]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data import SegmentationData, default_palette
 from ..evaluation.report import protocol_of
-from ..inference.drawing import overlay_with_legend
+from ..inference import overlay_with_legend
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..sharing import shown_name, write_card
