@@ -26,7 +26,7 @@ def confusion_matrix(
     Matrices of several images, or of several processes, add up to the matrix of the whole set.
 
     Args:
-        prediction (integers of any shape): Predicted class ids, 0 … K-1.
+        prediction (integers of any shape): Predicted class ids, 0 … K-1; anything where the reference is ignored.
         reference (integers of the same shape): True class ids, 0 … K-1 or `ignore_index`.
         num_labels (`int`): K.
         ignore_index (`int`, *optional*, defaults to 255): Reference value of the pixels to leave out.
@@ -42,7 +42,7 @@ def confusion_matrix(
     return torch.bincount(pairs, minlength=num_labels**2).view(num_labels, num_labels)
 
 
-def scores_from_confusion_matrix(matrix: torch.Tensor | np.ndarray) -> dict[str, Any]:
+def scores_from_confusion_matrix(matrix: torch.Tensor | np.ndarray, leave_out: Sequence[int] = ()) -> dict[str, Any]:
     """Turn a confusion matrix into scores between 0 and 1.
 
     A score that would divide zero by zero is NaN and is left out of its mean: IoU and Dice of a class absent from
@@ -51,10 +51,12 @@ def scores_from_confusion_matrix(matrix: torch.Tensor | np.ndarray) -> dict[str,
 
     Args:
         matrix (integers of shape `(num_labels, num_labels)`): Rows are reference classes, columns predicted ones.
+        leave_out (`Sequence[int]`, *optional*): Classes that the means are not over, such as the background.
 
     Returns:
         `dict` with the floats `overall_accuracy`, `mean_iou`, `mean_accuracy`, `mean_dice`, `mean_fscore`,
-        `mean_precision`, and for each mean a list of K floats (`per_category_iou` and so on).
+        `mean_precision`, for each mean a list of K floats (`per_category_iou` and so on), and `classes_in_mean_iou`, the
+        number of classes that `mean_iou` is over.
     """
     counts = torch.as_tensor(matrix).cpu().double()
     correct, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
@@ -67,7 +69,10 @@ def scores_from_confusion_matrix(matrix: torch.Tensor | np.ndarray) -> dict[str,
         "precision": precision,
     }
     scores: dict[str, Any] = {"overall_accuracy": (correct.sum() / labelled.sum()).item()}
-    scores |= {f"mean_{name}": values.nanmean().item() for name, values in per_category.items()}
+    in_means = torch.ones(len(counts), dtype=torch.bool)
+    in_means[list(leave_out)] = False
+    scores |= {f"mean_{name}": values[in_means].nanmean().item() for name, values in per_category.items()}
+    scores["classes_in_mean_iou"] = int((in_means & ~per_category["iou"].isnan()).sum())
     return scores | {f"per_category_{name}": values.tolist() for name, values in per_category.items()}
 
 
@@ -119,7 +124,7 @@ def _checked(
             f"{_size(predicted)} and the reference {_size(labelled)}."
         )
     valid = labelled != ignore_index
-    _check_range(predicted, num_labels, "The prediction", "")
+    _check_range(predicted[valid], num_labels, "The prediction", " where the reference is not ignored")
     _check_range(labelled[valid], num_labels, "The reference", f" other than ignore_index={ignore_index}")
     return predicted, labelled, valid
 
@@ -168,7 +173,7 @@ def _window_maximum(values: torch.Tensor, distance: int) -> torch.Tensor:
 class _CountingMetric(evaluate.Metric):
     """What the metrics below share: counts that add up over images, on the device where the predictions are."""
 
-    def __init__(self, num_labels: int, ignore_index: int = 255, do_reduce_labels: bool = False):
+    def __init__(self, num_labels: int, ignore_index: int = 255, do_reduce_labels: bool = False, **options: Any):
         if num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
         if do_reduce_labels and 0 <= ignore_index < num_labels:
@@ -177,23 +182,20 @@ class _CountingMetric(evaluate.Metric):
                 f"num_labels={num_labels}: pass for instance ignore_index=-100."
             )
         super().__init__()
-        self.num_labels = num_labels
-        self.ignore_index = ignore_index
-        self.do_reduce_labels = do_reduce_labels
+        self.num_labels, self.ignore_index, self.do_reduce_labels = num_labels, ignore_index, do_reduce_labels
+        counted_by = {"num_labels": num_labels, "ignore_index": ignore_index, "do_reduce_labels": do_reduce_labels}
+        self._settings: dict[str, Any] = {**counted_by, **options}
         self.reset()
 
     def _info(self) -> evaluate.MetricInfo:
         label_map = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
+        features = datasets.Features({"predictions": label_map, "references": label_map})
         return evaluate.MetricInfo(
-            description=type(self).__doc__,
-            citation="",
-            inputs_description="",
-            features=datasets.Features({"predictions": label_map, "references": label_map}),
+            description=type(self).__doc__, citation="", inputs_description="", features=features
         )
 
     def _build_data_dir(self) -> str:
-        # nothing is cached, so no directory is made
-        return ""
+        return ""  # nothing is cached, so no directory is made
 
     def __len__(self) -> int:
         return self._num_images
@@ -226,18 +228,11 @@ class _CountingMetric(evaluate.Metric):
         self._accumulate(self._count(prediction, labels), 1)
 
     def add_batch(self, *, predictions: Iterable[LabelMap], references: Iterable[LabelMap]) -> None:
-        """Count several images, whose sizes may differ from one to the next.
-
-        Args:
-            predictions (list of integer maps of shape `(H, W)`): Predicted class ids, see [`add`].
-            references (list of integer maps of shape `(H, W)`): Raw labels, see [`add`].
+        """Count several images, whose sizes may differ from one to the next; see [`add`].
 
         Raises:
             ValueError: If the lists differ in length, or as [`add`] does; images before the bad one are counted.
         """
-        predictions, references = list(predictions), list(references)
-        if len(predictions) != len(references):
-            raise ValueError(f"Got {len(predictions)} predictions but {len(references)} references.")
         for prediction, reference in zip(predictions, references, strict=True):
             self.add(prediction=prediction, reference=reference)
 
@@ -245,12 +240,12 @@ class _CountingMetric(evaluate.Metric):
         """Add the counts of another metric, for instance of another process; `other` keeps its own.
 
         Raises:
-            ValueError: If the other metric is of another kind or has another number of classes.
+            ValueError: If the other metric is of another kind or has other settings.
         """
-        if type(other) is not type(self) or other.num_labels != self.num_labels:
+        if type(other) is not type(self) or other._settings != self._settings:
             raise ValueError(
-                f"Only metrics of one kind and one num_labels can be merged: this is {type(self).__name__} with "
-                f"{self.num_labels} classes, the other {type(other).__name__} with {other.num_labels}."
+                f"Only metrics of one kind with the same settings can be merged: this is {type(self).__name__} with "
+                f"{self._settings}, the other {type(other).__name__} with {other._settings}."
             )
         if other._counts is not None:
             self._accumulate(other._counts.clone(), other._num_images)
@@ -260,22 +255,36 @@ class _CountingMetric(evaluate.Metric):
         self._num_images += num_images
 
     def compute(
-        self, *, predictions: Iterable[LabelMap] | None = None, references: Iterable[LabelMap] | None = None
+        self,
+        *,
+        predictions: Iterable[LabelMap] | None = None,
+        references: Iterable[LabelMap] | None = None,
+        num_labels: int | None = None,
+        ignore_index: int | None = None,
+        reduce_labels: bool | None = None,
     ) -> dict[str, Any]:
         """Scores of everything added since the last `compute` or `reset`, then start anew.
 
         Args:
             predictions, references (*optional*): A last batch to add first, see [`add_batch`].
+            num_labels, ignore_index, reduce_labels (*optional*): As `evaluate.load("mean_iou")` takes them: for this
+                call alone, in place of what the metric was made with.
 
         Returns:
-            `dict` of floats and of lists with one float per class, NaN where a score is undefined.
+            `dict` of numbers and of lists with one float per class, NaN where a score is undefined.
 
         Raises:
-            ValueError: If nothing was added.
+            ValueError: If nothing was added, or with other settings than these.
         """
-        if predictions is not None or references is not None:
-            if predictions is None or references is None:
-                raise ValueError("Pass both predictions and references, or neither.")
+        given = {"num_labels": num_labels, "ignore_index": ignore_index, "do_reduce_labels": reduce_labels}
+        settings = self._settings | {name: value for name, value in given.items() if value is not None}
+        if settings != self._settings:
+            if self._counts is not None:
+                raise ValueError(f"Images were counted with {self._settings}: compute them before passing others.")
+            return type(self)(**settings).compute(predictions=predictions, references=references)
+        if (predictions is None) != (references is None):
+            raise ValueError("Pass both predictions and references, or neither.")
+        if predictions is not None and references is not None:
             self.add_batch(predictions=predictions, references=references)
         if self._counts is None:
             raise ValueError("Nothing to score yet: call add or add_batch before compute.")
@@ -293,6 +302,7 @@ class MeanIoU(_CountingMetric):
             ignored this way as well; with more than 255 classes pass a value that is none.
         do_reduce_labels (`bool`, *optional*, defaults to `False`): Whether label 0 means "other" and is ignored, and
             label n stands for class n - 1, as in ADE20K. Predictions are never shifted.
+        leave_out (`Sequence[int]`, *optional*): Classes that the means are not over, such as the background.
 
     `compute` returns what [`scores_from_confusion_matrix`] describes.
 
@@ -306,6 +316,15 @@ class MeanIoU(_CountingMetric):
     ```
     """
 
+    def __init__(
+        self,
+        num_labels: int,
+        ignore_index: int = 255,
+        do_reduce_labels: bool = False,
+        leave_out: Sequence[int] = (),
+    ):
+        super().__init__(num_labels, ignore_index, do_reduce_labels, leave_out=tuple(leave_out))
+
     @property
     def confusion_matrix(self) -> torch.Tensor:
         """`torch.Tensor` of shape `(num_labels, num_labels)`: int64 counts so far; rows are reference classes."""
@@ -317,7 +336,7 @@ class MeanIoU(_CountingMetric):
         return confusion_matrix(prediction, reference, self.num_labels, self.ignore_index)
 
     def _scores(self, counts: torch.Tensor) -> dict[str, Any]:
-        return scores_from_confusion_matrix(counts)
+        return scores_from_confusion_matrix(counts, self._settings["leave_out"])
 
 
 class MeanBoundaryIoU(_CountingMetric):
@@ -327,9 +346,7 @@ class MeanBoundaryIoU(_CountingMetric):
     edge. Ignored pixels count nowhere and make no contour. Counts are summed over the whole set before dividing.
 
     Args:
-        num_labels (`int`): Number of classes K.
-        ignore_index (`int`, *optional*, defaults to 255): Label of the pixels to leave out.
-        do_reduce_labels (`bool`, *optional*, defaults to `False`): As in [`MeanIoU`].
+        num_labels, ignore_index, do_reduce_labels: As in [`MeanIoU`].
         boundary_width (`float`, *optional*, defaults to 0.02): d as a share of the image diagonal, rounded, at least
             one pixel.
 
@@ -348,7 +365,7 @@ class MeanBoundaryIoU(_CountingMetric):
     ):
         if not boundary_width > 0:
             raise ValueError(f"boundary_width must be positive, got {boundary_width}.")
-        super().__init__(num_labels, ignore_index, do_reduce_labels)
+        super().__init__(num_labels, ignore_index, do_reduce_labels, boundary_width=boundary_width)
         self.boundary_width = boundary_width
 
     def _count(self, prediction: LabelMap, reference: LabelMap) -> torch.Tensor:
