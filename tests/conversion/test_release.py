@@ -81,7 +81,7 @@ def test_a_config_is_read_and_never_run(tmp_path):
         "model = dict(a=open('x'))",
         "model = dict(**{'a': 1})",
         "model = " + "-" * 90_000 + "1",
-        "a = 1\n" * 30_000 + "model = dict()",
+        "a = 1\n" * 30_000 + "model = dict()",  # too long for a config
     ],
 )
 def test_a_config_that_is_not_plain_data_is_refused(tmp_path, text):
@@ -193,8 +193,6 @@ def _head():
 
 
 BAD = {
-    "missing file": (lambda p: p / "no.pth", "no file"),
-    "a folder": (lambda p: p, "no file"),
     "a web page": (_html, "no checkpoint"),
     "truncated zip": (_truncated(), "cut off"),
     "truncated legacy": (_truncated(_use_new_zipfile_serialization=False), "cut off"),
@@ -235,6 +233,11 @@ def test_bad_checkpoint_is_refused_in_one_sentence(tmp_path, case):
         convert_release(path, tmp_path / "out" / "model", tokenizer())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "mark").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(OSError, match="no.pth"):
+        convert_release(tmp_path / "no.pth", tmp_path / "model", tokenizer())
 
 
 def test_tensors_that_repeat_a_few_numbers_are_refused(tmp_path):

@@ -165,19 +165,14 @@ def model_options(config: str) -> dict[str, Any]:
         ValueError: if it assigns no `model`, or one that is not made of literals.
     """
     try:
-        if len(config) > MAX_CHARACTERS:
-            raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
-        assigned = [node for node in ast.parse(config).body if isinstance(node, ast.Assign)]
+        assigned = [node for node in ast.parse(config[:MAX_CHARACTERS]).body if isinstance(node, ast.Assign)]
         (model,) = [node.value for node in assigned if ast.unparse(node.targets[0]) == "model"]
-        options = ast.literal_eval(_DictCalls().visit(model))
-        if not isinstance(options, dict):
-            raise ValueError("it is no dict")
+        return dict(ast.literal_eval(_DictCalls().visit(model)))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"the config inside the checkpoint has no `model = dict(...)` of plain values ({error}): give its options "
             "as JSON (`--options`)."
         ) from error
-    return options
 
 
 class _DictCalls(ast.NodeTransformer):

@@ -65,7 +65,8 @@ def convert_release(
     model_kwargs = model_kwargs_from_weights(weights)
     if isinstance(meta.get("config"), str):
         model_kwargs = merge_options(model_kwargs, model_options(meta["config"]))
-    model_kwargs = merge_options(model_kwargs, options or {})
+    with looking_into("the given options"):
+        model_kwargs = merge_options(model_kwargs, options or {})
     table = class_table(weights, meta, classes)
     config, tokenizer = _config(model_kwargs, table, tokenizer)
     converted = convert_original_state_dict(weights, config)  # compares shapes before anything of that size is made

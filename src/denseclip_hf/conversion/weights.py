@@ -58,11 +58,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     Pickles are read with `weights_only=True`.
 
     Raises:
-        CheckpointError: if there is no such file, it is no checkpoint, is cut off, or wants to run code.
+        CheckpointError: if it is no checkpoint, is cut off, or wants to run code.
+        OSError: if there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}: correct its name.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -70,7 +69,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         if zipped and _is_torchscript(path):
             return torch.jit.load(path, map_location="cpu").state_dict()
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         raise
     except Exception as error:  # a damaged file fails in any of many ways
         wanted = asked_by_pickle(error) if isinstance(error, pickle.UnpicklingError) else None
