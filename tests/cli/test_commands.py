@@ -1,0 +1,83 @@
+"""The commands as a user meets them: what is listed, and how each ends that cannot do what it is asked."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import denseclip_command
+from denseclip_command import COMMANDS
+from denseclip_hf.cli.convert import main as convert
+from helpers.checkpoints import release, save
+
+
+ROOT = Path(__file__).parents[2]
+MODULES = {name: f"denseclip_hf.cli.{name.replace('-', '_')}" for name in COMMANDS}
+
+
+def python(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    code = "import sys, denseclip_command as c; c.main(['--help']); assert 'torch' not in sys.modules"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    files = {path.stem for path in (ROOT / "src/denseclip_hf/cli").glob("*.py")} - {"__init__", "arguments"}
+    assert files == {name.replace("-", "_") for name in COMMANDS}
+
+
+def test_a_misspelt_command_names_the_nearest(capsys):
+    assert denseclip_command.main(["trian"]) == 2
+    assert "`train`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["denseclip"])
+    with pytest.raises(SystemExit) as stop:
+        denseclip_command.main([name, "--help"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith(f"usage: denseclip {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_scripts_import_the_library_evaluate_not_the_script(script, tmp_path):
+    options = ["--dataset", "no/where", "--model", "no/where", "--output_dir", tmp_path / "out"]
+    done = python(ROOT / "scripts" / f"{script}.py", *options)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+class Evil:
+    """Asks for a program when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+    return path
+
+
+BAD_CHECKPOINTS = {
+    "no checkpoint": lambda path: path.write_text("<html>") and path,
+    "cut off": lambda path: cut(save(path.parent, release(), path.name)),
+    "code": lambda path: save(path.parent, {"state_dict": {}, "hook": Evil()}, path.name),
+    "another model": lambda path: save(path.parent, {"state_dict": {"fc.weight": torch.zeros(2, 2)}}, path.name),
+}
+
+
+@pytest.mark.parametrize("kind", ["release", "clip"])
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_a_bad_checkpoint_ends_in_one_line_and_leaves_nothing(tmp_path, capsys, kind, case):
+    path = BAD_CHECKPOINTS[case](tmp_path / "x.pth")
+    with pytest.raises(SystemExit, match="^1$"):
+        convert([kind, str(path), str(tmp_path / "parent" / "out")])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
