@@ -9,11 +9,9 @@ import pytest
 from PIL import Image
 
 from denseclip_hf import DenseCLIPConfig
-from denseclip_hf.cli.arguments import parse_arguments
 from denseclip_hf.data import parse_classes, read_image
 from denseclip_hf.inference.sources import Source, read_picture
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
-from helpers.training import KINDS
 
 
 def png(width, height, data=b""):
@@ -75,35 +73,6 @@ def test_pictures_are_not_padded_without_bound():
     processor = DenseCLIPImageProcessorPil(do_pad=True, pad_size={"height": 15_000, "width": 15_000})
     with pytest.raises(ValueError, match="padded picture would have 15000×15000 pixels, above .*: lower pad_size"):
         processor(Image.new("RGB", (8, 8)))
-
-
-def test_many_aliases_in_a_recipe_are_refused(tmp_path):
-    lines = ["a0: &a0 [lol, lol]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
-    (tmp_path / "r.yaml").write_text("config:\n  " + "\n  ".join(lines))
-    with pytest.raises(ValueError, match="with what its aliases .*stand for it has more than"):
-        parse_arguments(KINDS, [str(tmp_path / "r.yaml")])
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("a" * 200_000, "which no recipe needs"),
-        ("[" * 5000, "not valid YAML"),
-        ("1: 2", "option `1` of the recipe .* is unknown"),
-        ("2001-02-30: 2", "not valid YAML"),
-        ("seed: !!bool maybe", "not valid YAML .*tag"),
-        ("seed: !!int ''", "not valid YAML .*tag"),
-        ("seed: !!timestamp x", "not valid YAML .*tag"),
-        ("seed: " + ":".join(["1"] * 200) + ".0", "not valid YAML"),
-        ("\udcff", "not valid YAML"),
-        ("seed: [1, 2]", "gives `seed` a list, but it takes one value"),
-        ("config: {a: 2001-01-01}", "value of `config` can't be used"),
-    ],
-)
-def test_odd_recipes_are_refused(tmp_path, text, sentence):
-    (tmp_path / "r.yaml").write_text(text, errors="surrogateescape")
-    with pytest.raises(ValueError, match=sentence):
-        parse_arguments(KINDS, [str(tmp_path / "r.yaml")])
 
 
 def test_absurd_ids_in_classes_json_are_refused(tmp_path):

@@ -7,40 +7,29 @@ import io
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
-from transformers import CLIPModel, TrainerState
 
-from denseclip_hf import CLIPResNetModel
 from denseclip_hf.cli.arguments import parse_arguments
-from denseclip_hf.conversion import config_from_original
 from denseclip_hf.conversion.clip import convert_clip
-from denseclip_hf.conversion.options import model_options
 from denseclip_hf.conversion.release import convert_release
 from denseclip_hf.conversion.weights import read_checkpoint, state_dict_of
 from denseclip_hf.data import SampleReader, parse_classes, read_image
 from denseclip_hf.inference import load_model
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
-from denseclip_hf.model.loading_denseclip import load_clip
-from denseclip_hf.sharing import add_results, write_card
-from denseclip_hf.training.run_directory import check_checkpoint
-from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.checkpoints import release, tokenizer
 from helpers.clip_reference import reference_clip
 from helpers.damage import HEADERS, JSON, changed, damaged, invented_png, odd_weights, picture_files
 from helpers.limits import result_or_sentence
-from helpers.models import tiny_config, tiny_model
-from helpers.results import RESULTS
-from helpers.training import CONFIGS, KINDS
+from helpers.models import tiny_model
+from helpers.training import KINDS
 
 
 PROCESSOR = DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 256})
@@ -93,22 +82,6 @@ SHARED_FOLDER = settings(
 )
 
 
-@SHARED_FOLDER
-@given(content=damaged([json.dumps(CLASSES).encode()]) | st.binary(max_size=100))
-def test_class_files(tmp_path, content):
-    (tmp_path / "classes.json").write_bytes(content)
-    with result_or_sentence():
-        parse_classes(tmp_path / "classes.json")
-
-
-@SHARED_FOLDER
-@given(content=damaged([path.read_bytes() for path in CONFIGS]) | st.binary(max_size=100))
-def test_recipe_files(tmp_path, content, capsys):
-    (tmp_path / "r.yaml").write_bytes(content)
-    with result_or_sentence():
-        parse_arguments(KINDS[:2], [str(tmp_path / "r.yaml")])
-
-
 RECIPE = {
     "clip": "a/b", "config": {"gamma_init": 1.0}, "dataset": "x", "crop_size": 64, "photometric": False,
     "ratio_min": 0.5, "validation_split": None, "scale_short": 5,
@@ -123,12 +96,6 @@ def test_recipes(tmp_path, value, capsys):
         model, data = parse_arguments(KINDS[:2], [str(tmp_path / "r.json")])
         assert isinstance(data.crop_size, int) and isinstance(model.config, str)
         assert isinstance(data.ratio_min, float) and isinstance(data.dataset, (str, type(None)))
-
-
-@given(damaged([release()["meta"]["config"].encode()]) | st.binary(max_size=60))
-def test_original_configs(content):
-    with result_or_sentence():
-        config_from_original(model_options(content.decode("latin-1")), dict(enumerate("abcde")), None)
 
 
 # Checkpoints and model directories
@@ -190,14 +157,6 @@ def test_clips(tmp_path, kind, data):
         convert_clip(tmp_path / "x.pt", tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
 
 
-class _Holder:
-    def __init__(self, weights):
-        self.weights = weights
-
-    def state_dict(self):
-        return self.weights
-
-
 def files_of(*parts):
     """Name to content of a directory that the parts of a model were saved into."""
     with tempfile.TemporaryDirectory() as folder:
@@ -211,13 +170,6 @@ def model_files(kind):
     return files_of(tiny_model(kind), PROCESSOR)
 
 
-@cache
-def clip_files(kind):
-    config = tiny_config(kind).clip_config
-    model = CLIPModel(config) if kind == "vit" else CLIPResNetModel(config)
-    return files_of(model, learn_tokenizer(["sky road car"], vocab_size=600))
-
-
 def write_damaged(folder, files, data):
     """`files` in `folder`, one of them damaged or changed."""
     name = data.draw(st.sampled_from(sorted(files)))
@@ -228,52 +180,6 @@ def write_damaged(folder, files, data):
     folder.mkdir(exist_ok=True)
     for file, whole in files.items():
         (folder / file).write_bytes(content if file == name else whole)
-
-
-@SHARED_FOLDER
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-@given(data=st.data())
-def test_clip_directories(tmp_path, kind, data):
-    write_damaged(tmp_path / "clip", clip_files(kind), data)
-    with result_or_sentence():
-        load_clip(tmp_path / "clip")
-
-
-@cache
-def card():
-    with tempfile.TemporaryDirectory() as folder:
-        tiny_model().save_pretrained(folder)
-        return write_card(folder, license="mit", base_model="openai/x", results=RESULTS, name="x").read_bytes()
-
-
-@SHARED_FOLDER
-@given(data=st.data())
-def test_model_cards(tmp_path, data):
-    (tmp_path / "config.json").write_bytes(model_files("vit")["config.json"])
-    text = card().decode()
-    front = yaml.safe_load(text.split("---\n")[1])
-    if data.draw(st.booleans()):
-        front = json.dumps(data.draw(changed(front)))  # JSON is YAML
-        content = f"---\n{front}\n---\n{text.split('---', 2)[2]}".encode(errors="surrogatepass")
-    else:
-        content = data.draw(damaged([card()]) | st.binary(max_size=100))
-    (tmp_path / "README.md").write_bytes(content)
-    with result_or_sentence():
-        add_results(tmp_path, RESULTS)
-
-
-STATE = asdict(TrainerState(epoch=1.0, global_step=2, max_steps=4, log_history=[{"loss": 0.5, "step": 2}]))
-
-
-@SHARED_FOLDER
-@given(content=changed(STATE).map(json.dumps).map(str.encode) | damaged([json.dumps(STATE).encode()]))
-def test_states_of_runs(tmp_path, content):
-    (tmp_path / "checkpoint-2").mkdir(exist_ok=True)
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_bytes(content)
-    (tmp_path / "recipe.json").write_text("{}")
-    with result_or_sentence():
-        check_checkpoint(tmp_path / "checkpoint-2", {})
 
 
 @SHARED_FOLDER

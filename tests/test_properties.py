@@ -9,19 +9,16 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
-from torch.nn import functional as F
 
 from denseclip_hf import DenseCLIPImageProcessorPil
-from denseclip_hf.evaluation.loop import same_size_batches
 from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.metrics import MeanBoundaryIoU, MeanIoU, confusion_matrix
 from denseclip_hf.model import resizing_denseclip
 from denseclip_hf.model.fpn_denseclip import resize_bilinear
-from denseclip_hf.model.prompts_denseclip import pack_prompts
-from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits, window_starts
+from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits
 from denseclip_hf.training import poly_learning_rate
 from denseclip_hf.transforms import TrainTransform
-from helpers.models import EOS, SOS, embeddings_one_by_one, tiny_model
+from helpers.models import EOS, SOS, tiny_model
 
 
 KINDS = st.sampled_from(["vit", "resnet"])
@@ -134,31 +131,6 @@ def test_a_list_of_any_sizes_gives_what_its_pictures_give_alone(kind, sizes):
             torch.testing.assert_close(together.logits[index], model(picture[None]).logits[0], atol=1e-5, rtol=1e-4)
 
 
-HALVES = st.sampled_from([torch.bfloat16, torch.float16])
-MODES = st.sampled_from(["whole", "slide"])
-
-
-@given(KINDS, HALVES, LARGE_SIDES, LARGE_SIDES, MODES, st.booleans())
-def test_half_precision_is_close_to_float(kind, dtype, height, width, mode, guided):
-    model, pixel_values = shared_model(kind, inference_mode=mode, use_text_guidance=guided), noise(1, 3, height, width)
-    with torch.no_grad():
-        expected = model(pixel_values)
-        outputs = copy.deepcopy(model).to(dtype)(pixel_values.to(dtype))
-    assert outputs.logits.dtype == (dtype if mode == "whole" else torch.float32)  # windows are averaged in float
-    assert outputs.keys() == expected.keys()
-    for name in {"logits", "score_maps"} & expected.keys():
-        scale = expected[name].abs().max()
-        assert (outputs[name].float() - expected[name]).abs().max() < 0.1 * scale + 0.02
-
-
-@given(KINDS, LARGE_SIDES, LARGE_SIDES, st.integers(0, 5))
-def test_evaluation_has_no_chance_in_it(kind, height, width, seed):
-    pixel_values = noise(1, 3, height, width, seed=seed)
-    with torch.no_grad():
-        first, again = (shared_model(kind)(pixel_values) for _ in range(2))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-
-
 # Sliding windows
 
 
@@ -183,30 +155,6 @@ def test_windows_of_any_size_and_step_see_every_pixel_where_it_is(data, height, 
     # a prediction that is the window itself must average to the picture
     averaged = sliding_window_logits(lambda windows: windows, pixel_values, crop, stride, at_a_time)
     torch.testing.assert_close(averaged, pixel_values, atol=1e-5, rtol=1e-5)
-
-
-@given(SIDES, st.integers(1, 120), st.data())
-def test_windows_start_inside_and_leave_no_gap(length, window, data):
-    stride = data.draw(st.integers(1, window))
-    starts = window_starts(length, window, stride)
-    ends = [min(start + window, length) for start in starts]
-    assert starts[0] == 0 and ends[-1] == length
-    assert all(before < after <= end for before, after, end in zip(starts, starts[1:], ends, strict=False))
-
-
-# Prompts
-
-
-@given(PROMPTS, st.integers(0, 4), st.integers(1, 20))
-def test_packed_prompts_equal_one_by_one(prompts, contexts, most):
-    model = tiny_model(num_labels=len(prompts), class_token_ids=prompts, num_context_tokens=contexts)
-    layout = pack_prompts(prompts, contexts, most)
-    for name, tensor in layout._asdict().items():
-        setattr(model.prompts, name, tensor)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model.prompts(model.clip), embeddings_one_by_one(model, prompts), atol=1e-5, rtol=1e-4
-        )
 
 
 # Metrics
@@ -242,27 +190,7 @@ def test_counts_add_up_in_any_order_and_any_batches(metric, count, labels, seed,
     np.testing.assert_equal(merged.compute(), expected.compute())
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), max_size=20), st.integers(1, 5))
-def test_batches_keep_the_order_and_hold_one_size(sizes, most):
-    samples = [{"pixel_values": torch.zeros(3, *size), "index": index} for index, size in enumerate(sizes)]
-    batches = list(same_size_batches(samples, most))
-    assert [sample["index"] for batch in batches for sample in batch] == list(range(len(sizes)))
-    assert all(1 <= len(b) <= most and len({s["pixel_values"].shape for s in b}) == 1 for b in batches)
-
-
 # Resizing
-
-
-@given(st.integers(1, 6), SIDES, SIDES, SIDES, SIDES, st.integers(1, 5000))
-def test_strips_equal_the_straightforward_way(classes, height, width, new_height, new_width, strip):
-    logits = noise(2, classes, height, width)
-    full = F.interpolate(logits, (new_height, new_width), mode="bilinear", align_corners=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", strip)
-        found = resizing_denseclip.resize_argmax(logits, (new_height, new_width))
-    assert found.shape == (2, new_height, new_width)
-    chosen = full.gather(1, found[:, None])[:, 0]
-    torch.testing.assert_close(chosen, full.amax(1), atol=1e-5, rtol=0)  # equal but for ties to rounding
 
 
 @given(SIDES, SIDES, st.integers(1, 600), st.one_of(st.none(), st.integers(1, 2000)))

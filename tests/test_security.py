@@ -1,11 +1,9 @@
 """Files of strangers run no code and write nowhere else, nor exhaust memory (`test_bombs.py`); secrets stay secret."""
 
-import ast
 import io
 import json
 import os
 import pickle
-import re
 import tarfile
 from pathlib import Path
 
@@ -15,8 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import denseclip_hf
-from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.conversion.weights import CheckpointError, read_checkpoint
 from denseclip_hf.data import SampleReader, file_stem, load_segmentation_dataset, read_image
 from denseclip_hf.evaluation.measure import EvaluationArguments, measure
@@ -25,53 +21,17 @@ from denseclip_hf.inference.segmenter import predict_sources
 from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from helpers.forked import run_script
-from helpers.models import segmenter, tiny_config, tiny_model
+from helpers.models import segmenter, tiny_model
 from helpers.sample_data import save_data
 from helpers.training import TINY as TINY_OPTIONS
 from helpers.training import TINY_CLIP, trainer_for, write_folder
 
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*Path(denseclip_hf.__file__).parent.glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 SECRET = "hf_ThisTokenMustNotAppearAnywhere"
 
 
 # No code of others
-
-YAML_LOADERS = ["_PlainLoader"], ["_ExponentLoader"]  # both of them yaml.SafeLoader
-
-
-def unsafe_calls(tree):
-    """Calls that run what a file says, or unpack archives wherever they say."""
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        name = ast.unparse(call.func)
-        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        last = name.rpartition(".")[2]
-        if (
-            name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load")
-            or (name == "torch.load" and options.get("weights_only") != "True")
-            or name.startswith(("pickle.load", "pickle.Unpickler", "marshal.", "shelve.", "dill.", "joblib."))
-            or name in ("torch.jit.load", "yaml.full_load", "yaml.load_all", "shutil.unpack_archive")
-            or (name == "yaml.load" and [ast.unparse(argument) for argument in call.args[1:]] not in YAML_LOADERS)
-            or (last in ("extract", "extractall"))
-            or options.get("allow_pickle", "False") != "False"
-            or options.get("trust_remote_code", "False") != "False"
-            or options.get("shell", "False") != "False"
-        ):
-            yield f"line {call.lineno}: {ast.unparse(call)}"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_no_unsafe_call_stands_in_the_code(path):
-    assert not list(unsafe_calls(ast.parse(path.read_text())))
-
-
-@pytest.mark.parametrize(
-    "code",
-    ["torch.load(f)", "pickle.loads(b)", "yaml.load(s, yaml.Loader)", "eval(s)", "a.extractall(d)", "run(c, shell=x)"],
-)
-def test_unsafe_calls_are_found(code):
-    assert list(unsafe_calls(ast.parse(code)))
 
 
 class Payload:
@@ -90,11 +50,6 @@ def marker(tmp_path):
     path = tmp_path / "the payload ran"
     yield path
     assert not path.exists()
-
-
-def test_the_payload_works(tmp_path):
-    pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
-    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -117,13 +72,6 @@ def test_code_in_a_model_directory_is_not_run(tmp_path, marker):
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(marker)))
     with pytest.raises(ValueError, match="model .*can not be loaded"):
         load_model(str(folder))
-
-
-def test_code_in_a_clip_directory_is_not_run(tmp_path, marker):
-    tiny_config().clip_config.save_pretrained(tmp_path / "clip")
-    torch.save({"x": Payload(marker)}, tmp_path / "clip" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="the model in .*clip can not be loaded"):
-        DenseCLIPForSemanticSegmentation.from_clip(str(tmp_path / "clip"), ["sky"], tokenizer=object())
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
@@ -284,27 +232,6 @@ def test_passwords_in_addresses_are_not_shown(tmp_path):
         sources, _ = find_sources([f"{scheme}://user:{SECRET}@127.0.0.1:9/x.png?token={SECRET}"])
         (problem,) = predict_sources(segmenter(), sources, tmp_path, timeout=0.5, progress=False).problems
         assert f"{scheme}://127.0.0.1:9/x.png is not fetched, because" in problem and SECRET not in problem
-
-
-@pytest.mark.parametrize(
-    ("address", "shown"),
-    [
-        ("http://user:{}@127.0.0.1/x.png", "http://127.0.0.1/x.png is not fetched"),
-        ("http://user:a {}@127.0.0.1:9/x.png", "http://127.0.0.1:9/x.png is not fetched"),
-        ("http://127.0.0.1:9/x.png?name=my photo&token={}", "http://127.0.0.1:9/x.png can not be fetched"),
-        ("http://127.0.0.1:9/x y.png?token={}", "http://127.0.0.1:9/x y.png can not be fetched"),
-        ("http://127.0.0.1:9/x.png?a=1::{}#{}", "http://127.0.0.1:9/x.png can not be fetched"),
-        ("http://127.0.0.1:9/x.png?a=1::s3://{}/k", "http://127.0.0.1:9/x.png can not be fetched"),
-    ],
-)
-def test_secrets_in_odd_addresses_are_not_shown(tmp_path, address, shown):
-    address = address.replace("{}", SECRET)
-    sources, _ = find_sources([address])
-    (problem,) = predict_sources(segmenter(), sources, tmp_path, timeout=0.5, progress=False).problems
-    assert problem.startswith(shown) and SECRET not in problem
-    with pytest.raises((OSError, ValueError), match=re.escape(shown.split(".png")[0])) as caught:
-        read_image(address)
-    assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize("start", ["http", "HTTP", "zip://a b#1.png::http"])

@@ -147,7 +147,7 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
     """
     file = recipe_file(path)
     try:
-        recipe = yaml.load(file.read_text(encoding="utf-8"), _ExponentLoader)
+        recipe = yaml.load(file.read_text(encoding="utf-8"), _ExponentLoader)  # noqa: S506, it is a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
     if not isinstance(recipe, dict):
