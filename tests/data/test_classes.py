@@ -1,4 +1,6 @@
-"""Class names, however they are given. Folders and their files are in `test_data.py`."""
+"""Class names, however they are given."""
+
+import json
 
 import pytest
 
@@ -6,18 +8,61 @@ from denseclip_hf.data import parse_classes
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["text", "path"])
-def test_a_text_file_names_one_class_a_line(tmp_path, kind):
-    (tmp_path / "names.txt").write_text("\ufeffroad\ntree, green \n\n", encoding="utf-8")
-    assert parse_classes(kind(tmp_path / "names.txt")).id2label == {0: "road", 1: "tree, green"}
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names.txt", "road\r\ntree, green \n\n"),
+        ("coco.names", "road\ntree, green\n"),
+        ("NAMES.TXT", "road\ntree, green"),
+        ("names.JSON", '["road", "tree, green"]'),
+        ("names.json", '{"id2label": {"1": "tree, green", "0": "road"}}'),
+        ("data.yaml", "path: ../x\nnc: 2\nnames:\n  0: road\n  1: tree, green\n"),
+        ("data.yml", "names: [road, 'tree, green']\n"),
+        ("classes.csv", 'Pixel Value, Class\n1,"tree, green"\n0, road\n'),
+    ],
+)
+def test_files_of_names(tmp_path, kind, encoding, name, text):
+    (tmp_path / name).write_text(text, encoding=encoding, newline="")
+    assert parse_classes(kind(tmp_path / name)).id2label == {0: "road", 1: "tree, green"}
 
 
-def test_a_text_file_that_is_none_is_refused(tmp_path):
+def test_files_that_hold_no_names_are_refused(tmp_path):
     file = tmp_path / "names.txt"
-    with pytest.raises(FileNotFoundError, match="names.txt, which should hold the class names, does not exist"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         parse_classes(str(file))
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="names.txt is not a text file"):
-        parse_classes(str(file))
-    file.write_text("road\n\nroad")
-    with pytest.raises(ValueError, match="names.txt must name the classes .* one is empty"):
-        parse_classes(str(file))
+    for content, words in ((b"\xff\xfe\x00", "no.* text file|not a text file"), (b"road\n\nroad", "empty")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            parse_classes(str(file))
+    (tmp_path / "names.docx").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="none of the files"):
+        parse_classes(str(tmp_path / "names.docx"))
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("palete", "palette"), ("ignore_label", "ignore_index"), ("label_map", "id_map"), ("licence", "id2label")],
+)
+def test_keys_that_nothing_reads_are_refused(key, hint):
+    with pytest.raises(ValueError, match=f"`{key}`.*{hint}"):
+        parse_classes({"id2label": ["a", "b"], key: 1})
+
+
+def test_names_by_the_ids_that_masks_hold_with_reduced_labels():
+    table = parse_classes({"id2label": {"1": "road", "2": "tree"}, "do_reduce_labels": True})
+    assert table.id2label == {0: "road", 1: "tree"}
+    with pytest.raises(ValueError, match="id_map"):
+        parse_classes({"id2label": {"1": "road", "2": "tree"}})
+
+
+@pytest.mark.parametrize("id_map", [{"5": 2}, {"x": 0}, {"5": "car"}, [1, 2], 7])
+def test_an_id_map_leads_to_classes(id_map):
+    with pytest.raises(ValueError, match="id_map"):
+        parse_classes({"id2label": ["road", "tree"], "id_map": id_map})
+
+
+def test_an_id_map_by_name_id_and_null(tmp_path):
+    content = {"id2label": ["road", "tree"], "id_map": {"5": "tree", "6": 0, "7": None, "8": 255}}
+    (tmp_path / "classes.json").write_text(json.dumps(content))
+    assert parse_classes(tmp_path / "classes.json").id_map == {5: 1, 6: 0, 7: None, 8: None}

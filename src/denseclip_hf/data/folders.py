@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .classes import ClassTable, ade20k_classes, cityscapes_classes, find_classes, parse_lines
+from .coco import find_annotations, read_annotations
 
 
 IMAGE_SUFFIXES = {
@@ -74,7 +75,7 @@ def read_folder(
     root: Path, train: str | None, validation: str | None, held_out: float, skip_unpaired: bool
 ) -> FolderData | None:
     """
-    The files of a folder in the first of `LAYOUTS` that it has; None for any other folder.
+    The files of a folder in the first of `LAYOUTS` that it has, or of COCO's annotations; None for any other folder.
 
     Args:
         root: the folder.
@@ -85,6 +86,7 @@ def read_folder(
     Raises:
         FileNotFoundError, ValueError: if there are images but no masks where one of the layouts has its masks, and for
             splits, partners and classes that are missing.
+        ImportError: for COCO's annotations without pycocotools.
     """
     if (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
@@ -94,11 +96,18 @@ def read_folder(
         if not folders or (images == masks and not any(map(_has_masks, folders.values()))):
             continue
         mask_folders = {name: _folder(root, masks.format(split=name)) for name in folders}
-        if any(mask_folders.values()):
+        if any(folder and _holds_images(folder) for folder in mask_folders.values()):
             break
         if images != "{split}":  # what any folder may be
             lacking = lacking or (next(iter(folders.values())), masks.format(split=next(iter(folders))))
     else:
+        if annotations := find_annotations(root):
+            names = split_names(annotations, train, validation)
+            chosen = {kind: annotations[name] for kind, name in names.items()}
+            drawn, classes = read_annotations(chosen, root, skip_unpaired)
+            if "validation" not in drawn:
+                drawn["train"], drawn["validation"] = _hold_out(drawn["train"], held_out)
+            return FolderData(names, drawn, {}, find_classes([root]) or classes)
         if lacking is None:
             return None
         raise FileNotFoundError(
@@ -117,12 +126,12 @@ def read_folder(
     if "validation" not in rows:
         rows["train"], rows["validation"] = _hold_out(rows["train"], held_out)
     inside = [part for folder in folders.values() for part in (folder, folder.parent) if root in part.parents]
-    classes = find_classes([root, *inside])
-    if classes is None and images == "leftImg8bit/{split}":
-        classes = cityscapes_classes()
-    if classes is None and masks == "annotations/{split}" and {"training", "validation"} & set(folders):
-        classes = ade20k_classes()
-    return FolderData(names, rows, left_out, classes)
+    known = find_classes([root, *inside])
+    if known is None and images == "leftImg8bit/{split}":
+        known = cityscapes_classes()
+    if known is None and masks == "annotations/{split}" and {"training", "validation"} & set(folders):
+        known = ade20k_classes()
+    return FolderData(names, rows, left_out, known)
 
 
 def _splits(root: Path, images: str) -> dict[str, Path]:
@@ -163,6 +172,10 @@ def _visible(name: str) -> bool:
 
 def _has_masks(folder: Path) -> bool:
     return any(Path(name).stem.endswith(BESIDE_ENDINGS) for name in _names(folder) if _is_image(name))
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def _is_image(name: str | Path) -> bool:

@@ -1,5 +1,6 @@
 """One image and its mask, from files or bytes: converted where that loses nothing, refused otherwise."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ import datasets
 import fsspec
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from .coco import MARK, draw
 
 
 NAMELESS = "a sample without a file name"
@@ -330,6 +333,8 @@ class SampleReader:
             ids = _whole_numbers(np.asarray(source))
             _check_size(ids.shape, "given as an array", image)
             return self._ids(ids, "given as an array")
+        if isinstance(source, Mapping) and (source.get("bytes") or b"").startswith(MARK):
+            return self._ids_of_annotation(source, image)
         mask, content = _open(source)
         name = name_of(mask)
         stored = _stored_samples(mask, content)
@@ -413,6 +418,23 @@ class SampleReader:
         known, classes = self._colors
         positions = np.minimum(np.searchsorted(known, codes), len(known) - 1)
         return classes[positions], known[positions] == codes
+
+    def _ids_of_annotation(self, source: Mapping[str, Any], image: Image.Image | None) -> np.ndarray:
+        """Class ids of a mask that is drawn from polygons, or made from a panoptic PNG."""
+        name = name_of(source)
+        try:
+            mask = json.loads(source["bytes"].removeprefix(MARK))
+            height, width = mask["size"]
+            if not 0 < height * width * 8 <= MAX_DECODED_BYTES:
+                raise ValueError(f"a size of {width}x{height}")
+            segments = np.asarray(read_image(mask["file"])) if "file" in mask else None
+            ids = draw(mask, segments, self.ignore_index) if image is None or image.size == (width, height) else None
+        except (MemoryError, ImportError, FileNotFoundError):
+            raise
+        except Exception as error:
+            raise ValueError(f"The mask {name} cannot be drawn ({error}); correct its annotation.") from error
+        _check_size((height, width), name, image)
+        return self._ids(np.asarray(ids), name)
 
     def _ids_of_colors(self, pixels: np.ndarray, name: str) -> np.ndarray:
         """Class ids of an (h, w, 3) mask in the palette's colors, or with the id in each of three channels."""
