@@ -1,8 +1,10 @@
 """How the demo ends when it can not go on; `make demo` runs it whole."""
 
 import pytest
+from PIL import Image
 
 from denseclip_hf.cli import demo
+from denseclip_hf.example import make_example_dataset
 
 
 def test_a_folder_of_somebody_else_is_one_sentence(tmp_path, capsys):
@@ -12,6 +14,15 @@ def test_a_folder_of_somebody_else_is_one_sentence(tmp_path, capsys):
         demo.main(["--output_dir", str(tmp_path)])
     said = capsys.readouterr().err
     assert said.startswith(f"error: {tmp_path}/data is not empty") and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_scores_and_an_image(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "make_example_dataset", lambda folder: make_example_dataset(folder, 10, 4))
+    demo.main(["--output_dir", str(tmp_path), "--max_steps", "2"])
+    assert "mean" in capsys.readouterr().out
+    with Image.open(tmp_path / "demo.png") as drawn:
+        assert min(drawn.size) > 300
 
 
 @pytest.mark.slow

@@ -20,43 +20,41 @@ from .arguments import HelpFormatter, one_sentence_errors, recipe_file
 
 # What anybody does with the saved directory; run in a process that knows nothing of this one.
 FRESH_PROCESS = """
-import json, sys
+import sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, pipeline
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import pipeline
 import denseclip_hf
-from ..inference import colorize, comparison_picture, overlay
+from denseclip_hf.inference import colorize, comparison_picture, overlay
 
-model_dir, data_dir, picture = map(Path, sys.argv[1:])
-model = AutoModelForSemanticSegmentation.from_pretrained(model_dir)
-processor, tokenizer = AutoImageProcessor.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
-segment = pipeline("image-segmentation", model=str(model_dir))
-label2id, palette = model.config.label2id, model.config.palette
+model_dir, data_dir, drawn = sys.argv[1:]
+segment = pipeline("image-segmentation", model=model_dir)
+config = segment.model.config
+label2id, palette = config.label2id, config.palette
 rows = []
-for file in sorted((data_dir / "val" / "images").glob("*.jpg"))[:4]:
+for file in sorted(Path(data_dir, "val", "images").glob("*.jpg"))[:4]:
     image = Image.open(file).convert("RGB")
     prediction = np.full(image.size[::-1], 255)
     for found in segment(image):
         prediction[np.asarray(found["mask"]) > 0] = label2id[found["label"]]
-    truth = np.asarray(Image.open(data_dir / "val" / "masks" / f"{file.stem}.png"))
-    rows.append([image, overlay(image, prediction, palette), colorize(prediction, palette)])
-    rows[-1].append(colorize(truth, palette))
+    truth = np.asarray(Image.open(Path(data_dir, "val", "masks", f"{file.stem}.png")))
+    maps = [colorize(ids, palette) for ids in (prediction, truth)]
+    rows.append([image, overlay(image, prediction, palette), *maps])
 titles = ["input", "prediction over input", "prediction", "ground truth (black: void)"]
-comparison_picture(rows, titles, model.config.id2label, palette).save(picture)
+comparison_picture(rows, titles, config.id2label, palette).save(drawn)
 """
 
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="of data, model and picture")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="of data, model and image")
     parser.add_argument("--max_steps", type=int, default=None, help="train shorter or longer than the recipe")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     data, clip = args.output_dir / "data", args.output_dir / "clip"
-    model, picture = args.output_dir / "model", args.output_dir / "demo.png"
+    model, drawn = args.output_dir / "model", args.output_dir / "demo.png"
     say("1/4  Drawing example scenes and making a tiny CLIP")
     make_example_dataset(data)
     make_example_clip(clip, vision="resnet")
@@ -68,14 +66,14 @@ def main(argv: list[str] | None = None) -> None:
         flags += ["--max_steps", args.max_steps, "--warmup_steps", args.max_steps // 20]
     run(["-m", "denseclip_hf.cli.train", recipe_file("example.yaml"), *flags])
     say("3/4  Loading the saved model in a fresh process, through the pipeline, and drawing what it sees")
-    run(["-c", FRESH_PROCESS, model, data, picture])
+    run(["-c", FRESH_PROCESS, model, data, drawn])
     results = json.loads((model / "eval_results.json").read_text())
     classes = json.loads((data / "classes.json").read_text())["id2label"]
     say(f"4/4  Done in {time.perf_counter() - start:.0f} s. On scenes it has not seen:")
     for name, iou in zip(classes.values(), results["eval_per_category_iou"], strict=True):
         print(f"  {name:<16} IoU " + ("not seen" if iou is None else f"{100 * iou:5.1f} %"))
     print(f"  {'mean':<16} IoU {100 * results['eval_mean_iou']:5.1f} %")
-    print(f"\n  picture  {picture.resolve()}\n  model    {model.resolve()}\n  data     {data.resolve()}")
+    print(f"\n  image  {drawn.resolve()}\n  model  {model.resolve()}\n  data   {data.resolve()}")
 
 
 def say(text: str) -> None:
