@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -124,6 +125,12 @@ def write_atomically(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def asked_by_pickle(error: Exception) -> str | None:
+    """The object that a pickle asked for, in `torch.load`'s refusal of it; None for any other error."""
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return wanted[1] if wanted else None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -132,6 +139,7 @@ def _umask() -> int:
 
 __all__ = [
     "OutputError",
+    "asked_by_pickle",
     "complete_or_gone",
     "make_directory",
     "new_directory",

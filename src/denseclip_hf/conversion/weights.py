@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..files import asked_by_pickle
 from ..model.loading_denseclip import load_pretrained, reason_of
 
 
@@ -108,12 +109,6 @@ def _is_torchscript(path: Path) -> bool:
     return False
 
 
-def asked_by_pickle(error: Exception) -> str | None:
-    """The object that a pickle asked for, in `torch.load`'s refusal of it; None for any other error."""
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return wanted[1] if wanted else None
-
-
 def state_dict_of(checkpoint: dict[str, Any], path: str | os.PathLike = "the checkpoint") -> StateDict:
     """
     The weights in a checkpoint's top level, without the `module.` prefix of distributed training.
@@ -204,7 +199,6 @@ __all__ = [
     "DEFAULT_TOKENIZER",
     "CheckpointError",
     "StateDict",
-    "asked_by_pickle",
     "check_axes",
     "check_finite",
     "count_layers",

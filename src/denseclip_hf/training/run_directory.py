@@ -14,9 +14,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..conversion.weights import asked_by_pickle
 from ..evaluation.report import without_nan
-from ..files import complete_or_gone, make_directory, write_atomically
+from ..files import asked_by_pickle, complete_or_gone, make_directory, write_atomically
 from ..model.loading_denseclip import reason_of
 from .arguments import DenseCLIPTrainingArguments
 
