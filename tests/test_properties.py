@@ -14,8 +14,8 @@ from denseclip_hf import DenseCLIPImageProcessorPil
 from denseclip_hf.inference.sources import find_sources
 from denseclip_hf.metrics import MeanBoundaryIoU, MeanIoU, confusion_matrix
 from denseclip_hf.model import resizing_denseclip
-from denseclip_hf.model.fpn_denseclip import resize_bilinear
-from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits
+from denseclip_hf.model.layers_denseclip import resize_bilinear
+from denseclip_hf.model.modeling_denseclip import sliding_window_logits
 from denseclip_hf.training import poly_learning_rate
 from denseclip_hf.transforms import TrainTransform
 from helpers.models import EOS, SOS, tiny_model

@@ -11,11 +11,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.utils import is_torchvision_available
 
+from .inference.pipelines import register_pipelines
 from .model.configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
 from .model.configuration_denseclip import DenseCLIPConfig
 from .model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from .model.modeling_clip_resnet import CLIPResNetModel, CLIPResNetVisionModel
-from .model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPSemanticSegmenterOutput
+from .model.modeling_denseclip import (
+    DenseCLIPForSemanticSegmentation,
+    DenseCLIPModel,
+    DenseCLIPSemanticSegmenterOutput,
+)
 
 
 if TYPE_CHECKING:
@@ -39,8 +44,10 @@ AutoConfig.register(CLIPResNetConfig.model_type, CLIPResNetConfig)
 AutoConfig.register(DenseCLIPConfig.model_type, DenseCLIPConfig)
 AutoModel.register(CLIPResNetVisionConfig, CLIPResNetVisionModel)
 AutoModel.register(CLIPResNetConfig, CLIPResNetModel)
+AutoModel.register(DenseCLIPConfig, DenseCLIPModel)
 AutoImageProcessor.register(DenseCLIPConfig, image_processor_classes=_image_processors)
 AutoModelForSemanticSegmentation.register(DenseCLIPConfig, DenseCLIPForSemanticSegmentation)
+register_pipelines()
 
 # Loaded when first used (PEP 562): the module of each name.
 _LATER = {
@@ -70,6 +77,7 @@ __all__ = [
     "DenseCLIPConfig",
     "DenseCLIPForSemanticSegmentation",
     "DenseCLIPImageProcessor",
+    "DenseCLIPModel",
     "DenseCLIPSemanticSegmenterOutput",
     "DenseCLIPTrainer",
     "DenseCLIPTrainingArguments",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .model.image_inputs_denseclip import holds_integers, reduce_labels
+from .model.image_processing_denseclip import holds_integers, reduce_labels
 
 
 LabelMap: TypeAlias = torch.Tensor | np.ndarray | Sequence[Sequence[int]]

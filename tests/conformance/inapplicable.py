@@ -1,4 +1,4 @@
-"""Tests of transformers that can not apply to our classes, and why: patterns of `Class::test`, and the reason."""
+"""Tests of transformers that cannot apply to our classes, and why: patterns of `Class::test`, and the reason."""
 
 from transformers.utils import is_torchvision_available
 

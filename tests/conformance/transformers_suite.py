@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that can not apply must fail, so that one that begins to pass is noticed."""
+    """A test that cannot apply must fail, so that one that begins to pass is noticed."""
     unused = set(INAPPLICABLE)
     for item in items:
         name = f"{item.cls.__name__}::{item.name}"  # type: ignore[attr-defined]

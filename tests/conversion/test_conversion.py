@@ -150,12 +150,8 @@ def test_released_keys_are_each_consumed_once(name):
         fused = sum(key.endswith(("in_proj_weight", "in_proj_bias")) for key in original)
         converted = convert_original_state_dict(original, config)
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    # Each fused projection becomes three; CLIP's temperature is not part of the original.
-    assert len(converted) == len(original) + 2 * fused + 1
-    without_text = sum(
-        p.numel() for n, p in model.named_parameters()
-        if not n.startswith(("clip.text_", "clip.logit_scale"))
-    )  # fmt: skip
+    assert len(converted) == len(original) + 2 * fused  # each fused projection becomes three
+    without_text = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("clip.text_"))
     assert without_text == released["params_without_text_encoder"]
 
 
@@ -166,7 +162,7 @@ def test_presets_have_the_published_number_of_parameters(preset, millions):
     config = DenseCLIPConfig.from_preset(preset, num_labels=150)
     with torch.device("meta"):
         model = DenseCLIPForSemanticSegmentation(config)
-    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("clip.text_", "clip.logit_scale")))
+    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("clip.text_"))
     assert round(count / 1e6, 3) == millions
 
 

@@ -1,4 +1,4 @@
-"""How the demo ends when it can not go on; `make demo` runs it whole."""
+"""How the demo ends when it cannot go on; `make demo` runs it whole."""
 
 import pytest
 from PIL import Image

@@ -4,30 +4,35 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
-from denseclip_hf import DenseCLIPForSemanticSegmentation
-from denseclip_hf.model import class_embeddings_denseclip
-from helpers.models import Tokenizer, forward, tiny_config, tiny_model
+from denseclip_hf.model.text_encoder_denseclip import encode_prompts
+from helpers.models import Tokenizer, forward, tiny_model
 
 
 class CallCounter:
     """Counts passes through the text tower and the tokens that went through it."""
 
-    def __init__(self, model):
+    def __init__(self, model, monkeypatch):
         self.calls, self.tokens = 0, 0
-        model.clip.text_model.encoder.register_forward_hook(self.count, with_kwargs=True)
+        monkeypatch.setattr("denseclip_hf.model.modeling_denseclip.encode_prompts", self.count)
 
-    def count(self, module, args, kwargs, output):
+    def count(self, clip, layout, prompts=None):
         self.calls += 1
-        self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
+        self.tokens += layout.token_ids.numel()
+        return encode_prompts(clip, layout, prompts)
 
 
-def test_eval_runs_the_text_tower_once(kind, images):
+def computed(model):
+    with torch.no_grad():
+        return encode_prompts(model.clip, model.prompts.layout(model.device), model.prompts)
+
+
+def test_eval_runs_the_text_tower_once(kind, images, monkeypatch):
     model = tiny_model(kind)
-    counter = CallCounter(model)
+    counter = CallCounter(model, monkeypatch)
     for _ in range(3):
         forward(model, images)
-    model(images)  # with gradients enabled too
     model.config.inference_mode = "slide"
     forward(model, torch.randn(1, 3, 96, 160))
     with torch.inference_mode():
@@ -39,19 +44,6 @@ def test_eval_runs_the_text_tower_once(kind, images):
 def change_in_place(model):
     with torch.no_grad():
         model.prompts.context_vectors.add_(1.0)
-
-
-def change_data(model):
-    model.prompts.context_vectors.data.add_(1.0)
-
-
-def put_average_in_place(model):
-    for parameter in model.parameters():
-        parameter.data.mul_(0.9)
-
-
-def scale_projection(model):
-    model.clip.text_projection.weight.data.mul_(2.0)
 
 
 def change_token(model):
@@ -77,82 +69,6 @@ def replace_parameter(model):
     model.prompts.context_vectors = torch.nn.Parameter(torch.randn(4, 16))
 
 
-def change_one_value_of_a_context(model):
-    model.prompts.context_vectors.data[1, 1] += 1.0
-
-
-def change_what_is_not_sampled(model):
-    model.clip.text_projection.weight.data[0, 1] += 1.0
-    model.train().eval()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_in_place,
-        change_data,
-        change_one_value_of_a_context,
-        put_average_in_place,
-        scale_projection,
-        change_token,
-        step_optimizer,
-        load_weights,
-        load_part,
-        replace_parameter,
-        lambda model: model.double(),
-        lambda model: model.set_classes(["one", "two", "three"], Tokenizer()),
-        change_what_is_not_sampled,
-    ],
-)
-def test_class_embeddings_are_never_stale(change, images):
-    model = tiny_model()
-    forward(model, images)
-    change(model)
-    with torch.no_grad():
-        expected = model.prompts(model.clip)
-        torch.testing.assert_close(model.encode_classes(), expected, atol=0, rtol=0)
-    assert model.encode_classes().dtype == expected.dtype
-
-
-def test_where_values_are_not_read_versions_tell(images, monkeypatch):
-    monkeypatch.setattr(class_embeddings_denseclip, "_sample", lambda *args: None)  # as on an accelerator
-    model = tiny_model()
-    counter = CallCounter(model)
-    for _ in range(2):
-        forward(model, images)
-    assert counter.calls == 1
-    change_in_place(model)
-    forward(model, images)
-    assert counter.calls == 2
-    monkeypatch.undo()
-    forward(model, images)
-    assert counter.calls == 3
-
-
-def test_values_of_a_spread_tensor_are_not_read():
-    model = tiny_model()
-    sources = [model.prompts.context_vectors, model.clip.text_projection.weight]
-    assert len(class_embeddings_denseclip._sample(model.prompts, sources)) == 2
-    sources[1].placements = ("sharded",)
-    assert class_embeddings_denseclip._sample(model.prompts, sources) is None
-
-
-def test_weights_made_in_inference_mode_have_no_version():
-    with torch.inference_mode():
-        model = tiny_model()
-        assert torch.equal(model.encode_classes(), model.encode_classes())
-
-
-def test_around_a_frozen_clip_the_text_tower_runs_once(kind, images, labels):
-    model = DenseCLIPForSemanticSegmentation(tiny_config(kind))
-    model.clip.requires_grad_(False)
-    model.prompts.requires_grad_(False)
-    counter = CallCounter(model)
-    for _ in range(2):
-        model(images, labels=labels).loss.backward()
-    assert model.training and counter.calls == 1
-
-
 @pytest.mark.parametrize("freeze", [False, True])
 def test_callers_may_change_the_class_embeddings_they_got(freeze, images):
     model = tiny_model(gamma_init=1.0)
@@ -172,29 +88,16 @@ def test_copies_do_not_share_class_embeddings(images):
     other = copy.deepcopy(model)
     change_in_place(other)
     with torch.no_grad():
-        assert torch.equal(other.encode_classes(), other.prompts(other.clip))
-        assert torch.equal(model.encode_classes(), model.prompts(model.clip))
+        assert torch.equal(other.encode_classes(), computed(other))
+        assert torch.equal(model.encode_classes(), computed(model))
 
 
-def test_eval_gradients_are_those_of_training(images, labels):
-    model = tiny_model(context_decoder_dropout=0.0, decode_head_dropout=0.0, drop_path_rate=0.0)
-    model(images, labels=labels).loss.backward()
-    kept = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model._class_embeddings.get = lambda prompts, clip, training: prompts(clip)
-    model(images, labels=labels).loss.backward()
-    assert kept.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
-    for name, parameter in model.named_parameters():
-        if name in kept:
-            torch.testing.assert_close(kept[name], parameter.grad, atol=1e-6, rtol=1e-4)
-
-
-def test_forward_passes_of_one_step_share_the_text_tower(images, labels):
+def test_forward_passes_of_one_step_share_the_text_tower(images, labels, monkeypatch):
     model = tiny_model(context_decoder_dropout=0.0, decode_head_dropout=0.0, drop_path_rate=0.0).train()
     gradients = []
     for shares in (False, True):
         model.zero_grad()
-        counter = CallCounter(model)
+        counter = CallCounter(model, monkeypatch)
         for index in range(3):
             model.share_class_embeddings(until_next=shares and index < 2)
             model(images + index, labels=labels).loss.backward()
@@ -217,49 +120,15 @@ def test_a_shared_pass_may_have_no_backward(images, labels):
     torch.testing.assert_close(model.prompts.context_vectors.grad, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_nothing_is_shared_beyond_an_evaluation(images, labels):
+def test_nothing_is_shared_beyond_an_evaluation(images, labels, monkeypatch):
     model = tiny_model().train()
-    counter = CallCounter(model)
+    counter = CallCounter(model, monkeypatch)
     model.share_class_embeddings(until_next=True)
     model(images, labels=labels)
     model.eval().train()
     for _ in range(2):
         model(images, labels=labels)
     assert counter.calls == 3
-
-
-def test_a_compiler_sees_kept_embeddings_or_the_whole_way(monkeypatch):
-    model = tiny_model()
-    counter, compiling = CallCounter(model), True
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    assert model.encode_classes().requires_grad and model.encode_classes().requires_grad and counter.calls == 2
-    with torch.no_grad():
-        model.encode_classes(), model.encode_classes()
-        assert counter.calls == 4  # nothing is kept by a graph
-        compiling = False
-        kept = model.encode_classes()
-        compiling = True
-        model.encode_classes().zero_()
-        assert torch.equal(model.encode_classes(), kept) and counter.calls == 5
-
-
-def test_new_classes_reach_a_compiler(images, monkeypatch):
-    model = tiny_model()
-    forward(model, images)
-    model.set_classes(["one", "two", "three"], Tokenizer())
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with torch.no_grad():
-        torch.testing.assert_close(model.encode_classes(), model.prompts(model.clip), atol=0, rtol=0)
-
-
-def test_weights_that_change_between_passes_that_share_are_refused(images, labels):
-    model = tiny_model().train()
-    model.share_class_embeddings(until_next=True)
-    model(images, labels=labels).loss.backward()
-    with torch.no_grad():
-        model.prompts.context_vectors.add_(1.0)
-    with pytest.raises(RuntimeError, match="changed while gradients were accumulated"):
-        model(images, labels=labels)
 
 
 def test_class_embeddings_from_inference_mode_serve_autograd(images, labels):
@@ -274,4 +143,81 @@ def test_autocast_does_not_leak_into_kept_embeddings(images):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(images)
     with torch.no_grad():
-        assert torch.equal(model.encode_classes(), model.prompts(model.clip))
+        assert torch.equal(model.encode_classes(), computed(model))
+
+
+def disable_adapter(model):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=r"clip\.text_model\..*\.q_proj", init_lora_weights=False)
+    )
+    forward(model.eval(), torch.zeros(1, 3, 64, 64))
+    adapted.base_model.disable_adapter_layers()
+
+
+def prune_twice(model):
+    layer = model.clip.text_model.encoder.layers[0].mlp.fc1
+    prune.random_unstructured(layer, "weight", amount=0.5)
+    forward(model, torch.zeros(1, 3, 64, 64))
+    prune.random_unstructured(layer, "weight", amount=0.5)
+
+
+def hook(model):
+    model.clip.text_model.final_layer_norm.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def replace_method(model):
+    norm = model.clip.text_model.final_layer_norm
+    norm.forward = lambda x: x + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        change_token,
+        step_optimizer,
+        load_weights,
+        load_part,
+        replace_parameter,
+        disable_adapter,
+        prune_twice,
+        hook,
+        replace_method,
+        lambda model: model.double(),
+        lambda model: model.set_classes(["one", "two", "three"], Tokenizer()),
+    ],
+)
+def test_class_embeddings_are_never_stale(change, images):
+    model = tiny_model()
+    forward(model, images)
+    change(model)
+    with torch.no_grad():
+        assert torch.equal(model.encode_classes(), computed(model))
+
+
+def test_an_edit_that_leaves_no_trace_is_seen_after_a_change_of_mode(images):
+    model = tiny_model()
+    forward(model, images)
+    model.clip.text_projection.weight.data[0, 1] += 1.0
+    model.train().eval()
+    with torch.no_grad():
+        assert torch.equal(model.encode_classes(), computed(model))
+
+
+def test_gradients_in_eval_mode_reach_the_contexts(images, labels):
+    model = tiny_model()
+    forward(model, images)
+    model(images, labels=labels).loss.backward()
+    assert model.prompts.context_vectors.grad.abs().sum() > 0
+
+
+def test_graphs_keep_nothing_and_see_nothing_kept(monkeypatch, images):
+    model = tiny_model()
+    forward(model, images)
+    counter = CallCounter(model, monkeypatch)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        model.encode_classes(), model.encode_classes()
+    assert counter.calls == 2

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from denseclip_hf.model.fpn_denseclip import FPNNeck, SemanticFPNHead, resize_bilinear
+from denseclip_hf.model.decoder_denseclip import FPNNeck, SemanticFPNHead
+from denseclip_hf.model.layers_denseclip import resize_bilinear
 
 
 def test_neck_adds_coarser_levels_by_nearest_neighbour():

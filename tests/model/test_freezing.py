@@ -54,7 +54,7 @@ def test_freezing_twice_and_evaluating_are_fine(frozen, images):
     ],
 )
 def test_training_and_new_words_are_refused(frozen, action, what):
-    with pytest.raises(ValueError, match=f"classes are frozen, so it can not {what}"):
+    with pytest.raises(ValueError, match=f"classes are frozen, so it cannot {what}"):
         action(frozen)
 
 
@@ -70,7 +70,7 @@ def test_other_classes_are_refused(frozen, kind, tmp_path):
     frozen.save_pretrained(tmp_path)
     load = DenseCLIPForSemanticSegmentation.from_pretrained
     for other in ({"num_labels": 7}, {"id2label": {0: "sky", 1: "road", 2: "sea"}}):
-        with pytest.raises(ValueError, match="classes are frozen, so it can not be loaded for others"):
+        with pytest.raises(ValueError, match="classes are frozen, so it cannot be loaded for others"):
             load(tmp_path, ignore_mismatched_sizes=True, **other)
     config = tiny_config(kind, num_labels=7, frozen_classes=True)
     with pytest.raises(ValueError, match="hold no frozen embeddings of 7 classes, so they would be noise"):

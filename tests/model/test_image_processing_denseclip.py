@@ -16,8 +16,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
-from denseclip_hf.model.image_inputs_denseclip import reduce_labels
-from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil, reduce_labels
 from denseclip_hf.model.image_processing_denseclip_torchvision import DenseCLIPImageProcessor
 
 

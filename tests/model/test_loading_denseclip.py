@@ -10,8 +10,8 @@ from transformers import AutoModelForSemanticSegmentation, CLIPModel
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
 from denseclip_hf.example import make_example_clip
+from denseclip_hf.model.layers_denseclip import resize_position_grid
 from denseclip_hf.model.loading_denseclip import load_clip, load_pretrained
-from denseclip_hf.model.modeling_clip_resnet import resize_position_grid
 from helpers.models import EOS, SOS, Tokenizer, forward, tiny_config, tiny_model
 
 
@@ -123,7 +123,7 @@ def test_set_classes_round_trips_through_disk(images, tmp_path):
         ([], "at least one"),
         ({}, "at least one"),
         (["sky", ""], "none of them empty .the 2. of 2 is"),
-        (["sky", "sky"], "'sky' is given twice"),
+        (["sky", "sky"], "'sky' appears twice"),
         ("sky", "must be a list of texts"),
         ([["sky", "heaven"], "road"], "a class has one name"),
         ({1: "sky", 2: "road"}, "must be 0 … 1 without gaps"),
@@ -173,10 +173,10 @@ def test_what_is_no_clip_is_refused(clip, error, sentence):
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
-        ("model.safetensors", b"", "the model in .* can not be loaded .*download or save it anew"),
-        ("config.json", b'{"model_type": "clip", "vision_config": 5}', "the model in .* can not be loaded"),
-        ("tokenizer.json", b"{}", "the tokenizer in .* can not be loaded"),
-        ("tokenizer.json", b'{"model":', "the tokenizer in .* can not be loaded"),
+        ("model.safetensors", b"", "the model in .* cannot be loaded .*download or save it anew"),
+        ("config.json", b'{"model_type": "clip", "vision_config": 5}', "the model in .* cannot be loaded"),
+        ("tokenizer.json", b"{}", "the tokenizer in .* cannot be loaded"),
+        ("tokenizer.json", b'{"model":', "the tokenizer in .* cannot be loaded"),
     ],
 )
 def test_a_damaged_clip_is_refused_by_name(tmp_path, file, content, sentence):
@@ -197,7 +197,7 @@ def test_refusals_of_this_library_keep_their_own_remedy(tmp_path):
             return DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path / "clip")
 
     for kind, name in ((DenseCLIPForSemanticSegmentation, str(tmp_path / "clip")), (FromTheHub, "openai/clip")):
-        with pytest.raises(ValueError, match=f"{name} can not be loaded: this is a CLIP, not a segmenter") as caught:
+        with pytest.raises(ValueError, match=f"{name} cannot be loaded: this is a CLIP, not a segmenter") as caught:
             load_pretrained(kind, name)
         assert not re.search("name on the Hub|anew|give another", str(caught.value))
 
@@ -210,5 +210,5 @@ def test_a_clip_without_a_tokenizer_is_told_so(tmp_path):
 
 def test_a_run_that_has_not_ended_is_told_so(tmp_path):
     tiny_model().save_pretrained(tmp_path / "checkpoint-6")
-    with pytest.raises(ValueError, match="can not be loaded .*: give its last checkpoint, .*checkpoint-6, or finish"):
+    with pytest.raises(ValueError, match="cannot be loaded .*: give its last checkpoint, .*checkpoint-6, or finish"):
         load_pretrained(DenseCLIPForSemanticSegmentation, tmp_path)

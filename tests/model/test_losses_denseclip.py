@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from denseclip_hf.model import losses_denseclip
-from denseclip_hf.model.losses_denseclip import checked_labels, pixel_cross_entropy
+from denseclip_hf.model import modeling_denseclip
+from denseclip_hf.model.modeling_denseclip import checked_labels, pixel_cross_entropy
 from helpers.models import tiny_config
 
 
@@ -22,7 +22,7 @@ def test_ignored_pixels_count_as_zero():
 @pytest.mark.parametrize("strip", [1, 500, 2**23])
 @pytest.mark.parametrize("size", [(32, 48), (16, 12), (33, 47), (8, 12), (5, 7), (24, 50)])
 def test_loss_and_gradient_are_those_of_resized_logits(monkeypatch, strip, size):
-    monkeypatch.setattr(losses_denseclip, "_STRIP_ELEMENTS", strip)
+    monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", strip)
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 8, 12, requires_grad=True)
     labels = torch.randint(5, (2, *size))
@@ -39,7 +39,7 @@ def test_loss_and_gradient_are_those_of_resized_logits(monkeypatch, strip, size)
 
 def test_a_compiler_gets_the_plain_formula(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.delattr(losses_denseclip, "_StripCrossEntropy")
+    monkeypatch.delattr(modeling_denseclip, "checkpoint")
     logits, labels = torch.randn(2, 5, 8, 12).bfloat16(), torch.randint(5, (2, 32, 48))
     labels[0, :16] = 255
     resized = F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False)
@@ -47,54 +47,19 @@ def test_a_compiler_gets_the_plain_formula(monkeypatch):
     torch.testing.assert_close(pixel_cross_entropy(logits, labels, 255), expected)
 
 
-def test_there_is_no_second_derivative():
-    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss = pixel_cross_entropy(logits, torch.zeros(1, 8, 8, dtype=torch.long), 255)
-    (gradient,) = torch.autograd.grad(loss.square(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
-def test_nothing_of_the_labels_size_is_kept_for_the_backward_pass(monkeypatch):
-    monkeypatch.setattr(losses_denseclip, "_STRIP_ELEMENTS", 4096)
-    logits, labels = torch.randn(1, 16, 8, 8, requires_grad=True), torch.zeros(1, 256, 256, dtype=torch.long)
-    largest = 0
-    real = F.cross_entropy
-
-    def watched(resized, *args, **kwargs):
-        nonlocal largest
-        largest = max(largest, resized.numel())
-        return real(resized, *args, **kwargs)
-
-    monkeypatch.setattr(losses_denseclip.F, "cross_entropy", watched)
-    loss = pixel_cross_entropy(logits, labels, 255)
-    assert largest <= 16 * 256 * 32  # a row of logits is 32 rows of labels
-    node = loss.grad_fn.next_functions[0][0]  # before the division by the number of pixels
-    assert [tensor.numel() for tensor in node.saved_tensors] == [logits.numel()]
-
-
 def test_half_precision_logits_get_a_float32_loss_and_their_own_gradient(monkeypatch):
-    monkeypatch.setattr(losses_denseclip, "_STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", 1)
     torch.manual_seed(0)
     logits = torch.randn(1, 4, 4, 4, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(4, (1, 16, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = pixel_cross_entropy(logits, labels, 255)
-    kept = loss.grad_fn.next_functions[0][0].saved_tensors[0]
     loss.backward()
-    assert loss.dtype == torch.float32 and logits.grad.dtype == kept.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss, straightforward(logits.detach().float(), labels), rtol=1e-5, atol=1e-6)
     full = logits.detach().float().requires_grad_()
     straightforward(full, labels).backward()
     torch.testing.assert_close(logits.grad.float(), full.grad, rtol=2**-8, atol=0)
-
-
-@pytest.mark.parametrize("ignore_index", [0, 2])
-def test_no_class_is_ignored(ignore_index):
-    labels, config = torch.zeros(1, 4, 4, dtype=torch.long), tiny_config()
-    config.semantic_loss_ignore_index = ignore_index
-    with pytest.raises(ValueError, match=rf"`semantic_loss_ignore_index` \({ignore_index}\) is one of the 3 classes"):
-        checked_labels(labels, 1, config)
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 3])
@@ -111,3 +76,31 @@ def test_labels_beyond_the_classes_are_refused_where_reading_them_is_free(monkey
         checked_labels(labels, 1, tiny_config())
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert torch.equal(checked_labels(labels, 1, tiny_config()), labels)
+
+
+def test_nothing_of_the_labels_size_is_kept_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", 4096)
+    logits, labels = torch.randn(1, 16, 8, 8, requires_grad=True), torch.zeros(1, 256, 256, dtype=torch.long)
+    kept, resized = [], []
+    real = F.cross_entropy
+    monkeypatch.setattr(
+        modeling_denseclip.F, "cross_entropy", lambda x, *args, **kw: resized.append(x.numel()) or real(x, *args, **kw)
+    )
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        pixel_cross_entropy(logits, labels, 255)
+    assert max(resized) <= 16 * 256 * 32  # a row of logits is 32 rows of labels
+    assert max(kept, default=0) <= logits.numel()
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_second_derivatives_are_right(monkeypatch, chunk):
+    monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", chunk)
+    labels = torch.randint(3, (1, 8, 8), generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    along = torch.randn_like(logits)
+    products = []
+    for loss in (pixel_cross_entropy(logits, labels, 255), straightforward(logits, labels)):
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        products.append(torch.autograd.grad((gradient * along).sum(), logits)[0])
+    assert products[0].abs().max() > 0
+    torch.testing.assert_close(*products)

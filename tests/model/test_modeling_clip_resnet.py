@@ -4,7 +4,8 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from denseclip_hf import CLIPResNetModel, CLIPResNetVisionConfig, CLIPResNetVisionModel
-from denseclip_hf.model.modeling_clip_resnet import CLIPResNetAttentionPool, resize_position_grid
+from denseclip_hf.model.layers_denseclip import resize_position_grid
+from denseclip_hf.model.modeling_clip_resnet import CLIPResNetAttentionPool
 from helpers.models import tiny_config
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.model import modeling_denseclip
-from denseclip_hf.model.context_decoder_denseclip import cosine_score_maps
+from denseclip_hf.model.decoder_denseclip import cosine_score_maps
 from helpers.models import EOS, SOS, calls_in_checkpointed_layers, forward, tiny_config, tiny_model
 
 
@@ -282,7 +282,7 @@ def test_attention_implementations_agree(kind, images):
 
 
 def test_stochastic_depth_drops_whole_samples():
-    from denseclip_hf.model.image_encoder_denseclip import StochasticDepth
+    from denseclip_hf.model.layers_denseclip import StochasticDepth
 
     torch.manual_seed(0)
     module = torch.nn.Identity().train()
@@ -293,7 +293,7 @@ def test_stochastic_depth_drops_whole_samples():
 
 
 def test_stochastic_depth_drops_the_branch_of_a_tuple():
-    from denseclip_hf.model.image_encoder_denseclip import StochasticDepth
+    from denseclip_hf.model.layers_denseclip import StochasticDepth
 
     branch, *rest = StochasticDepth(0.999)(torch.nn.Identity().train(), None, (torch.ones(4, 3, 2), "a", "b"))
     assert not branch.any() and rest == ["a", "b"]

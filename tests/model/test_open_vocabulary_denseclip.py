@@ -4,9 +4,7 @@ from torch.nn import functional as F
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.example import example_clip_model, example_tokenizer
-from denseclip_hf.model.image_encoder_denseclip import encode_image
-from denseclip_hf.model.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
-from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits
+from denseclip_hf.model.modeling_denseclip import ZERO_SHOT_TEMPLATES, sliding_window_logits
 from helpers.models import tiny_model
 
 
@@ -33,7 +31,7 @@ def model(request, clip, tokenizer):
 
 def dense_embeddings(model, images):
     with torch.no_grad():
-        _, context, (height, width) = encode_image(model.clip, model.pyramid, images, model.config)
+        _, context, (height, width) = model.encode_image(images)
     return context[:, 1:].unflatten(1, (height, width))
 
 
@@ -78,7 +76,7 @@ def test_contexts_go_before_templates_only_when_asked(model, tokenizer):
 
 def test_many_prompts_go_in_passes(model, tokenizer, monkeypatch):
     at_once = model.encode_texts(NAMES, tokenizer, ZERO_SHOT_TEMPLATES)
-    monkeypatch.setattr("denseclip_hf.model.open_vocabulary_denseclip.PROMPTS_PER_PASS", 4)
+    monkeypatch.setattr("denseclip_hf.model.modeling_denseclip.PROMPTS_PER_PASS", 4)
     torch.testing.assert_close(model.encode_texts(NAMES, tokenizer, ZERO_SHOT_TEMPLATES), at_once, atol=1e-5, rtol=0)
 
 
@@ -88,10 +86,10 @@ def test_many_prompts_go_in_passes(model, tokenizer, monkeypatch):
         ([], None, "at least one"),
         (["sky", "  "], None, "none of them empty"),
         ([["sky", ""]], None, "none of them empty"),
-        (["sky", "car", "sky"], None, "'sky' is given twice"),
-        (["sky", "car", "sky "], None, "'sky ' is given twice"),
-        (["a red  car", "A red car"], None, "'A red car' is given twice"),
-        ([["sky", "heaven"], "car", ["Heaven", "sky"]], None, "'Heaven' is given twice"),
+        (["sky", "car", "sky"], None, "'sky' appears twice"),
+        (["sky", "car", "sky "], None, "'sky ' appears twice"),
+        (["a red  car", "A red car"], None, "'A red car' appears twice"),
+        ([["sky", "heaven"], "car", ["Heaven", "sky"]], None, "'Heaven' appears twice"),
         (["sky", 3], None, "must be texts"),
         (["sky", [None]], None, "must be texts"),
         ("sky", None, "must be a list"),

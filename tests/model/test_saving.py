@@ -93,7 +93,31 @@ def test_another_number_of_classes(kind, tmp_path, images):
     assert loaded(images).logits.shape[1] == 7
 
 
-@pytest.mark.parametrize("classes", [{"num_labels": 7}, {"id2label": dict(enumerate("abcdefg"))}])
+@pytest.mark.parametrize("through_config", [False, True])
+def test_new_names_are_read_by_the_tokenizer_beside_the_model(word_model_dir, tmp_path, through_config):
+    """As transformers' example scripts and task guides load a model for other classes."""
+    classes = {"id2label": {0: "tree", 1: "sea", 2: "sky"}, "label2id": {"tree": 0, "sea": 1, "sky": 2}}
+    before = AutoModelForSemanticSegmentation.from_pretrained(word_model_dir)
+    if through_config:
+        classes = {"config": AutoConfig.from_pretrained(word_model_dir, **classes)}
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(
+        word_model_dir, ignore_mismatched_sizes=True, **classes
+    ).eval()
+    assert loaded.config.id2label == {0: "tree", 1: "sea", 2: "sky"}
+    weights, kept = loaded.decode_head.classifier.weight, before.decode_head.classifier.weight
+    old = before.config.label2id
+    assert torch.equal(weights[0], kept[old["tree"]]) and torch.equal(weights[2], kept[old["sky"]])
+    assert not any(torch.equal(weights[1], row) for row in kept)
+    assert loaded(torch.zeros(1, 3, 64, 64)).logits.shape[1] == 3
+
+
+def test_new_names_without_a_tokenizer_stop_at_loading(kind, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        AutoModelForSemanticSegmentation.from_pretrained(tmp_path, id2label={0: "tree", 1: "sea", 2: "car"})
+
+
+@pytest.mark.parametrize("classes", [{"num_labels": 7}])
 def test_the_usual_idiom_for_another_number_of_classes(kind, tmp_path, images, classes):
     model = tiny_model(kind, palette=[[0, 0, 0]] * 3)
     model.save_pretrained(tmp_path)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from denseclip_hf.model import sliding_window_denseclip
-from denseclip_hf.model.fpn_denseclip import resize_bilinear
-from denseclip_hf.model.sliding_window_denseclip import sliding_window_logits, window_starts
+from denseclip_hf.model import modeling_denseclip
+from denseclip_hf.model.layers_denseclip import resize_bilinear
+from denseclip_hf.model.modeling_denseclip import sliding_window_logits, window_starts
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_overlaps_are_averaged_by_hand(batch_size):
 @pytest.mark.parametrize(("chunk", "classes"), [(2 * 64, [2, 2, 1]), (3 * 64 - 1, [2, 2, 1]), (1, [1] * 5)])
 def test_windows_are_resized_a_few_classes_at_a_time(monkeypatch, chunk, classes):
     resized = []
-    monkeypatch.setattr(sliding_window_denseclip, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(
-        sliding_window_denseclip,
+        modeling_denseclip,
         "resize_bilinear",
         lambda x, size: resized.append(x.shape[1]) or resize_bilinear(x, size),
     )

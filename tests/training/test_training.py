@@ -44,16 +44,15 @@ def test_multipliers(text, image):
     groups = parameter_groups(tiny_model(), 2.0, 0.0, image, text)
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates["text_encoder"] == 2 * text and rates["image_encoder"] == 2 * image
-    assert rates["decoder"] == rates["context_decoder_norms"] == 2.0 and rates["logit_scale"] == 0.0
+    assert rates["decoder"] == rates["context_decoder_norms"] == 2.0
 
 
 def test_exemption_covers_norms_and_biases():
     groups = parameter_groups(tiny_model(), 1.0, 0.5, exempt_norms_and_biases=True)
     for group in groups:
-        if group["name"] not in ("logit_scale",):
-            assert all((p.dim() < 2) == (group["weight_decay"] == 0.0) for p in group["params"])
+        assert all((p.dim() < 2) == (group["weight_decay"] == 0.0) for p in group["params"])
     exempt = {group["name"] for group in groups if group["name"].endswith("_without_decay")}
-    assert exempt == {f"{name}_without_decay" for name in ("text_encoder", "image_encoder", "decoder", "logit_scale")}
+    assert exempt == {f"{name}_without_decay" for name in ("text_encoder", "image_encoder", "decoder")}
 
 
 def test_unknown_parameter_is_refused():

@@ -20,8 +20,9 @@ from ..inference.drawing import heat_map, indexed_picture, overlay_with_legend
 from ..inference.segmenter import Segmenter
 from ..inference.sources import Source, read_picture
 from ..inference.views import load_model
+from ..model.class_names_denseclip import class_phrasings
 from ..model.loading_denseclip import load_pretrained
-from ..model.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES, check_words, score_maps_of
+from ..model.modeling_denseclip import ZERO_SHOT_TEMPLATES
 from ..model.resizing_denseclip import check_finite
 
 
@@ -112,7 +113,7 @@ def read_words(text: str) -> list[str]:
     words = [line.strip() for line in text.rstrip().splitlines()]
     if len(words) > MAX_WORDS:
         raise ValueError(f"{len(words)} classes are too many: give at most {MAX_WORDS}.")
-    check_words(words)
+    class_phrasings(words)
     return words
 
 
@@ -153,7 +154,7 @@ def heat_maps(
         raise ValueError(f"choose from 1 to {MAX_HEAT_MAPS} classes or words for heat maps.")
     segmenter = models.segmenter(name, words, [word.strip() for word in chosen], sentences)
     pixel_values = segmenter.preprocess(image)[None]
-    scores = score_maps_of(segmenter.model, pixel_values, segmenter.score_embeds)[0, segmenter.score_rows]
+    scores = segmenter.model.score(pixel_values, segmenter.score_embeds)[0, segmenter.score_rows]
     check_finite(scores)
     lowest, highest, small = scores.min().item(), scores.max().item(), _shrunk(image)
     return [

@@ -18,7 +18,7 @@ from ..inference import LOADING_DTYPES, load_model
 from ..inference.segmenter import Segmenter, predict_sources
 from ..inference.sources import find_sources
 from ..model.loading_denseclip import load_pretrained
-from ..model.open_vocabulary_denseclip import ZERO_SHOT_TEMPLATES
+from ..model.modeling_denseclip import ZERO_SHOT_TEMPLATES
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 

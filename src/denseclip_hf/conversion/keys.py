@@ -196,8 +196,6 @@ def convert_original_state_dict(state_dict: StateDict, config: DenseCLIPConfig) 
         converted["clip.vision_model.embeddings.position_embedding.weight"] = torch.cat([first, positions[1:]])
     with torch.device("meta"):
         expected = DenseCLIPForSemanticSegmentation(config).state_dict()
-    if "clip.logit_scale" in expected:  # not part of the original
-        converted["clip.logit_scale"] = torch.tensor(float(config.clip_config.logit_scale_init_value))
     check_keys(converted, expected)
     return converted
 

@@ -12,7 +12,7 @@ from ..files import new_directory
 from ..inference import published_image_processor
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
-from ..model.prompts_denseclip import tokenize_classes
+from ..model.text_encoder_denseclip import tokenize_classes
 from ..sharing import write_card
 from .keys import convert_original_state_dict
 from .options import config_from_original, merge_options, model_options

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..data import name_of
 from ..metrics import confusion_matrix, scores_from_confusion_matrix
-from ..model.open_vocabulary_denseclip import eval_mode
+from ..model.modeling_denseclip import eval_mode
 from ..model.resizing_denseclip import resize_argmax, resize_labels
 from ..training.stopping import OutlivesSignals, sigterm_blocked
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..model.resizing_denseclip import resized_rows
+from ..model.layers_denseclip import resize_bilinear
 from .views import overlay
 
 
@@ -85,11 +85,12 @@ def heat_map(
     stops = np.linspace(0, 255, len(HEAT_COLORS))
     colors = np.stack([np.interp(np.arange(256), stops, channel) for channel in zip(*HEAT_COLORS, strict=True)], -1)
     colors = colors.round().astype(np.uint8)
-    scores = score_map[None].float().cpu()
+    scores = resize_bilinear(score_map[None, None].float().cpu(), (image.height, image.width))[0, 0]
     result = Image.new("RGB", image.size)
     for top, bottom in _strips(image):
-        rows = resized_rows(scores, top, bottom, image.height, image.width)[0]
-        levels = ((rows - lowest) / max(highest - lowest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8)
+        levels = (
+            ((scores[top:bottom] - lowest) / max(highest - lowest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8)
+        )
         strip = image.crop((0, top, image.width, bottom)).convert("RGB")
         result.paste(Image.blend(strip, Image.fromarray(colors[levels.numpy()]), opacity), (0, top))
     return result

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data import default_palette, parse_classes
 from ..files import make_directory, write_atomically, writing_into
-from ..model.open_vocabulary_denseclip import check_words, predict_from_scores, score_maps_of
+from ..model.class_names_denseclip import class_phrasings
 from ..model.resizing_denseclip import check_finite, resize_argmax
 from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
 from .sources import Source, read_frames, read_picture
@@ -60,7 +60,7 @@ class Segmenter:
     def __init__(self, model, image_processor, tokenizer=None, words=(), score_maps=(), templates=None):
         self.model, self.image_processor = model.eval(), image_processor
         own_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        self.names = [phrasings[0] for phrasings in check_words(words)] if words else own_names
+        self.names = [phrasings[0] for phrasings in class_phrasings(words)] if words else own_names
         own_palette = None if words else model.config.palette
         self.palette = own_palette or default_palette(len(self.names))
         self.score_names = list(score_maps)
@@ -68,7 +68,7 @@ class Segmenter:
         if words:
             self.embeds = self._encode(list(words), tokenizer, templates)
         if score_maps:
-            check_words(score_maps)
+            class_phrasings(score_maps)
             more = [name for name in score_maps if name not in self.names]
             own = model.encode_classes() if self.embeds is None else self.embeds
             self.score_embeds = torch.cat([own, self._encode(more, tokenizer, templates)]) if more else own
@@ -95,12 +95,12 @@ class Segmenter:
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         scores = None
         if self.words:
-            maps = predict_from_scores(self.model, pixel_values, self.embeds, sizes).segmentation
+            maps = self.model.predict_from_scores(pixel_values, self.embeds, sizes).segmentation
         else:
             logits = self.model(pixel_values).logits
             maps = [resize_argmax(logits[i : i + 1], size)[0] for i, size in enumerate(sizes)]
         if self.score_embeds is not None:
-            scores = score_maps_of(self.model, pixel_values, self.score_embeds)[:, self.score_rows]
+            scores = self.model.score(pixel_values, self.score_embeds)[:, self.score_rows]
             check_finite(scores)
         return maps, scores
 

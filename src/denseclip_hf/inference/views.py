@@ -14,14 +14,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data import name_of
 from ..devices import DTYPES
-from ..model.fpn_denseclip import resize_bilinear
-from ..model.image_inputs_denseclip import flatten_images, picture_to_tensor
-from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil, decode_image, flatten_images
+from ..model.layers_denseclip import resize_bilinear
 from ..model.loading_denseclip import load_pretrained
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
-from ..model.open_vocabulary_denseclip import eval_mode
-from ..model.resizing_denseclip import resize_argmax, resized_rows
-from ..model.sliding_window_denseclip import sliding_window_logits as average_windows
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, eval_mode
+from ..model.modeling_denseclip import sliding_window_logits as average_windows
+from ..model.resizing_denseclip import resize_argmax
 
 
 # Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
@@ -31,7 +29,6 @@ VOID_COLOR = (0, 0, 0)
 LOADING_DTYPES = {"auto": "auto", **DTYPES}
 # Probabilities kept for one picture (2 GiB of float32), and those computed at a time (16 MiB).
 MAX_PROBABILITIES = 2**29
-STRIP_PROBABILITIES = 2**22
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +100,7 @@ def multi_scale_probabilities(
     Raises:
         ValueError: if `scales` is empty, or the image processor has no size that can be scaled.
     """
-    pictures = [picture_to_tensor(image) for image in flatten_images(images, 3)]
+    pictures = [decode_image(image) for image in flatten_images(images, 3)]
     return [
         _averaged_probabilities(model, picture, picture.shape[-2:], scales, flip, image_processor)
         for picture in pictures
@@ -133,7 +130,7 @@ def multi_scale_segmentation(
     Raises:
         ValueError: if a probability is no number.
     """
-    picture = picture_to_tensor(image)
+    picture = decode_image(image)
     height, width = picture.shape[-2:]
     shrink = math.sqrt(min(1.0, max_probabilities / (model.config.num_labels * height * width)))
     if shrink < 1:
@@ -151,7 +148,6 @@ def _averaged_probabilities(
     if not scales:
         raise ValueError("`scales` is empty: give at least one factor.")
     height, width = size
-    strip = max(1, STRIP_PROBABILITIES // (model.config.num_labels * width))
     total = torch.zeros(model.config.num_labels, height, width, device=model.device)
     count = 0
     image_processor = image_processor or published_image_processor(model.config)
@@ -160,10 +156,8 @@ def _averaged_probabilities(
             logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
         # By way of the view's own size, as the original goes; a sliding window is there already.
         logits = resize_bilinear(logits, (pixel_values.shape[-2], pixel_values.shape[-1]))[0]
-        for top in range(0, height, strip):
-            bottom = min(top + strip, height)
-            probabilities = resized_rows(logits, top, bottom, height, width).softmax(0)
-            total[:, top:bottom] += probabilities.flip(-1) if flipped else probabilities
+        probabilities = resize_bilinear(logits[None], size)[0].softmax(0)
+        total += probabilities.flip(-1) if flipped else probabilities
         count += 1
     return total.div_(count)
 

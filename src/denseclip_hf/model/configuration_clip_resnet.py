@@ -24,9 +24,6 @@ _BASE_OPTIONS = {
     "quantization_config", "is_composition", "use_cache", "custom_pipelines", "tie_word_embeddings",
 }  # fmt: skip
 
-# What configs of CLIPs on the Hub may carry from older versions of transformers and resembles a field.
-_OLD_CLIP_OPTIONS = {"tie_encoder_decoder", "vision_config_dict", "text_config_dict"}
-
 
 def refuse_unknown_options(config: PreTrainedConfig, options: dict[str, Any]) -> None:
     """Raise `ValueError` for the first of `options` that is neither a field of `config` nor known to transformers."""
@@ -35,14 +32,6 @@ def refuse_unknown_options(config: PreTrainedConfig, options: dict[str, Any]) ->
             close = difflib.get_close_matches(name, type(config).__dataclass_fields__, n=1)
             hint = f"did you mean `{close[0]}`?" if close else "see its docstring for the options it has."
             raise ValueError(f"`{type(config).__name__}` has no option `{name}`: {hint}")
-
-
-def refuse_misspelt_options(config: PreTrainedConfig) -> None:
-    """Raise `ValueError` for an option of CLIP's that is nearly a field (older files hold many others, harmless)."""
-    fields = type(config).__dataclass_fields__
-    for name in vars(config).keys() - fields.keys() - _BASE_OPTIONS - _OLD_CLIP_OPTIONS:
-        if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.88):
-            raise ValueError(f"`{type(config).__name__}` has no option `{name}`: did you mean `{close[0]}`?")
 
 
 def refuse_below_one(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
@@ -164,6 +153,5 @@ __all__ = [
     "CLIPResNetVisionConfig",
     "clip_config_class",
     "refuse_below_one",
-    "refuse_misspelt_options",
     "refuse_unknown_options",
 ]

@@ -1,4 +1,4 @@
-"""Bringing a pretrained CLIP into a segmenter, and new classes into a trained one."""
+"""Loading pretrained CLIPs and bringing their weights into a model."""
 
 import os
 from typing import Any
@@ -10,15 +10,12 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_clip_resnet import clip_config_class
-from .configuration_denseclip import check_ids
-from .modeling_clip_resnet import CLIPResNetModel, resize_position_grid
-from .open_vocabulary_denseclip import check_words
-from .prompts_denseclip import tokenize_classes
+from .layers_denseclip import resize_position_grid
+from .modeling_clip_resnet import CLIPResNetModel
 
 
 # Where a tokenizer has its words. Without any, transformers may make up a CLIP's without words.
 TOKENIZER_FILES = {"tokenizer.json", "vocab.json"}
-POSITION_KEYS = ("vision_model.embeddings.position_embedding.weight", "vision_model.attention_pool.position_embedding")
 
 
 def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
@@ -38,7 +35,7 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
     except Exception as error:  # transformers fails in any of many ways on files that are no model
         reason = reason_of(error)
         if _is_refusal(error):
-            raise ValueError(f"{name} can not be loaded: {reason}.") from error
+            raise ValueError(f"{name} cannot be loaded: {reason}.") from error
         if not os.path.isdir(name) and isinstance(error, (OSError, HFValidationError)):
             raise OSError(
                 f"{name} is neither a folder here nor a name on the Hub that can be read ({reason}): give another, or "
@@ -48,7 +45,7 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
         remedy = "give another, or download or save it anew"
         if part == "model" and os.path.isdir(name) and (checkpoint := get_last_checkpoint(os.fspath(name))):
             remedy = f"give its last checkpoint, {checkpoint}, or finish the run"
-        raise ValueError(f"the {part} in {name} can not be loaded ({reason}): {remedy}.") from error
+        raise ValueError(f"the {part} in {name} cannot be loaded ({reason}): {remedy}.") from error
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -103,30 +100,13 @@ class _ConfigDict:
         return PreTrainedConfig.get_config_dict(name)[0]
 
 
-def class_names(id2label: "dict[int, str] | list[str]") -> list[str]:
-    """
-    The K names in the order of their ids.
-
-    Raises:
-        ValueError: if a mapping's ids are not 0 … K-1, for no class, one given twice, or an empty one.
-    """
-    if isinstance(id2label, dict):
-        check_ids(id2label)
-        by_id = {int(index): name for index, name in id2label.items()}
-        id2label = [by_id[index] for index in range(len(by_id))]
-    if not all(len(phrasings) == 1 for phrasings in check_words(id2label)):
-        raise ValueError("a class has one name: several phrasings of one are for `encode_texts`.")
-    return list(id2label)
-
-
 def load_clip_weights(model: nn.Module, clip: CLIPModel) -> None:
     """Copy `clip`'s weights into `model.clip`, its position grid resized to the model's training resolution."""
     wanted = model.clip.state_dict()
     weights = {key: value for key, value in clip.state_dict().items() if key in wanted}
-    for key in POSITION_KEYS:
-        if key in weights:
-            side = round((wanted[key].shape[0] - 1) ** 0.5)
-            weights[key] = resize_position_grid(weights[key].float(), (side, side))
+    if (key := model.tower.position_key) in weights and weights[key].shape != wanted[key].shape:
+        side = round((wanted[key].shape[0] - 1) ** 0.5)
+        weights[key] = resize_position_grid(weights[key].float(), (side, side))
     model.clip.load_state_dict(weights)
 
 
@@ -148,33 +128,8 @@ def clip_report(model: nn.Module, clip: CLIPModel) -> str:
     return f"Loaded {loaded:.2f} M parameters from {name} ({grid}). Newly initialised, to be trained: {new}."
 
 
-def replace_classes(model: nn.Module, names: "dict[int, str] | list[str]", tokenizer) -> None:
-    """Do what [`DenseCLIPForSemanticSegmentation.set_classes`] says."""
-    config, names = model.config, class_names(names)
-    if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = load_pretrained(AutoTokenizer, tokenizer)
-    token_ids = tokenize_classes(names, tokenizer, config) if config.use_text_guidance else None
-    rows = {label: index for index, label in config.id2label.items()}
-    kept = [(new, rows[name]) for new, name in enumerate(names) if name in rows]
-    head = model.decode_head
-    head.classifier = _resized_convolution(head.classifier, kept, out_channels=len(names))
-    if config.use_text_guidance:
-        laterals, level = model.neck.lateral_convs, config.score_map_level
-        first = config.feature_channels[level]  # the score map's channels come after the features'
-        columns = [(i, i) for i in range(first)] + [(first + new, first + old) for new, old in kept]
-        laterals[level] = _resized_convolution(laterals[level], columns, in_channels=first + len(names))
-        model.prompts.set_token_ids(token_ids)
-        model._class_embeddings.clear()  # a compiled model compares no keys
-        config.class_token_ids = token_ids
-    config.palette = None
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: index for index, name in enumerate(names)}
-
-
 @torch.no_grad()
-def _resized_convolution(
-    old: nn.Conv2d, kept: list[tuple[int, int]], in_channels=None, out_channels=None
-) -> nn.Conv2d:
+def resized_convolution(old: nn.Conv2d, kept: list[tuple[int, int]], in_channels=None, out_channels=None) -> nn.Conv2d:
     """A 1x1 convolution with other channels, that has `old`'s weights where `kept` (new, old) says."""
     new = nn.Conv2d(in_channels or old.in_channels, out_channels or old.out_channels, 1).to(old.weight)
     index = torch.tensor(kept, dtype=torch.long, device=old.weight.device).reshape(-1, 2)
@@ -188,11 +143,10 @@ def _resized_convolution(
 
 
 __all__ = [
-    "class_names",
     "clip_report",
     "load_clip",
     "load_clip_weights",
     "load_pretrained",
     "reason_of",
-    "replace_classes",
+    "resized_convolution",
 ]

@@ -3,8 +3,6 @@
 Shapes: B images, H x W pixels, C channels, D embedding size, h x w the stride-32 grid.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +11,12 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, eager_attention_forward
+from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
+from .layers_denseclip import MultiHeadAttention, resize_position_grid
 
 
 @dataclass
@@ -42,23 +40,6 @@ class CLIPResNetVisionModelOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-def resize_position_grid(positions: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """
-    Resize learned positions `[global, grid]` to another grid: bilinear, align_corners False.
-
-    Args:
-        positions (`torch.Tensor` of shape `(1 + n * n, C)`): the global (or class) position and a square grid's.
-        size (`tuple[int, int]`): rows and columns of the wanted grid.
-
-    Returns:
-        `torch.Tensor` of shape `(1 + size[0] * size[1], C)`.
-    """
-    side = round((positions.shape[0] - 1) ** 0.5)
-    grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # n*n, C -> 1, C, n, n
-    grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
-    return torch.cat([positions[:1], grid[0].flatten(1).T])  # 1, C, h, w -> 1 + h*w, C
-
-
 def choose_hidden_states(
     hidden_states: tuple[torch.Tensor, ...] | None, choice: bool | int | list[int] | None
 ) -> tuple[torch.Tensor | None, ...] | None:
@@ -67,42 +48,6 @@ def choose_hidden_states(
         return hidden_states if choice else None
     kept = {index % len(hidden_states) for index in ([choice] if isinstance(choice, int) else choice)}
     return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
-
-
-class MultiHeadAttention(nn.Module):
-    """
-    Multi-head attention with separate query, key and value projections, through transformers' attention interface.
-
-    Args:
-        config (`PreTrainedConfig`): only its attention implementation is read, at run time.
-        hidden_size (`int`): size of queries and of keys and values.
-        num_heads (`int`): heads; must divide `hidden_size`.
-        output_size (`int`, *optional*): size after the output projection, `hidden_size` by default.
-        qkv_bias (`bool`): whether the first three projections have a bias.
-    """
-
-    is_causal = False
-
-    def __init__(
-        self, config, hidden_size: int, num_heads: int, output_size: int | None = None, qkv_bias: bool = True
-    ):
-        super().__init__()
-        self.config = config
-        self.head_dim = hidden_size // num_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.out_proj = nn.Linear(hidden_size, output_size or hidden_size)
-
-    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """`queries` `(B, Q, C)` attend to `memory` `(B, M, C)`; returns `(B, Q, output_size)`."""
-        heads = [
-            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B, L, C -> B, heads, L, head_dim
-            for x in (self.q_proj(queries), self.k_proj(memory), self.v_proj(memory))
-        ]
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, _ = attention(self, *heads, None, scaling=self.head_dim**-0.5, dropout=0.0)
-        return self.out_proj(attended.flatten(2))  # B, Q, heads, head_dim -> B, Q, output_size
 
 
 class CLIPResNetConvLayer(nn.Module):
@@ -135,37 +80,8 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
             self.shortcut = CLIPResNetConvLayer(in_channels, out_channels, 1, eps, activation=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gradient_checkpointing and self.training and _in_backward_pass():
-            with _kept_statistics(self):
-                return self._block(x)
-        return self._block(x)
-
-    def _block(self, x: torch.Tensor) -> torch.Tensor:
         residual = x if self.shortcut is None else self.shortcut(self.pool(x))
         return F.relu(self.conv3(self.pool(self.conv2(self.conv1(x)))) + residual, inplace=True)
-
-
-def _in_backward_pass() -> bool:
-    """
-    Whether autograd is at work, as it is when activation checkpointing runs a block for the second time.
-
-    torch tells by this private function only, which its own checkpointing uses too.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-@contextmanager
-def _kept_statistics(block: nn.Module) -> Iterator[None]:
-    """Batch norms in `block` normalise as in training but leave their running statistics alone."""
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, (momentum, counted) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, counted
 
 
 class CLIPResNetAttentionPool(nn.Module):

@@ -1,39 +1,315 @@
 """DenseCLIP: language-guided dense prediction with context-aware prompting (Rao et al. 2022, section 3).
 
+[`DenseCLIPModel`] matches places of images with words; [`DenseCLIPForSemanticSegmentation`] is that and a decoder.
+
 Shapes: B images, K classes, D embedding size, H x W pixels, h x w the grid of the score map, M = 1 + h*w.
 """
 
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import CLIPModel, PreTrainedModel
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
-from .class_embeddings_denseclip import ClassEmbeddingCache
+from .class_names_denseclip import class_names, class_phrasings
 from .configuration_denseclip import DenseCLIPConfig
-from .context_decoder_denseclip import ContextDecoder, cosine_score_maps
-from .fpn_denseclip import FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, resize_bilinear
-from .freezing_denseclip import freeze_classes, refuse_if_frozen, refuse_random_classes
-from .image_encoder_denseclip import ViTPyramid, adapt_vision_tower, encode_image
-from .loading_denseclip import class_names, clip_report, load_clip, load_clip_weights, replace_classes
-from .losses_denseclip import checked_labels, pixel_cross_entropy
-from .mixed_sizes_denseclip import forward_by_size
-from .modeling_clip_resnet import CLIPResNetModel, choose_hidden_states
-from .open_vocabulary_denseclip import ScoreSegmentation, encode_texts, predict_from_scores
-from .outputs_denseclip import DenseCLIPSemanticSegmenterOutput, Segmentation
-from .prompts_denseclip import ContextPrompts, tokenize_classes
-from .sliding_window_denseclip import sliding_window_logits
+from .decoder_denseclip import ContextDecoder, FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, cosine_score_maps
+from .layers_denseclip import resize_bilinear
+from .loading_denseclip import clip_report, load_clip, load_clip_weights, load_pretrained, resized_convolution
+from .modeling_clip_resnet import choose_hidden_states
+from .resizing_denseclip import resize_argmax
+from .text_encoder_denseclip import (
+    ClassEmbeddingCache,
+    ContextPrompts,
+    PackedPrompts,
+    encode_prompts,
+    pack_prompts,
+    tokenize_classes,
+)
+from .towers_denseclip import ImageFeatures, check_images, tower_of
 
 
 logger = logging.get_logger(__name__)
 
+# Resized logits that exist at a time (16 MiB of float32).
+_CHUNK_ELEMENTS = 2**22
+# What says where on the Hub a model lies, as `from_pretrained` takes it.
+_HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
+# Sentences that a class name is put into where a model has learnt no prompt of its own.
+ZERO_SHOT_TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a close-up photo of a {}.",
+    "there is a {} in the scene.",
+    "part of a {} in a photo.",
+)
+# Prompts that go through the text tower at a time.
+PROMPTS_PER_PASS = 1024
+
+
+@dataclass
+class DenseCLIPSemanticSegmenterOutput(ModelOutput):
+    """
+    Output of [`DenseCLIPForSemanticSegmentation`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, returned with `labels`): `decode_loss + auxiliary_loss`.
+        decode_loss (`torch.Tensor` of shape `()`, returned with `labels`): cross entropy of the logits.
+        auxiliary_loss (`torch.Tensor` of shape `()`, returned with `labels` and text guidance, not by a sliding
+            window): cross entropy of the score maps over τ, already weighted.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels, height / 4, width / 4)`, or
+            `(batch_size, num_labels, height, width)` from a sliding window): class scores before softmax.
+        score_maps (`torch.Tensor` of shape `(batch_size, num_labels, h, w)`): cosines of every position's embedding
+            with every class's, not divided by τ. Absent without text guidance and from a sliding window.
+        text_embeds (`torch.Tensor` of shape `(batch_size, num_labels, projection_dim)`): t', the class embeddings
+            in the image's context. Absent like `score_maps`.
+        hidden_states (`tuple(torch.Tensor)`, returned with `output_hidden_states=True`): the image encoder's c2 … c5,
+            each `(batch_size, channels, height / s, width / s)`, before the score map joins one of them. Absent from a
+            sliding window and for a list of pictures.
+    """
+
+    loss: torch.Tensor | None = None
+    decode_loss: torch.Tensor | None = None
+    auxiliary_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    score_maps: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class Segmentation(NamedTuple):
+    """What one pass over whole images gives; see [`DenseCLIPSemanticSegmenterOutput`]."""
+
+    logits: torch.Tensor
+    score_maps: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ScoreSegmentation(ModelOutput):
+    """
+    Output of [`DenseCLIPForSemanticSegmentation.predict_from_scores`].
+
+    Args:
+        segmentation (`list[torch.Tensor]`): one `(H, W)` int64 map of class ids 0 … K-1 per image.
+        score_maps (`torch.Tensor` of shape `(B, K, h, w)`, or `(B, K, height, width)` from a sliding window): cosines;
+            for images given as a list, a list of B tensors `(K, h, w)`.
+    """
+
+    segmentation: list[torch.Tensor] | None = None
+    score_maps: torch.Tensor | list[torch.Tensor] | None = None
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """First pixels of the windows along one side; the last window is moved back inside the image.
+
+    >>> window_starts(1024, 512, 341)
+    [0, 341, 512]
+    """
+    count = max(length - window + stride - 1, 0) // stride + 1
+    return [max(min(i * stride, length - window), 0) for i in range(count)]
+
+
+def sliding_window_logits(
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    pixel_values: torch.Tensor,
+    crop_size: Sequence[int],
+    stride: Sequence[int],
+    batch_size: int | None = None,
+) -> torch.Tensor:
+    """
+    Average the logits of overlapping windows. An image smaller than the window is used as it is, never padded.
+
+    Args:
+        predict (`Callable`): maps windows `(n, 3, h, w)` to logits `(n, K, h', w')`, which are resized to `(h, w)`.
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised images.
+        crop_size (`tuple[int, int]`): window height and width in pixels.
+        stride (`tuple[int, int]`): step down and right in pixels, at most `crop_size`.
+        batch_size (`int`, *optional*): windows given to `predict` at a time; by default 4, on a CPU one.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, K, height, width)`: averaged logits in float32.
+
+    Raises:
+        ValueError: if `stride` is not between 1 and `crop_size`, or `batch_size` is below 1.
+    """
+    if batch_size is None:
+        batch_size = 1 if pixel_values.device.type == "cpu" else 4
+    if batch_size < 1 or any(not 1 <= s <= c for s, c in zip(stride, crop_size, strict=True)):
+        raise ValueError(
+            f"`stride` {tuple(stride)} must be between 1 and `crop_size` {tuple(crop_size)}, and `batch_size` "
+            f"({batch_size}) at least 1."
+        )
+    height, width = pixel_values.shape[-2:]
+    h, w = min(crop_size[0], height), min(crop_size[1], width)
+    windows = [
+        (image, top, left)
+        for image in range(len(pixel_values))
+        for top in window_starts(height, h, stride[0])
+        for left in window_starts(width, w, stride[1])
+    ]
+    weights = _weights(height, width, h, w, stride).to(pixel_values.device)
+    total = None
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        crops = torch.stack([pixel_values[i, :, top : top + h, left : left + w] for i, top, left in batch])
+        logits = predict(crops)
+        if total is None:
+            total = torch.zeros(len(pixel_values), logits.shape[1], height, width, device=logits.device)
+        for (image, top, left), window in zip(batch, logits, strict=True):
+            rows, columns = slice(top, top + h), slice(left, left + w)
+            # Resizing a few classes at a time keeps them in the cache.
+            for start in range(0, len(window), max(1, _CHUNK_ELEMENTS // (h * w))):
+                some = slice(start, start + max(1, _CHUNK_ELEMENTS // (h * w)))
+                resized = resize_bilinear(window[None, some].float(), (h, w))[0]
+                total[image, some, rows, columns] += resized * weights[rows, columns]
+    if total is None:
+        raise ValueError("`pixel_values` holds no image: give at least one.")
+    return total
+
+
+def _weights(height: int, width: int, h: int, w: int, stride: Sequence[int]) -> torch.Tensor:
+    """`(height, width)`: one over the number of windows of h x w that see a pixel."""
+    counts = []
+    for length, window, step in ((height, h, stride[0]), (width, w, stride[1])):
+        count = torch.zeros(length)
+        for start in window_starts(length, window, step):
+            count[start : start + window] += 1
+        counts.append(count)
+    return 1 / (counts[0][:, None] * counts[1])
+
+
+def checked_labels(labels: torch.Tensor, batch_size: int, config: DenseCLIPConfig) -> torch.Tensor:
+    """
+    `labels` as int64, once they fit the images and the classes.
+
+    Args:
+        labels (`torch.Tensor`): what should be integers of shape `(batch_size, H, W)`.
+        batch_size (`int`): number of images.
+        config ([`DenseCLIPConfig`]): K classes, and the label that is ignored.
+
+    Raises:
+        ValueError: for another shape or type or, on a CPU, a label that is no class.
+    """
+    if labels.dim() != 3 or len(labels) != batch_size or labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must hold one integer map per image, shape ({batch_size}, height, width), got {labels.dtype} "
+            f"of shape {tuple(labels.shape)}."
+        )
+    labels = labels.long()
+    # On an accelerator this would make the host wait; cross entropy refuses such labels there too.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_transformed():
+        known = labels[labels != config.semantic_loss_ignore_index]
+        if known.numel() and (known.min() < 0 or known.max() >= config.num_labels):
+            raise ValueError(
+                f"`labels` has values from {known.min()} to {known.max()}, but the model's classes are "
+                f"0 … {config.num_labels - 1} and {config.semantic_loss_ignore_index} is ignored: check the masks, or "
+                "whether they need `do_reduce_labels`."
+            )
+    return labels
+
+
+def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """
+    Cross entropy of `logits` resized bilinearly to `labels`, in float32, averaged over all B*H*W pixels.
+
+    Ignored pixels count as zero, as in the original: a padded image weighs less and one without labels gives 0. Strips
+    of rows are resized one after the other, and again in the backward pass, so that memory does not grow with K*H*W.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K, h, w)`): class scores.
+        labels (`torch.Tensor` of shape `(B, H, W)`): int64 class ids or `ignore_index`.
+        ignore_index (`int`): label of pixels that do not count.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32.
+    """
+
+    def summed(part: torch.Tensor, above: int, below: int, count: int, wanted: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(part.device.type, enabled=False):
+            resized = resize_bilinear(part.float(), (count, wanted.shape[-1]))[:, :, above:below]
+            return F.cross_entropy(resized, wanted, ignore_index=ignore_index, reduction="sum")
+
+    rows, (height, width) = logits.shape[-2], labels.shape[-2:]
+    scale = height // rows
+    step = max(1, _CHUNK_ELEMENTS // max(logits.shape[0] * logits.shape[1] * width * max(scale, 1), 1))
+    # A compiler fuses the steps by itself. Strips need rows of logits that make a whole number of label rows.
+    if height % rows or step >= rows or torch.compiler.is_compiling() or _is_transformed():
+        return summed(logits, 0, height, height, labels) / labels.numel()
+    total = torch.zeros((), device=logits.device)
+    for top in range(0, rows, step):
+        bottom = min(top + step, rows)
+        first, last = max(top - 1, 0), min(bottom + 1, rows)  # one more row on either side is all that a strip needs
+        above, below, count = ((n - first) * scale for n in (top, bottom, last))
+        strip = (logits[:, :, first:last], above, below, count, labels[:, top * scale : bottom * scale])
+        total = total + checkpoint(summed, *strip, use_reentrant=False, preserve_rng_state=False)
+    return total / labels.numel()
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func is at work, under which neither values can be looked at nor checkpoints be made."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """`model` in eval mode, and afterwards each of its parts in the mode it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])
+        for part, training in modes:
+            part.training = training
+
+
+def forward_by_size(
+    forward: Callable[[torch.Tensor], dict[str, torch.Tensor]], images: Sequence[torch.Tensor]
+) -> dict[str, list[torch.Tensor]]:
+    """
+    Run `forward` on images of any sizes, those of one size together; each has the result it has alone.
+
+    Args:
+        forward (`Callable`): maps `pixel_values` `(n, 3, H, W)` to named tensors of n rows.
+        images (sequence of tensors `(3, H, W)` or `(1, 3, H, W)`): B images.
+
+    Returns:
+        The same names with lists of B tensors, in the order of the images.
+
+    Raises:
+        ValueError: for no image, or one of another shape.
+    """
+    if not images or any(x.dim() not in (3, 4) or (x.dim() == 4 and len(x) != 1) for x in images):
+        shapes = [tuple(image.shape) for image in images]
+        raise ValueError(f"a list of `pixel_values` must hold images of shape (3, height, width), got {shapes}.")
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(tuple(image.shape[-2:]), []).append(index)
+    results: dict[str, list] = {}
+    for indices in by_size.values():
+        outputs = forward(torch.stack([images[i].reshape(images[i].shape[-3:]) for i in indices]))
+        for name, rows in outputs.items():
+            places = results.setdefault(name, [None] * len(images))
+            for row, index in zip(rows, indices, strict=True):
+                places[index] = row
+    return results
+
 
 class DenseCLIPPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and the loading machinery."""
+    """Weight initialization and the loading machinery."""
 
     config: DenseCLIPConfig
     config_class = DenseCLIPConfig
@@ -43,7 +319,7 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["clip"]  # a module among the arguments of `ContextPrompts`, not a tensor
+    _keys_to_ignore_on_load_unexpected = [r"clip\.logit_scale"]  # only CLIP's own loss uses it
     _no_split_modules = [
         "CLIPTextEmbeddings", "CLIPEncoderLayer", "BilinearPositionEmbeddings", "CLIPResNetBottleneck",
         "CLIPResNetAttentionPool", "ContextDecoderLayer", "ContextPrompts",
@@ -51,7 +327,7 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Every initialisation below respects already loaded weights, which is what this switch guards against.
+        # Every initialization below respects already loaded weights, which is what this switch guards against.
         return False
 
     @torch.no_grad()
@@ -65,13 +341,11 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, ContextPrompts):
             module.initialize()
-        elif isinstance(module, DenseCLIPForSemanticSegmentation):
+        elif isinstance(module, DenseCLIPModel):
             if module.gamma is not None:
                 init.constant_(module.gamma, float(self.config.gamma_init))
             if module.config.frozen_classes:
                 init.normal_(module.class_embeddings, std=self.config.clip_config.projection_dim**-0.5)
-            elif module.config.use_text_guidance:
-                init.constant_(module.clip.logit_scale, self.config.clip_config.logit_scale_init_value)
         else:
             super()._init_weights(module)
         if isinstance(module, SemanticFPNScaleHead):
@@ -80,7 +354,423 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
                     init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
-class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
+class DenseCLIPModel(DenseCLIPPreTrainedModel):
+    """
+    Matches every place of an image with words: CLIP's two towers, prompts and the context decoder.
+
+    Args:
+        config ([`DenseCLIPConfig`]): its architecture and class names.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"clip\.logit_scale", r"^(pyramid|neck|decode_head)\."]
+
+    def __init__(self, config: DenseCLIPConfig):
+        super().__init__(config)
+        self.tower = tower_of(config.clip_config)
+        self.clip = self.tower.model_class(config.clip_config)
+        self.clip.logit_scale = None
+        self.tower.adapt(self.clip, config)
+        self.prompts = self.context_decoder = self.gamma = None
+        if not config.use_text_guidance or config.frozen_classes:
+            self.clip.text_model = self.clip.text_projection = None
+        if config.use_text_guidance:
+            size = config.clip_config.projection_dim
+            if config.frozen_classes:
+                self.register_buffer("class_embeddings", torch.empty(config.num_labels, size))
+            else:
+                self.prompts = ContextPrompts(config)
+            if config.context_decoder_num_layers:
+                self.context_decoder = ContextDecoder(config)
+                del self.gamma
+                if config.gamma_learnable:
+                    self.gamma = nn.Parameter(torch.empty(size))
+                else:
+                    self.register_buffer("gamma", torch.empty(size))
+        self._class_embeddings = ClassEmbeddingCache()
+        self._add_decoder()
+        self.post_init()
+        if config.frozen_classes:
+            self.eval().requires_grad_(False)
+
+    def _add_decoder(self) -> None:
+        """What a model has beside the matching."""
+
+    @classmethod
+    def from_pretrained(cls, name, *args, config=None, output_loading_info: bool = False, **kwargs):
+        """
+        [`PreTrainedModel.from_pretrained`]. With other `id2label` than the saved one, as an argument or in `config`,
+        the model is loaded as it was saved and given these classes by [`set_classes`], with the tokenizer beside it.
+
+        Raises:
+            OSError, ValueError: as there, and if the weights are not those of such a model.
+        """
+        wanted = None
+        if name is not None:
+            if not isinstance(config, DenseCLIPConfig):
+                config, kwargs = cls.config_class.from_pretrained(
+                    name if config is None else config, return_unused_kwargs=True, **kwargs
+                )
+            named = not all(label.startswith("LABEL_") for label in config.id2label.values())
+            if named and config.class_token_ids is None and config.use_text_guidance and not config.frozen_classes:
+                saved = cls.config_class.from_pretrained(
+                    name, **{k: v for k, v in kwargs.items() if k in _HUB_OPTIONS}
+                )
+                if saved.class_token_ids is not None or saved.frozen_classes:
+                    wanted = config.id2label
+                    classes = {
+                        key: getattr(saved, key)
+                        for key in ("id2label", "class_token_ids", "palette", "frozen_classes")
+                    }
+                    ignored = {"semantic_loss_ignore_index": saved.semantic_loss_ignore_index}
+                    options = {k: v for k, v in config.to_dict().items() if k not in ("label2id", "num_labels")}
+                    config = cls.config_class.from_dict({**options, **classes, **ignored})
+        loaded: Any = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
+        model, info = loaded
+        refuse_random_classes(model.config, info)
+        if model.config.frozen_classes:
+            model.requires_grad_(False)  # loading made the parameters anew
+        if wanted is not None:
+            model.set_classes(wanted, load_pretrained(AutoTokenizer, name))
+        return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.clip.vision_model.get_input_embeddings()
+
+    def encode_image(self, pixel_values: torch.Tensor) -> ImageFeatures:
+        """
+        Feature maps and image context of `pixel_values` `(B, 3, H, W)`.
+
+        Raises:
+            ValueError: if there is no batch of images, or one is smaller than a position of the coarsest map.
+        """
+        check_images(pixel_values, self.config)
+        return self.tower.encode(self.clip, pixel_values, self.config)
+
+    def get_dense_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """One embedding in the space of the texts per place of images `(B, 3, H, W)`, not normalized: `(B, D, h, w)`."""
+        _, context, grid = self.encode_image(pixel_values)
+        self._refuse_without_text("embed places")
+        return context[:, 1:].transpose(1, 2).unflatten(2, grid)  # B, M, D -> B, D, h, w
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """CLIP's embedding of whole images `(B, 3, H, W)`, not normalized: `pooler_output` `(B, D)`."""
+        self._refuse_without_text("embed images")
+        context = self.encode_image(pixel_values).context
+        return BaseModelOutputWithPooling(last_hidden_state=context, pooler_output=context[:, 0])
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """CLIP's embedding of texts, token ids `(B, L)`, not normalized: `pooler_output` `(B, D)`."""
+        self._refuse_without_text("read texts")
+        refuse_if_frozen(self.config, "read texts")
+        return self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+
+    def _refuse_without_text(self, action: str) -> None:
+        if not self.config.use_text_guidance:
+            raise ValueError(f"this model has no text guidance (`use_text_guidance=False`), so it cannot {action}.")
+
+    def encode_classes(self) -> torch.Tensor:
+        """
+        Class embeddings t `(K, D)`, before an image touches them; a tensor of the caller's own.
+
+        Computed once in eval mode (see [`ClassEmbeddingCache`]), with their graph where a gradient is asked for.
+
+        Raises:
+            ValueError: if the model has no text guidance or no class names.
+        """
+        self._refuse_without_text("encode classes")
+        if self.config.frozen_classes:
+            return self.class_embeddings.clone()
+        prompts, text_model, projection = self.prompts, self.clip.text_model, self.clip.text_projection
+        return self._class_embeddings.get(
+            lambda: encode_prompts(self.clip, prompts.layout(projection.weight.device), prompts),
+            [prompts, text_model, projection],
+            self.training,
+        )
+
+    def share_class_embeddings(self, until_next: bool) -> None:
+        """
+        Let training forward passes of one optimizer step share one pass through the text tower.
+
+        For gradient accumulation, as [`DenseCLIPTrainer`] does it: call it before every forward pass, with `True` if
+        another one follows before the optimizer's step. The gradient of all of them goes through the text tower once,
+        in the backward pass of the last.
+        """
+        self._class_embeddings.share_until_next = until_next
+
+    def match(
+        self, classes: torch.Tensor, context: torch.Tensor, grid: tuple[int, int], use_context_decoder: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """t `(K, D)` and `[z_bar, z]` `(B, 1 + h*w, D)` -> score maps `(B, K, h, w)` and t' `(B, K, D)`."""
+        text_embeds = classes.expand(context.shape[0], -1, -1)  # K, D -> B, K, D; len() is fixed by torch.export
+        if use_context_decoder and self.context_decoder is not None:
+            text_embeds = text_embeds + self.gamma * self.context_decoder(text_embeds, context)
+        return cosine_score_maps(context, text_embeds, grid), text_embeds
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None
+    ) -> "DenseCLIPSemanticSegmenterOutput":
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): images, normalized as CLIP's.
+            text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): from [`encode_texts`]; the model's own classes
+                by default.
+
+        Returns:
+            [`DenseCLIPSemanticSegmenterOutput`] with `score_maps` and `text_embeds`; without classes, with
+            `hidden_states`: the dense features `(B, D, h, w)`.
+        """
+        _, context, grid = self.encode_image(pixel_values)
+        if text_embeds is None and self.config.class_token_ids is None and not self.config.frozen_classes:
+            return DenseCLIPSemanticSegmenterOutput(hidden_states=(context[:, 1:].transpose(1, 2).unflatten(2, grid),))
+        embeds = self.encode_classes() if text_embeds is None else text_embeds
+        score_maps, text_embeds = self.match(embeds, context, grid)
+        return DenseCLIPSemanticSegmenterOutput(score_maps=score_maps, text_embeds=text_embeds)
+
+    @torch.no_grad()
+    def encode_texts(
+        self,
+        texts: Sequence[str | Sequence[str]],
+        tokenizer,
+        templates: Sequence[str] | None = None,
+        use_contexts: bool | None = None,
+    ) -> torch.Tensor:
+        """
+        Embeddings of any class names or sentences, for [`predict_from_scores`]; the model stays as it is.
+
+        A class described by several sentences, or put into several `templates`, gets the direction of their unit
+        vectors' mean, as in CLIP's zero-shot classifier (Radford et al. 2021, section 3.1.4), and their mean length.
+
+        Args:
+            texts (`list[str]` or `list[list[str]]`): K classes: a name, a sentence, or several of them.
+            tokenizer (`PreTrainedTokenizerBase`): CLIP's.
+            templates (`Sequence[str]`, *optional*): sentences with one `{}`, such as `ZERO_SHOT_TEMPLATES`; by default
+                the model's own prompt, with the contexts it has learned.
+            use_contexts (`bool`, *optional*): whether learned contexts come before each text; by default only without
+                `templates`. Contexts nobody has trained yet are noise.
+
+        Returns:
+            `torch.Tensor` of shape `(K, D)`, without gradient.
+
+        Raises:
+            ValueError: without text guidance, for empty, repeated or too long texts, or a template without `{}`.
+        """
+        self._refuse_without_text("encode texts")
+        refuse_if_frozen(self.config, "encode texts")
+        use_contexts = templates is None if use_contexts is None else use_contexts
+        templates = [self.config.prompt_template] if templates is None else list(templates)
+        if not templates or any(template.count("{}") != 1 for template in templates):
+            raise ValueError(f"`templates` must be sentences with one {{}} each, got {templates}.")
+        classes = class_phrasings(texts)
+        contexts = self.config.num_context_tokens if use_contexts else 0
+        token_ids: list[list[int]] = []
+        owners: list[int] = []
+        for template in templates:
+            for index, phrasings in enumerate(classes):
+                token_ids += tokenize_classes(phrasings, tokenizer, self.config, template, contexts)
+                owners += [index] * len(phrasings)
+        chunks = []
+        for first in range(0, len(token_ids), PROMPTS_PER_PASS):
+            layout = pack_prompts(token_ids[first : first + PROMPTS_PER_PASS], contexts)
+            layout = PackedPrompts(*(tensor.to(self.device) for tensor in layout))
+            chunks.append(encode_prompts(self.clip, layout, self.prompts if contexts else None))
+        embeds = torch.cat(chunks)
+        if len(owners) == len(classes):
+            return embeds
+        # The mean of unit vectors at the prompts' mean length: the context decoder's update then weighs as much as
+        # beside a single prompt.
+        groups = torch.tensor(owners, device=embeds.device)
+        lengths = embeds.float().norm(dim=-1, keepdim=True)
+        direction = embeds.new_zeros(len(classes), embeds.shape[1], dtype=torch.float32)
+        direction.index_add_(0, groups, embeds.float() / lengths)
+        length = embeds.new_zeros(len(classes), 1, dtype=torch.float32).index_add_(0, groups, lengths)
+        return (F.normalize(direction, dim=-1) * length / groups.bincount()[:, None]).to(embeds.dtype)
+
+    @torch.no_grad()
+    def score(
+        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None, use_context_decoder: bool = True
+    ) -> torch.Tensor:
+        """
+        Cosines `(B, K, h, w)` of `pixel_values` `(B, 3, H, W)` with `text_embeds` `(K, D)`, by default its classes'.
+
+        If the model slides, `(B, K, H, W)`: averaged where windows overlap.
+
+        Raises:
+            ValueError: if the model has no text guidance, or `text_embeds` another shape.
+        """
+        self._refuse_without_text("compare places with words")
+        dimension = self.config.clip_config.projection_dim
+        embeds = self.encode_classes() if text_embeds is None else text_embeds.to(self.device, self.dtype)
+        if embeds.dim() != 2 or embeds.shape[1] != dimension or not len(embeds):
+            raise ValueError(f"`text_embeds` must have the shape (classes, {dimension}), got {tuple(embeds.shape)}.")
+
+        def whole(pixels: torch.Tensor) -> torch.Tensor:
+            _, context, grid = self.encode_image(pixels)
+            return self.match(embeds, context, grid, use_context_decoder)[0]
+
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        return whole(pixel_values) if self.config.inference_mode == "whole" else self._slide(whole, pixel_values)
+
+    def predict_from_scores(
+        self,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor],
+        text_embeds: torch.Tensor | None = None,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+        use_context_decoder: bool = True,
+    ) -> ScoreSegmentation:
+        """
+        Segmentation from the score maps alone, for any classes: each pixel goes to the class of the highest cosine.
+
+        The decoder, which knows only the classes it was trained with, has no part in it. Windows slide if
+        `inference_mode` says so.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, or a list of `(3, H, W)`): images, normalized as
+                CLIP's; in a list each may have a size of its own.
+            text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): from [`encode_texts`]; the model's own classes
+                by default.
+            target_sizes (list of (height, width), *optional*): size of each result; (H, W) by default.
+            use_context_decoder (`bool`): whether classes are refined by the image (t') as in training.
+
+        Returns:
+            [`ScoreSegmentation`]: `segmentation`, a list of B int64 maps, and `score_maps`.
+
+        Raises:
+            ValueError: without text guidance, for embeddings or sizes of another shape, or scores NaN or infinite.
+        """
+        with eval_mode(self):
+            if isinstance(pixel_values, torch.Tensor):
+                maps: Any = self.score(pixel_values, text_embeds, use_context_decoder)
+            else:
+                maps = forward_by_size(
+                    lambda pixels: {"score_maps": self.score(pixels, text_embeds, use_context_decoder)}, pixel_values
+                )["score_maps"]
+        sizes: list[Any] = [p.shape[-2:] for p in pixel_values] if target_sizes is None else list(target_sizes)
+        if len(sizes) != len(maps):
+            raise ValueError(f"There are {len(maps)} images but {len(sizes)} target sizes.")
+        segmentation = [resize_argmax(m[None], size)[0] for m, size in zip(maps, sizes, strict=True)]
+        return ScoreSegmentation(segmentation=segmentation, score_maps=maps)
+
+    def _slide(self, predict: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        return sliding_window_logits(
+            predict, pixel_values, config.crop_size, config.stride, config.sliding_window_batch_size
+        )
+
+    @classmethod
+    def from_clip(cls, clip, id2label=None, tokenizer=None, image_size: int | None = None, **config):
+        """
+        CLIP as it is, ready for words: no learned contexts, no context decoder, nothing to be trained.
+
+        Args:
+            clip (`str`, `os.PathLike` or `CLIPModel`): Hub name, directory or model.
+            id2label (`dict[int, str]` or `list[str]`, *optional*): K class names of its own.
+            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): CLIP's; loaded from `clip` if that is a name.
+            image_size (`int`, *optional*): resolution in pixels that the position grid is resized to, CLIP's own by
+                default.
+            config: further options of [`DenseCLIPConfig`].
+
+        Raises:
+            ValueError: if `clip` is no CLIP, or a class name does not fit the text tower.
+        """
+        clip, tokenizer = load_clip(clip, tokenizer)
+        options = {"num_context_tokens": 0, "context_decoder_num_layers": 0, **config}
+        size = image_size or clip.config.vision_config.image_size
+        return cls._around(clip, None if id2label is None else class_names(id2label), tokenizer, size, options)
+
+    @classmethod
+    def _around(cls, clip, names: list[str] | None, tokenizer, image_size: int, options: dict[str, Any]):
+        clip_config = clip.config.to_dict()
+        clip_config["vision_config"]["image_size"] = image_size
+        options = {"clip_config": clip_config, **options}
+        if names is not None:
+            options["id2label"] = dict(enumerate(names))
+        config = cls.config_class(**options)
+        if names is not None and config.use_text_guidance and config.class_token_ids is None:
+            if tokenizer is None:
+                raise ValueError("class names need CLIP's tokenizer: pass `tokenizer=`.")
+            config.class_token_ids = tokenize_classes(names, tokenizer, config)
+        model = cls(config)
+        load_clip_weights(model, clip)
+        return model
+
+    def set_classes(self, names: dict[int, str] | list[str], tokenizer) -> None:
+        """
+        Give the model new class names (or sentences), in place.
+
+        Classes it already had, by name, keep what they had learned in the decoder; the rows and columns of the others
+        start anew and must be trained before `logits` mean anything. Score maps need no training.
+
+        Args:
+            names (`list[str]` or `dict[int, str]`): K new class names.
+            tokenizer (`PreTrainedTokenizerBase` or `str`): CLIP's, or where it is.
+
+        Raises:
+            ValueError: for an empty list, a name given twice, an empty one or one that is too long.
+        """
+        refuse_if_frozen(self.config, "take new class names")
+        names, config = class_names(names), self.config
+        if 0 <= config.semantic_loss_ignore_index < len(names):
+            raise ValueError(
+                f"`semantic_loss_ignore_index` ({config.semantic_loss_ignore_index}) would be one of {len(names)} "
+                "classes: set it in the model's config to a value that is no class id, such as -100, first."
+            )
+        token_ids = None
+        if config.use_text_guidance:
+            if isinstance(tokenizer, (str, os.PathLike)):
+                tokenizer = load_pretrained(AutoTokenizer, tokenizer)
+            token_ids = tokenize_classes(names, tokenizer, config)
+            self.prompts.set_token_ids(token_ids)
+            self._class_embeddings.clear()
+        rows = {label: index for index, label in config.id2label.items()}
+        self._resize_decoder([(new, rows[name]) for new, name in enumerate(names) if name in rows], len(names))
+        config.palette, config.class_token_ids = None, None
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+        config.class_token_ids = token_ids
+
+    def _resize_decoder(self, kept: list[tuple[int, int]], num_labels: int) -> None:
+        """Make room for other classes, of which `kept` (new index, old index) were there before."""
+
+    def freeze_classes(self) -> None:
+        """
+        Make this a model for inference alone, in place: store the class embeddings, drop the text tower.
+
+        Logits stay the same, bit for bit. `save_pretrained` and the Auto classes work as before; training, new class
+        names and other texts are refused from then on.
+
+        Raises:
+            ValueError: without text guidance or class names.
+        """
+        if self.config.frozen_classes:
+            return
+        self.eval()
+        with torch.no_grad():
+            embeddings = self.encode_classes().detach().clone()
+        self.prompts = self.clip.text_model = self.clip.text_projection = None
+        self.register_buffer("class_embeddings", embeddings)
+        self.requires_grad_(False)
+        self.config.frozen_classes = True
+
+    def train(self, mode: bool = True):
+        if mode:
+            refuse_if_frozen(self.config, "be trained")
+        if mode != self.training:
+            self._class_embeddings.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._class_embeddings.clear()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args, **kwargs):
+        self._class_embeddings.clear()
+        return super().load_state_dict(*args, **kwargs)
+
+
+class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
     """
     CLIP turned into a semantic segmenter: pixels are matched with class names and the match guides an FPN decoder.
 
@@ -99,32 +789,16 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
     ```
     """
 
+    _keys_to_ignore_on_load_unexpected = [r"clip\.logit_scale"]
     # The Trainer divides by the accumulation steps itself; our loss is a mean over pixels, not a token count's.
     accepts_loss_kwargs = False
 
-    def __init__(self, config: DenseCLIPConfig):
-        super().__init__(config)
-        self.clip = (CLIPResNetModel if config.has_resnet else CLIPModel)(config.clip_config)
-        adapt_vision_tower(self.clip, config)
+    def _add_decoder(self) -> None:
+        config = self.config
         channels = list(config.feature_channels)
-        self.pyramid = None if config.has_resnet else ViTPyramid(channels[0], config.batch_norm_eps)
-        self.gamma: torch.Tensor | None = None
         if config.use_text_guidance:
-            if config.frozen_classes:
-                self.register_buffer(
-                    "class_embeddings", torch.empty(config.num_labels, config.clip_config.projection_dim)
-                )
-            else:
-                self.clip.logit_scale.requires_grad_(False)  # only CLIP's own contrastive loss trains it
-                self.prompts = ContextPrompts(config)
-            self.context_decoder = ContextDecoder(config)
-            gamma = torch.empty(config.clip_config.projection_dim)
-            if config.gamma_learnable:
-                self.gamma = nn.Parameter(gamma)
-            else:
-                del self.gamma
-                self.register_buffer("gamma", gamma)
             channels[config.score_map_level] += config.num_labels
+        self.pyramid = self.tower.pyramid(config)
         self.neck = FPNNeck(channels, config.neck_hidden_size)
         self.decode_head = SemanticFPNHead(
             config.neck_hidden_size,
@@ -133,49 +807,6 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
             config.decode_head_dropout,
             config.batch_norm_eps,
         )
-        self._class_embeddings = ClassEmbeddingCache()
-        self.post_init()
-        if config.frozen_classes:
-            self.eval().requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        refuse_random_classes(model.config, info)
-        frozen = model if model.config.frozen_classes else model.clip.logit_scale
-        if frozen is not None:
-            frozen.requires_grad_(False)  # loading made the parameters anew
-        return (model, info) if output_loading_info else model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.clip.vision_model.get_input_embeddings()
-
-    def encode_classes(self) -> torch.Tensor:
-        """
-        Class embeddings t `(K, D)`, before an image touches them; a tensor of the caller's own.
-
-        Computed once and kept while nothing they depend on changes (see [`ClassEmbeddingCache`] for how that is
-        noticed); computed anew in training, where they have a gradient to carry. Gradients are right in eval mode too.
-
-        Raises:
-            ValueError: if the model has no text guidance or no class names.
-        """
-        if not self.config.use_text_guidance:
-            raise ValueError("this model has no text guidance (`use_text_guidance=False`), so no class embeddings.")
-        if self.config.frozen_classes:
-            return self.class_embeddings.clone()
-        return self._class_embeddings.get(self.prompts, self.clip, self.training)
-
-    def share_class_embeddings(self, until_next: bool) -> None:
-        """
-        Let training forward passes of one optimizer step share one pass through the text tower.
-
-        For gradient accumulation, as [`DenseCLIPTrainer`] does it: call it before every forward pass, with `True` if
-        another one follows before the optimizer's step. The gradient of all of them goes through the text tower once,
-        in the backward pass of the last.
-        """
-        self._class_embeddings.share_until_next = until_next
 
     @can_return_tuple
     def forward(
@@ -183,18 +814,16 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         pixel_values: torch.Tensor | list[torch.Tensor],
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        output_attentions: bool | None = None,
     ) -> DenseCLIPSemanticSegmenterOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): images, normalised as CLIP's. Or a
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): images, normalized as CLIP's. Or a
                 list of tensors `(3, height, width)` of any sizes, without labels: `logits`, `score_maps` and
                 `text_embeds` are then lists too, each image's as it has them alone.
             labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`, *optional*): integer class ids
                 0 … K-1, or `config.semantic_loss_ignore_index`.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*): also return the image encoder's feature
                 maps, or those at some indices.
-            output_attentions (`bool`, *optional*): accepted as by every model of transformers; none are returned.
 
         Returns:
             [`DenseCLIPSemanticSegmenterOutput`]
@@ -205,11 +834,11 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         if isinstance(pixel_values, (list, tuple)):
             if labels is not None:
                 raise ValueError("`labels` need images of one size, but `pixel_values` is a list: stack or pad it.")
-            return DenseCLIPSemanticSegmenterOutput(**forward_by_size(self, pixel_values))
+            return DenseCLIPSemanticSegmenterOutput(**forward_by_size(self._named_results, pixel_values))
         if labels is not None:
             labels = checked_labels(labels, len(pixel_values), self.config)
         if self.config.inference_mode == "slide" and not self.training:
-            segmentation = Segmentation(self._slide(pixel_values))
+            segmentation = Segmentation(self._slide(self.window_logits, pixel_values))
         else:
             segmentation = self._segment(pixel_values)
         loss = decode_loss = auxiliary_loss = None
@@ -227,19 +856,19 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
             hidden_states=choose_hidden_states(segmentation.feature_maps, choice),
         )
 
+    def _named_results(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = self(pixel_values)
+        return {name: outputs[name] for name in ("logits", "score_maps", "text_embeds") if name in outputs}
+
     def window_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits `(B, K, H / 4, W / 4)` of `pixel_values` taken whole, whatever `inference_mode` says."""
         return self._segment(pixel_values).logits
 
-    def _slide(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        return sliding_window_logits(
-            self.window_logits, pixel_values, config.crop_size, config.stride, config.sliding_window_batch_size
-        )
-
     def _segment(self, pixel_values: torch.Tensor) -> Segmentation:
-        """The method: encode the image, prompt the text, contextualise, score, decode."""
-        features, context, grid = encode_image(self.clip, self.pyramid, pixel_values, self.config)
+        """The method: encode the image, prompt the text, contextualize, score, decode."""
+        features, context, grid = self.encode_image(pixel_values)
+        if self.pyramid is not None:
+            features = self.pyramid(features)
         feature_maps = tuple(features)
         if not self.config.use_text_guidance:
             return Segmentation(self.decode_head(self.neck(features)), feature_maps=feature_maps)
@@ -248,15 +877,6 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
         joining = resize_bilinear(score_maps, features[level].shape[-2:]).to(features[level].dtype)
         features[level] = torch.cat([features[level], joining], dim=1)
         return Segmentation(self.decode_head(self.neck(features)), score_maps, text_embeds, feature_maps)
-
-    def match(
-        self, classes: torch.Tensor, context: torch.Tensor, grid: tuple[int, int], use_context_decoder: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """t `(K, D)` and `[z_bar, z]` `(B, 1 + h*w, D)` -> score maps `(B, K, h, w)` and t' `(B, K, D)`."""
-        text_embeds = classes.expand(context.shape[0], -1, -1)  # K, D -> B, K, D; len() is fixed by torch.export
-        if use_context_decoder:
-            text_embeds = text_embeds + self.gamma * self.context_decoder(text_embeds, context)
-        return cosine_score_maps(context, text_embeds, grid), text_embeds
 
     def _losses(self, segmentation: Segmentation, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cross entropy of the logits and, weighted, of the score maps over the temperature (section 3.4)."""
@@ -270,131 +890,78 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPPreTrainedModel):
     @classmethod
     def from_clip(cls, clip, id2label, tokenizer=None, image_size: int | None = None, **config):
         """
-        A segmenter around a pretrained CLIP, everything else freshly initialised.
+        A segmenter around a pretrained CLIP, everything else freshly initialized.
 
         Args:
             clip (`str`, `os.PathLike` or `CLIPModel`): Hub name, directory or model.
             id2label (`dict[int, str]` or `list[str]`): the K class names.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): CLIP's; loaded from `clip` if that is a name.
-            image_size (`int`, *optional*): training resolution the position grid is resized to (bilinear); by default
-                the published 640 for a ViT, 512 for a ResNet.
+            image_size (`int`, *optional*): training resolution in pixels that the position grid is resized to
+                (bilinear); by default the published 640 for a ViT, 512 for a ResNet.
             config: further options of [`DenseCLIPConfig`].
 
         Raises:
             ValueError: if `clip` is no CLIP, or a class name does not fit the text tower.
         """
         clip, tokenizer = load_clip(clip, tokenizer)
-        names = class_names(id2label)
-        clip_config = clip.config.to_dict()
-        is_resnet = isinstance(clip, CLIPResNetModel)
-        clip_config["vision_config"]["image_size"] = image_size or (512 if is_resnet else 640)
-        options = {"clip_config": clip_config, "id2label": dict(enumerate(names)), **config}
-        configuration = cls.config_class(**options)
-        if configuration.use_text_guidance and configuration.class_token_ids is None:
-            if tokenizer is None:
-                raise ValueError("class names need CLIP's tokenizer: pass `tokenizer=`.")
-            options["class_token_ids"] = tokenize_classes(names, tokenizer, configuration)
-            configuration = cls.config_class(**options)
-        model = cls(configuration)
-        load_clip_weights(model, clip)
-        logger.warning(clip_report(model, clip))
+        size = image_size or tower_of(clip.config).default_image_size
+        model = cls._around(clip, class_names(id2label), tokenizer, size, config)
+        logger.info(clip_report(model, clip))
         return model
 
-    def set_classes(self, names: "dict[int, str] | list[str]", tokenizer) -> None:
-        """
-        Give the model new class names (or sentences), in place.
+    def _resize_decoder(self, kept: list[tuple[int, int]], num_labels: int) -> None:
+        head, laterals, level = self.decode_head, self.neck.lateral_convs, self.config.score_map_level
+        head.classifier = resized_convolution(head.classifier, kept, out_channels=num_labels)
+        if self.config.use_text_guidance:
+            first = self.config.feature_channels[level]  # the score map's channels come after the features'
+            columns = [(i, i) for i in range(first)] + [(first + new, first + old) for new, old in kept]
+            laterals[level] = resized_convolution(laterals[level], columns, in_channels=first + num_labels)
 
-        Classes it already had, by name, keep what they had learnt in the decoder; the rows and columns of the others
-        start anew and must be trained before `logits` mean anything. Score maps need no training.
 
-        Args:
-            names (`list[str]` or `dict[int, str]`): K new class names.
-            tokenizer (`PreTrainedTokenizerBase` or `str`): CLIP's, or where it is.
+def refuse_random_classes(config: DenseCLIPConfig, loading_info: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if a model of `config` was loaded whose class embeddings, or text tower, are noise.
+    """
+    missing = {key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"]}
+    missing |= set(loading_info["missing_keys"])
+    if config.frozen_classes and "class_embeddings" in missing:
+        raise ValueError(
+            f"these weights hold no frozen embeddings of {config.num_labels} classes, so they would be noise: load "
+            "the model as it was saved; `freeze_classes()` freezes the classes of one that has its text tower."
+        )
+    if not config.frozen_classes and "class_embeddings" in loading_info["unexpected_keys"]:
+        raise ValueError(
+            "these weights are of a model whose classes are frozen, its text tower is gone and would be noise: load "
+            "it as it was saved, or the model it was made from."
+        )
 
-        Raises:
-            ValueError: for an empty list, a name given twice, an empty one or one that is too long.
-        """
-        refuse_if_frozen(self.config, "take new class names")
-        replace_classes(self, names, tokenizer)
 
-    def freeze_classes(self) -> None:
-        """
-        Make this a model for inference alone, in place: store the class embeddings, drop the text tower.
-
-        Logits stay the same, bit for bit. `save_pretrained` and the Auto classes work as before; training, new class
-        names and other texts are refused from then on.
-
-        Raises:
-            ValueError: without text guidance or class names.
-        """
-        freeze_classes(self)
-
-    def encode_texts(self, texts, tokenizer, templates=None, use_contexts: bool | None = None) -> torch.Tensor:
-        """
-        Embeddings of any class names or sentences, for [`predict_from_scores`]; the model stays as it is.
-
-        A class described by several sentences, or put into several `templates`, gets the direction of their unit
-        vectors' mean, as in CLIP's zero-shot classifier (Radford et al. 2021, section 3.1.4), and their mean length.
-
-        Args:
-            texts (`list[str]` or `list[list[str]]`): K classes: a name, a sentence, or several of them.
-            tokenizer (`PreTrainedTokenizerBase`): CLIP's.
-            templates (`Sequence[str]`, *optional*): sentences with one `{}`, such as `ZERO_SHOT_TEMPLATES`; by default
-                the model's own prompt, with the contexts it has learnt.
-            use_contexts (`bool`, *optional*): whether learnt contexts come before each text; by default only without
-                `templates`. Contexts nobody has trained yet are noise.
-
-        Returns:
-            `torch.Tensor` of shape `(K, D)`, without gradient.
-
-        Raises:
-            ValueError: without text guidance, for empty, repeated or too long texts, or a template without `{}`.
-        """
-        refuse_if_frozen(self.config, "encode texts")
-        return encode_texts(self, texts, tokenizer, templates, use_contexts)
-
-    def predict_from_scores(
-        self, pixel_values: torch.Tensor, text_embeds=None, target_sizes=None, use_context_decoder: bool = True
-    ) -> ScoreSegmentation:
-        """
-        Segmentation from the score maps alone, for any classes: each pixel goes to the class of the highest cosine.
-
-        The decoder, which knows only the classes it was trained with, has no part in it. Windows slide if
-        `inference_mode` says so.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, or a list of `(3, H, W)`): images, normalised as
-                CLIP's; in a list each may have a size of its own.
-            text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): from [`encode_texts`]; the model's own classes
-                by default.
-            target_sizes (list of (height, width), *optional*): size of each result; (H, W) by default.
-            use_context_decoder (`bool`): whether classes are refined by the image (t') as in training.
-
-        Returns:
-            [`ScoreSegmentation`]: `segmentation`, a list of B int64 maps, and `score_maps`.
-
-        Raises:
-            ValueError: without text guidance, for embeddings or sizes of another shape, or scores NaN or infinite.
-        """
-        return predict_from_scores(self, pixel_values, text_embeds, target_sizes, use_context_decoder)
-
-    def train(self, mode: bool = True):
-        if mode:
-            refuse_if_frozen(self.config, "be trained")
-        if mode != self.training:
-            self._class_embeddings.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._class_embeddings.clear()
-        return super()._apply(fn, recurse)
-
-    def load_state_dict(self, *args, **kwargs):
-        self._class_embeddings.clear()
-        return super().load_state_dict(*args, **kwargs)
+def refuse_if_frozen(config: DenseCLIPConfig, action: str) -> None:
+    """
+    Raises:
+        ValueError: if a model of `config` has frozen classes, saying that it cannot do `action`.
+    """
+    if config.frozen_classes:
+        raise ValueError(
+            f"this model's classes are frozen, so it cannot {action}: its text tower is gone. Go back to the model "
+            "it was made from, and call `freeze_classes()` again afterwards."
+        )
 
 
 # The pipeline asks this table of names, which `register` does not fill, and complains about every model not in it.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[DenseCLIPConfig.model_type] = DenseCLIPForSemanticSegmentation.__name__
 
-__all__ = ["DenseCLIPForSemanticSegmentation", "DenseCLIPPreTrainedModel", "DenseCLIPSemanticSegmenterOutput"]
+__all__ = [
+    "ZERO_SHOT_TEMPLATES",
+    "DenseCLIPForSemanticSegmentation",
+    "DenseCLIPModel",
+    "DenseCLIPPreTrainedModel",
+    "DenseCLIPSemanticSegmenterOutput",
+    "ScoreSegmentation",
+    "eval_mode",
+    "forward_by_size",
+    "refuse_if_frozen",
+    "sliding_window_logits",
+    "window_starts",
+]

@@ -1,13 +1,12 @@
-"""Resizing of pictures, label maps and logits the way the published results were measured.
+"""Resizing of images, label maps and logits the way the published results were measured.
 
-Shapes: B pictures, C channels, K classes, H × W pixels.
+Shapes: B images, C channels, K classes, H × W pixels.
 """
-
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .layers_denseclip import resize_bilinear
 
 
 # logits that are interpolated at a time (16 MiB of float32), and values of a picture
@@ -137,81 +136,45 @@ def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
 
 
 @torch.no_grad()
-def resize_argmax(logits: torch.Tensor, size: tuple[int, int], name: str | None = None) -> torch.Tensor:
-    """Class with the highest bilinearly resized logit for each pixel, in memory that does not grow with K.
+def resize_max(
+    logits: torch.Tensor, size: tuple[int, int], name: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    For each pixel the class with the highest bilinearly resized logit, and that logit.
 
-    Equal to `F.interpolate(logits.float(), size, mode="bilinear", align_corners=False).argmax(1)`, but the logits
-    are interpolated in strips of rows, so that never more than about 100 MiB of them exist.
+    Equal to `F.interpolate(logits.float(), size, mode="bilinear", align_corners=False).max(1)`, but a few classes are
+    interpolated at a time, so that memory does not grow with K.
 
     Args:
         logits (`torch.Tensor` of shape `(B, K, h, w)`): Of any floating dtype.
         size (`tuple[int, int]`): Height and width of the result.
-        name (`str`, *optional*): Of the picture, for the error.
+        name (`str`, *optional*): Of the image, for the error.
 
     Returns:
-        `torch.Tensor` of shape `(B, *size)`: int64 class ids, on the device of `logits`.
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, *size)` each: float32 scores and int64 class ids.
 
     Raises:
-        ValueError: If `logits` has not four axes or is not finite everywhere, or `size` is not positive.
+        ValueError: If `logits` is not finite everywhere.
     """
-    _check_resizing(logits, size, name)
-    classes = torch.empty(len(logits), *size, dtype=torch.long, device=logits.device)
-    for place, strip in _resized_strips(logits, size):
-        classes[place] = strip.argmax(dim=0)
-    return classes
-
-
-@torch.no_grad()
-def resize_max(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`resize_argmax`], and with each pixel's class its score: its resized logit.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, *size)` each: int64 class ids and float32 scores.
-
-    Raises:
-        ValueError: As [`resize_argmax`] does.
-    """
-    _check_resizing(logits, size)
-    classes = torch.empty(len(logits), *size, dtype=torch.long, device=logits.device)
-    scores = torch.empty(len(logits), *size, device=logits.device)
-    for place, strip in _resized_strips(logits, size):
-        scores[place], classes[place] = strip.max(dim=0)
-    return classes, scores
-
-
-def _check_resizing(logits: torch.Tensor, size: tuple[int, int], name: str | None = None) -> None:
-    if logits.ndim != 4:
-        raise ValueError(f"Logits must have the shape (batch, classes, height, width), got {tuple(logits.shape)}.")
-    if min(size) < 1:
-        raise ValueError(f"The size must be positive, got {size[0]}×{size[1]}.")
     check_finite(logits, name)
+    batch_size, num_labels = logits.shape[:2]
+    step = max(1, _STRIP_ELEMENTS // max(batch_size * size[0] * size[1], 1))
+    scores = classes = None
+    for first in range(0, num_labels, step):
+        part = resize_bilinear(logits[:, first : first + step].float(), size)
+        best, index = part.max(dim=1)
+        if scores is None or classes is None:
+            scores, classes = best, index
+        else:
+            better = best > scores  # the first of equal classes stays, as in `argmax`
+            scores = torch.where(better, best, scores)
+            classes = torch.where(better, index + first, classes)
+    return scores, classes  # type: ignore[return-value]
 
 
-def _resized_strips(logits: torch.Tensor, size: tuple[int, int]) -> Iterator[tuple[Any, torch.Tensor]]:
-    """(B, K, h, w) logits resized to (B, K, *size), as (index of picture and rows, (K, rows, width) logits)."""
-    height, width = size
-    strip = max(1, _STRIP_ELEMENTS // (logits.shape[1] * max(width, logits.shape[3])))
-    for index, picture in enumerate(logits):
-        if tuple(picture.shape[-2:]) == (height, width):
-            yield index, picture
-            continue
-        for top in range(0, height, strip):
-            bottom = min(top + strip, height)
-            yield (index, slice(top, bottom)), resized_rows(picture, top, bottom, height, width)
+def resize_argmax(logits: torch.Tensor, size: tuple[int, int], name: str | None = None) -> torch.Tensor:
+    """The classes of [`resize_max`] alone: `(B, *size)` int64 ids."""
+    return resize_max(logits, size, name)[1]
 
 
-def resized_rows(logits: torch.Tensor, top: int, bottom: int, height: int, width: int) -> torch.Tensor:
-    """Rows `top` … `bottom - 1` of (K, h, w) logits resized to (K, height, width): (K, bottom - top, width)."""
-    old_height = logits.shape[1]
-    # float32 throughout: the positions must round as they do inside F.interpolate
-    scale = torch.tensor(old_height, dtype=torch.float32) / height
-    positions = ((torch.arange(top, bottom, dtype=torch.float32) + 0.5) * scale - 0.5).clamp(min=0)
-    upper = positions.long().clamp(max=old_height - 1)
-    lower = (upper + 1).clamp(max=old_height - 1)
-    weight = (positions - upper).to(logits.device)[:, None]
-    needed, index = torch.stack([upper, lower]).unique(return_inverse=True)
-    rows = logits[:, needed.to(logits.device)].float()
-    # the height stays as it is here, so this interpolates along the rows only
-    rows = F.interpolate(rows[None], size=(len(needed), width), mode="bilinear", align_corners=False)[0]
-    upper, lower = index.to(logits.device)
-    return rows[:, upper].mul_(1 - weight).add_(rows[:, lower].mul_(weight))
+__all__ = ["check_finite", "fit_within", "resize_argmax", "resize_image", "resize_labels", "resize_max"]

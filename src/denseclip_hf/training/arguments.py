@@ -34,7 +34,6 @@ class GroupRow(NamedTuple):
 ADAPTERS = GroupRow("adapters", "", "one")  # of `peft`; new, wherever they are and whatever their names
 # The first row whose pattern matches the beginning of a parameter's name has it.
 GROUP_TABLE = [
-    GroupRow("logit_scale", r"clip\.logit_scale$", "zero"),  # only CLIP's contrastive loss trains it
     GroupRow("text_encoder", r"clip\.text_(model|projection)\.", "text_encoder"),
     GroupRow("image_encoder", r"clip\.(vision_model|visual_projection)\.|pyramid\.", "image_encoder"),
     GroupRow("context_decoder_norms", r"context_decoder\.layers\.\d+\.norm\d\.", "one", decays=False),

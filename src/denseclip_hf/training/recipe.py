@@ -12,11 +12,10 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
 from ..data import DatasetArguments, SegmentationData, check_dataset
 from ..model.configuration_clip_resnet import clip_config_class, refuse_unknown_options
 from ..model.configuration_denseclip import DenseCLIPConfig
-from ..model.freezing_denseclip import refuse_if_frozen
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_clip, load_pretrained
 from ..model.modeling_clip_resnet import CLIPResNetModel
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, refuse_if_frozen
 from ..transforms import AugmentedDataset, AugmentedStream, TrainTransform
 from .arguments import DenseCLIPTrainingArguments
 from .tokenizer import learn_tokenizer

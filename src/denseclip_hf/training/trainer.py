@@ -80,8 +80,6 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         )
         if isinstance(train_dataset, (AugmentedDataset, AugmentedStream)):
             self.add_callback(EpochCallback(train_dataset))
-        if self.is_fsdp_enabled:
-            hold_scalars(self.model)
         self._stop = StopCallback()
         self.add_callback(self._stop)
         self._check_best_metric()
@@ -323,15 +321,6 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._log.leave_out(time.perf_counter() - start)
         return metrics
-
-
-def hold_scalars(model: nn.Module) -> None:
-    """FSDP2 shards no parameter without a dimension: CLIP's temperature, which is not trained, becomes a buffer."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.dim() == 0:
-                delattr(module, name)
-                module.register_buffer(name, parameter.detach())
 
 
 __all__ = ["DenseCLIPTrainer", "NonFiniteLossError"]

@@ -1,0 +1,85 @@
+"""Building blocks that the towers and the decoders share."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
+
+
+def resize_bilinear(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Resize `x` `(B, C, h, w)` to `size` (rows, columns), align_corners False; returned as it is if it fits."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def resize_position_grid(positions: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    Resize learned positions `[global, grid]` to another grid: bilinear, align_corners False.
+
+    Args:
+        positions (`torch.Tensor` of shape `(1 + n * n, C)`): the global (or class) position and a square grid's.
+        size (`tuple[int, int]`): rows and columns of the wanted grid.
+
+    Returns:
+        `torch.Tensor` of shape `(1 + size[0] * size[1], C)`.
+    """
+    side = int((positions.shape[0] - 1) ** 0.5 + 0.5)
+    grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # n*n, C -> 1, C, n, n
+    grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).T])  # 1, C, h, w -> 1 + h*w, C
+
+
+class MultiHeadAttention(nn.Module):
+    """
+    Multi-head attention with separate query, key and value projections, through transformers' attention interface.
+
+    Args:
+        config (`PreTrainedConfig`): only its attention implementation is read, at run time.
+        hidden_size (`int`): size of queries and of keys and values.
+        num_heads (`int`): heads; must divide `hidden_size`.
+        output_size (`int`, *optional*): size after the output projection, `hidden_size` by default.
+        qkv_bias (`bool`): whether the first three projections have a bias.
+    """
+
+    is_causal = False
+
+    def __init__(
+        self, config, hidden_size: int, num_heads: int, output_size: int | None = None, qkv_bias: bool = True
+    ):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.out_proj = nn.Linear(hidden_size, output_size or hidden_size)
+
+    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """`queries` `(B, Q, C)` attend to `memory` `(B, M, C)`; returns `(B, Q, output_size)`."""
+        heads = [
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B, L, C -> B, heads, L, head_dim
+            for x in (self.q_proj(queries), self.k_proj(memory), self.v_proj(memory))
+        ]
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attention(self, *heads, None, scaling=self.head_dim**-0.5, dropout=0.0)
+        return self.out_proj(attended.flatten(2))  # B, Q, heads, head_dim -> B, Q, output_size
+
+
+class StochasticDepth:
+    """Forward hook that drops a residual branch's output for whole samples in training (Huang et al. 2016)."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, module: nn.Module, args, output):
+        if not module.training or self.rate == 0.0:
+            return output
+        branch = output[0] if isinstance(output, tuple) else output
+        keep = branch.new_empty(len(branch), *[1] * (branch.dim() - 1)).bernoulli_(1 - self.rate)
+        branch = branch * (keep / (1 - self.rate))
+        return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+
+__all__ = ["MultiHeadAttention", "StochasticDepth", "resize_bilinear", "resize_position_grid"]
