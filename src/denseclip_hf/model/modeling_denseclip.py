@@ -447,7 +447,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         return self.tower.encode(self.clip, pixel_values, self.config)
 
     def get_dense_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """One embedding in the space of the texts per place of images `(B, 3, H, W)`, not normalized: `(B, D, h, w)`."""
+        """One embedding in the space of texts per place of images `(B, 3, H, W)`, not normalized: `(B, D, h, w)`."""
         _, context, grid = self.encode_image(pixel_values)
         self._refuse_without_text("embed places")
         return context[:, 1:].transpose(1, 2).unflatten(2, grid)  # B, M, D -> B, D, h, w
