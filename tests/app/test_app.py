@@ -265,7 +265,7 @@ def test_visitor_reads_what_is_wrong(page, app_models, photo_file, tmp_path):
     page.reload()
     upload(page, photo_file)
     page.locator("#mode").get_by_label("words of your own").click()
-    for words, sentence in (("sky\nsky", "'sky' appears twice"), ("sky\n\nroad", "none of them empty")):
+    for words, sentence in (("sky\nsky", "'sky' is given twice"), ("sky\n\nroad", "none of them empty")):
         page.locator("#words textarea").fill(words)
         assert sentence in complaint(page)
     page.locator("#words textarea").fill("sky\nroad")

@@ -54,7 +54,7 @@ def test_words_are_the_lines():
     [
         ("", "none of them empty"),
         ("sky\n\nroad", "none of them empty"),
-        ("sky\nroad\nsky ", "'sky' appears twice"),
+        ("sky\nroad\nsky ", "'sky' is given twice"),
         ("\n".join(map(str, range(201))), "201 classes are too many"),
     ],
 )
@@ -104,7 +104,7 @@ def test_heat_maps_share_their_colors(app_models):
 
 @pytest.mark.parametrize(
     ("chosen", "sentence"),
-    [([], "choose from 1 to 12"), (["x"] * 13, "choose from 1 to 12"), (["sky", "sky "], "'sky' appears twice")],
+    [([], "choose from 1 to 12"), (["x"] * 13, "choose from 1 to 12"), (["sky", "sky "], "'sky' is given twice")],
 )
 def test_bad_choices_of_heat_maps_are_refused(app_models, chosen, sentence):
     with pytest.raises(ValueError, match=sentence):

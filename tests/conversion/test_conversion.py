@@ -151,7 +151,10 @@ def test_released_keys_are_each_consumed_once(name):
         converted = convert_original_state_dict(original, config)
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert len(converted) == len(original) + 2 * fused  # each fused projection becomes three
-    without_text = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("clip.text_"))
+    without_text = sum(
+        p.numel() for n, p in model.named_parameters()
+        if not n.startswith("clip.text_")
+    )  # fmt: skip
     assert without_text == released["params_without_text_encoder"]
 
 

@@ -202,7 +202,7 @@ def test_a_card_that_can_not_be_written_is_no_failure(arguments, with_card, monk
 
     monkeypatch.setattr("denseclip_hf.evaluation.measure.add_results", refuse)
     evaluate_into_card(arguments, with_card)
-    assert "stays as it is: it cannot be written (Permission denied)" in caplog.text
+    assert "stays as it is: it can not be written (Permission denied)" in caplog.text
 
 
 def test_a_card_that_somebody_broke_is_no_failure(arguments, with_card, caplog):

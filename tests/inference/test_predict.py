@@ -99,7 +99,7 @@ def test_words_are_kept_beside_their_masks(script, word_model_dir, photos, tmp_p
 def test_a_file_of_words_that_is_missing_is_one_sentence(script, photos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main([str(photos), "--model", "x", "--words", str(tmp_path / "none.txt")])
-    assert "none.txt cannot be read as a file of names" in capsys.readouterr().err
+    assert "none.txt can not be read as a file of names" in capsys.readouterr().err
 
 
 def test_help_tells_the_largest_picture_and_the_defaults(script, capsys):
@@ -128,11 +128,11 @@ def test_script_goes_on_after_what_it_can_not_read(script, word_model_dir, photo
     ("flags", "sentence"),
     [
         (["--batch_size", "0"], "at least 1"),
-        (["--words", "cat,cat"], "'cat' appears twice"),
+        (["--words", "cat,cat"], "'cat' is given twice"),
         (["--words", "cat,,dog"], "none of them empty"),
-        (["--score_maps", "sky,sky"], "'sky' appears twice"),
+        (["--score_maps", "sky,sky"], "'sky' is given twice"),
         (["--words", "word " * 90], "tokens with SOS and EOS"),
-        (["--device", "nonsense"], "`--device` 'nonsense' cannot be used"),
+        (["--device", "nonsense"], "`--device` 'nonsense' can not be used"),
     ],
 )
 def test_script_refuses_bad_flags(script, word_model_dir, photos, tmp_path, capsys, flags, sentence):

@@ -113,11 +113,11 @@ def server(monkeypatch):
     ("path", "timeout", "sentence"),
     [
         ("photo.png", 60, None),
-        ("missing.png", 60, "cannot be fetched (Not Found)"),
+        ("missing.png", 60, "can not be fetched (Not Found)"),
         ("page.html", 60, "cannot be read as a picture"),
-        ("slow.png", 0.5, "cannot be fetched (it takes longer than 0.5 seconds)"),
-        ("dripping.png", 0.5, "cannot be fetched (it takes longer than 0.5 seconds)"),
-        ("endless.png", 0.5, "cannot be fetched (it takes longer than 0.5 seconds)"),
+        ("slow.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
+        ("dripping.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
+        ("endless.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
     ],
 )
 def test_addresses(server, tmp_path, path, timeout, sentence):
@@ -136,7 +136,7 @@ def test_downloads_are_bounded(server, tmp_path, monkeypatch):
 
 def test_an_address_without_server_is_one_sentence(tmp_path):
     summary = predict_sources(segmenter(), find_sources(["http://127.0.0.1:9/x.png"])[0], tmp_path, progress=False)
-    assert summary.done == 0 and "http://127.0.0.1:9/x.png cannot be fetched" in summary.problems[0]
+    assert summary.done == 0 and "http://127.0.0.1:9/x.png can not be fetched" in summary.problems[0]
 
 
 # Videos
@@ -205,7 +205,7 @@ def test_a_video_that_this_ffmpeg_can_not_decode_is_one_sentence(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(content)
     photo((40, 30)).save(tmp_path / "photo.png")
     summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
-    assert summary.done == 1 and "clip.mp4 cannot be read as a video" in summary.problems[0]
+    assert summary.done == 1 and "clip.mp4 can not be read as a video" in summary.problems[0]
 
 
 @pytest.mark.parametrize("turn", MATRICES)
@@ -233,4 +233,4 @@ def test_a_broken_video_is_one_sentence(tmp_path):
     pytest.importorskip("av")
     (tmp_path / "clip.mp4").write_bytes(b"no film")
     summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
-    assert summary.done == 0 and "clip.mp4 cannot be read as a video (" in summary.problems[0]
+    assert summary.done == 0 and "clip.mp4 can not be read as a video (" in summary.problems[0]

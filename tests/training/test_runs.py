@@ -99,7 +99,7 @@ def test_a_checkpoint_whose_state_is_damaged_is_refused_by_name(tmp_path, conten
     keep_recipe(tmp_path, RECIPE)
     make_checkpoint(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_bytes(content)
-    sentence = "checkpoint-2 cannot be gone on from .*: if it is damaged, remove it, and go on from the one before"
+    sentence = "checkpoint-2 can not be gone on from .*: if it is damaged, remove it, and go on from the one before"
     with pytest.raises(ValueError, match=sentence):
         prepare_run(tmp_path, RECIPE)
     with pytest.raises(ValueError, match=sentence):
@@ -277,5 +277,5 @@ def test_a_damaged_checkpoint_to_resume_from_is_named(tmp_path, file):
     whole = (checkpoint / file).read_bytes()
     for content in (whole[: len(whole) // 2], b""):
         (checkpoint / file).write_bytes(content)
-        with pytest.raises(ValueError, match="checkpoint-2 cannot be gone on from .*: if it is damaged, remove it"):
+        with pytest.raises(ValueError, match="checkpoint-2 can not be gone on from .*: if it is damaged, remove it"):
             trainer_for(tmp_path / "run", evaluate=False).train(resume_from_checkpoint=str(checkpoint))
