@@ -320,3 +320,23 @@ def test_a_sample_from_elsewhere_is_read_like_those_of_the_data_set(folder, tmp_
 def test_default_palette_has_a_color_for_each_class():
     palette = default_palette(150)
     assert len(set(palette)) == 150 and palette == default_palette(150)
+
+
+def test_classes_that_training_must_not_know(tmp_path):
+    write_pairs(tmp_path / "train", 2)
+    write_pairs(tmp_path / "val", 1)
+    write_classes(tmp_path)
+    data = load_segmentation_dataset(tmp_path)
+    names = list(data.id2label.values())
+    without = data.without(names[1:2])
+    assert list(without.id2label.values()) == [names[0], *names[2:]]
+    assert len(without.palette) == len(without.id2label)
+    for before, after in zip([*data.train, *data.validation], [*without.train, *without.validation], strict=True):
+        old, new = np.asarray(before["mask"]), np.asarray(after["mask"])
+        assert (new[old == 1] == data.ignore_index).all() and (old == 1).any()
+        assert (new[old == 0] == 0).all() and (new[old == 2] == 1).all()
+        assert (new[old == data.ignore_index] == data.ignore_index).all()
+        assert before["image"].tobytes() == after["image"].tobytes()
+    assert list(data.id2label.values()) == names and (np.asarray(data.train[0]["mask"]) == 1).any()
+    with pytest.raises(ValueError, match="zebra"):
+        data.without(["zebra"])

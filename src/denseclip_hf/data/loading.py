@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 
 from .classes import ClassTable, Color, parse_classes
 from .folders import Row, read_folder, split_names
@@ -62,6 +63,43 @@ class SegmentationData:
     def label2id(self) -> dict[str, int]:
         """Class ids by name."""
         return {name: index for index, name in self.id2label.items()}
+
+    def without(self, names: Sequence[str]) -> "SegmentationData":
+        """
+        The same data as if nobody had named some classes: their pixels have no class, the others' ids close the gaps.
+
+        Raises:
+            ValueError: if one of `names` is no class, or fewer than two are left.
+        """
+        if unknown := [name for name in names if name not in self.label2id]:
+            raise ValueError(f"{unknown[0]!r} is none of the classes {', '.join(self.label2id)}: correct its name.")
+        kept = [index for index, name in self.id2label.items() if name not in names]
+        if len(kept) < 2:
+            raise ValueError(f"without {', '.join(names)} fewer than two classes are left: name fewer.")
+        # Pixels without a class come last.
+        ids = np.full(len(self.id2label) + 1, self.ignore_index)
+        ids[kept] = np.arange(len(kept))
+
+        def renumbered(mask: np.ndarray) -> np.ndarray:
+            known = (mask >= 0) & (mask < len(self.id2label))
+            return ids[np.where(known, mask, len(self.id2label))].astype(mask.dtype)
+
+        def read(batch: dict[str, list]) -> dict[str, list]:
+            samples = self.reader(batch)
+            return {**samples, "mask": [renumbered(mask) for mask in samples["mask"]]}
+
+        def changed(rows: Rows | None) -> Rows | None:
+            if isinstance(rows, datasets.IterableDataset):
+                return rows.map(lambda row: {**row, "mask": renumbered(np.asarray(row["mask"]))})
+            return rows and rows.with_transform(read)
+
+        return replace(
+            self,
+            train=changed(self.train),
+            validation=changed(self.validation),
+            id2label={new: self.id2label[old] for new, old in enumerate(kept)},
+            palette=[self.palette[index] for index in kept],
+        )
 
 
 def load_segmentation_dataset(

@@ -75,6 +75,10 @@ class DataArguments(DatasetArguments):
     ratio_max: float = field(default=2.0, metadata={"help": "Highest random factor on that size in training."})
     cat_max_ratio: float = field(default=0.75, metadata={"help": "Most of a crop one class may fill."})
     photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
+    unseen: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Classes that training must not know: their pixels have none."},
+    )
     check_data: bool = field(default=True, metadata={"help": "Look at a sample of the files before training."})
 
 
@@ -197,6 +201,8 @@ def make_trainer(
     known, given = DenseCLIPConfig(), _options(model_args.config, "config")  # before the data, which may take long
     refuse_unknown_options(known, {name: value for name, value in given.items() if name not in known.to_dict()})
     data = load_data(data_args)
+    if data_args.unseen:
+        data = data.without(data_args.unseen)
     if data.train is None:
         raise ValueError(f"{data_args.dataset} has no training split: name it with `--train_split`.")
     model, tokenizer = model_to_train(model_args, data, data_args.crop_size)
