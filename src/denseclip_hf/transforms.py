@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import TrainerCallback
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -39,11 +40,13 @@ def resize_region(
     """
     The part `box` = (top, left, bottom, right) of `image` resized to `new_size` = (height, width), computed alone.
 
-    Bilinear with half-pixel centres and without antialiasing, as OpenCV resizes; fractions are cut off, so values
-    are up to one grey level below the rounded result.
+    Bilinear with half-pixel centers and without antialiasing, as OpenCV resizes, within one grey level.
     """
     top, left, bottom, right = box
     step_y, step_x = image.height / new_size[0], image.width / new_size[1]
+    if step_x <= 1 and step_y <= 1:  # what enlarges needs no antialiasing, and Pillow's own resizing is faster
+        source = (left * step_x, top * step_y, right * step_x, bottom * step_y)
+        return image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, source)
     matrix = (step_x, 0, left * step_x, 0, step_y, top * step_y)
     return image.transform((right - left, bottom - top), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
@@ -53,8 +56,11 @@ def crop_is_varied(labels: np.ndarray, cat_max_ratio: float = 0.75, ignore_index
     Whether a crop shows more than one labelled class, the largest on strictly less than `cat_max_ratio` of the
     labelled pixels. `labels`: class ids, an integer array of any shape.
     """
-    labelled = labels[labels != ignore_index]
-    counts = np.bincount(labelled) if labelled.size else np.zeros(1, dtype=np.int64)
+    if ignore_index < 0:
+        labels = labels[labels >= 0]
+    counts = np.bincount(labels.ravel(), minlength=max(ignore_index, 0) + 1)
+    if ignore_index >= 0:
+        counts[ignore_index] = 0
     return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
 
@@ -135,9 +141,7 @@ class TrainTransform:
             raise ValueError(f"crop_size {self.crop_size} and scale {self.scale} must be positive numbers of pixels.")
         if not 0 < self.ratio_range[0] <= self.ratio_range[1]:
             raise ValueError(f"ratio_range {self.ratio_range} must be (lowest, highest), both above 0.")
-        mean, std = (np.array(v, dtype=np.float32)[:, None] * 255 for v in (self.image_mean, self.image_std))
-        # (3, 256): the normalised value of each grey level, so that normalising is one look-up per channel.
-        self._normalised: np.ndarray = ((np.arange(256, dtype=np.float32) - mean) / std).astype(np.float32)
+        self._mean, self._std = (255 * torch.tensor(v)[:, None, None] for v in (self.image_mean, self.image_std))
 
     def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """
@@ -187,13 +191,14 @@ class TrainTransform:
         return (top, left, bottom, right), labels
 
     def _normalise_and_pad(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
-        height, width = labels.shape
-        pixel_values = np.zeros((3, *self._crop), dtype=np.float32)
-        padded_labels = np.full(self._crop, self.ignore_index, dtype=np.int64)
-        padded_labels[:height, :width] = labels
-        for channel, table in enumerate(self._normalised):
-            pixel_values[channel, :height, :width] = np.take(table, pixels[..., channel], mode="clip")
-        return {"pixel_values": torch.from_numpy(pixel_values), "labels": torch.from_numpy(padded_labels)}
+        levels = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        pixel_values = levels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self._mean).div_(self._std)
+        class_ids = torch.from_numpy(labels.astype(np.int64))
+        if labels.shape != self._crop:
+            padding = (0, self._crop[1] - labels.shape[1], 0, self._crop[0] - labels.shape[0])
+            pixel_values = F.pad(pixel_values, padding)
+            class_ids = F.pad(class_ids, padding, value=self.ignore_index)
+        return {"pixel_values": pixel_values, "labels": class_ids}
 
 
 class _Augmented:

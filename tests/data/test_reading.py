@@ -430,3 +430,10 @@ def test_remarks_name_pixels_that_are_not_used(tmp_path):
     Image.new("RGB", SIZE).save(tmp_path / "plain.png")
     found = {name: " ".join(remarks(tmp_path / name)) for name in ("pages.tif", "deep.png", "plain.png")}
     assert "pages" in found["pages.tif"] and "12-bit" in found["deep.png"] and found["plain.png"] == ""
+
+
+@pytest.mark.parametrize("palette", [None, [[0, 0, 0], [255, 255, 255]], [[255, 255, 255], [0, 0, 0]], PALETTE[:2]])
+def test_masks_of_one_bit(tmp_path, palette):
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "mask.png")
+    expected = [[1, 0]] if palette and palette[0] == [255, 255, 255] else [[0, 1]]
+    assert reader(num_labels=2, palette=palette).read_mask(tmp_path / "mask.png").tolist() == expected

@@ -14,17 +14,27 @@ from .classes import ClassTable, parse_classes
 
 MARK = b"COCO "  # what the content of a mask begins with that has yet to be drawn
 BACKGROUND = "background"
+PATTERNS = (
+    "annotations/panoptic_*.json",
+    "annotations/instances_*.json",
+    "annotations/*.json",
+    "*/_annotations.coco.json",  # Roboflow
+    "_annotations.coco.json",
+    "annotations.json",
+    "instances*.json",
+    "result.json",  # Label Studio
+)
 
 
 def find_annotations(root: Path) -> dict[str, Path]:
     """The annotation file of each split, panoptic ones first; "train" where a file names no split."""
     found: dict[str, Path] = {}
-    for pattern in ("annotations/panoptic_*.json", "annotations/*.json", "*/_annotations.coco.json", "*.json"):
-        for file in sorted(root.glob(pattern)):
+    for pattern in PATTERNS:
+        for file in sorted(path for path in root.glob(pattern) if path.is_file()):
             name = file.parent.name if file.name == "_annotations.coco.json" else file.stem.split("_", 1)[-1]
             split = re.sub(r"20\d\d$", "", name)
             split = split if split in ("train", "val", "valid", "validation", "test") else "train"
-            if file.name != "classes.json" and _is_coco(file):
+            if _is_coco(file):
                 found.setdefault(split, file)
         if found:
             break
@@ -34,7 +44,7 @@ def find_annotations(root: Path) -> dict[str, Path]:
 def _is_coco(file: Path) -> bool:
     with open(file, "rb") as opened:
         start = opened.read(1 << 16)
-    return any(f'"{key}"'.encode() in start for key in ("images", "annotations", "categories", "info"))
+    return any(f'"{key}"'.encode() in start for key in ("images", "annotations", "categories"))
 
 
 def read_annotations(files: Mapping[str, Path], root: Path, skip_unpaired: bool) -> tuple[dict[str, list], ClassTable]:

@@ -342,11 +342,12 @@ class SampleReader:
         _check_size(mask.size[::-1], name, image)
         if kind := _lossy(mask, content):
             raise ValueError(f"The mask {name} is a {kind}, whose compression changes ids; save masks as PNG.")
-        if mask.mode == "P":
-            return self._ids_of_palette(stored, np.reshape(mask.getpalette("RGB") or [], (-1, 3)), name)
+        if mask.mode in ("P", "1"):  # of one bit, 0 is black and 1 is white
+            colors = [0, 0, 0, 255, 255, 255] if mask.mode == "1" else mask.getpalette("RGB") or []
+            return self._ids_of_palette(stored, np.reshape(colors, (-1, 3)), name)
         if mask.mode in ("RGB", "RGBA", "LA"):
             stored = stored[..., :3] if mask.mode != "LA" else stored[..., 0]
-        elif mask.mode not in ("1", "L", "F", *SIXTEEN_BIT_MODES):
+        elif mask.mode not in ("L", "F", *SIXTEEN_BIT_MODES):
             raise ValueError(
                 f"The mask {name} has mode {mask.mode}; save it as a PNG with one integer id per pixel (or in the "
                 "colors of the palette)."
