@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation, pipeline
 
-from denseclip_hf.conversion.catseg import CATSEG_KEY_TABLE
-from denseclip_hf.conversion.keys import check_keys, rename
-from denseclip_hf.model.cost_aggregation_denseclip import CostAggregationHead
+from denseclip_hf.cli.convert import main
+from denseclip_hf.conversion import config_from_catseg, convert_catseg_state_dict
+from helpers.catseg import catseg_case, parameters
+from helpers.checkpoints import tokenizer
 from helpers.golden import FIXTURES
 
 
@@ -27,21 +29,50 @@ def checkpoint(size: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("size", RELEASED)
 def test_every_key_of_a_released_checkpoint_has_one_place(size):
-    weights = checkpoint(size)
-    assert len(weights) == RELEASED[size]["key_count"]
-    converted = rename(weights, CATSEG_KEY_TABLE)
-    clip = RELEASED[size]["clip"]
-    width, text = clip["visual.proj"][0], clip["positional_embedding"][1]
-    vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
-    vision |= {"num_hidden_layers": 12 if width == 768 else 24, "patch_size": clip["visual.conv1.weight"][-1]}
-    side = int((clip["visual.positional_embedding"][0] - 1) ** 0.5)
-    vision["image_size"] = side * vision["patch_size"]
-    words = {"hidden_size": text, "intermediate_size": 4 * text, "num_attention_heads": text // 64}
-    with torch.device("meta"):
-        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=words, projection_dim=text))
-        head = CostAggregationHead(text, width)
-    expected = {f"clip.{key}": value for key, value in model.state_dict().items() if key != "logit_scale"}
-    expected |= {f"decode_head.{key}": value for key, value in head.state_dict().items()}
-    check_keys(converted, expected)
-    parameters = sum(value.numel() for value in converted.values()) + 1  # logit_scale
-    assert parameters == RELEASED[size]["parameters"]["all"]
+    weights, released = checkpoint(size), RELEASED[size]
+    assert len(weights) == released["key_count"]
+    config = config_from_catseg(weights, {0: "sky"})
+    converted = convert_catseg_state_dict(weights, config)  # strict: none missing, none left over, all shapes
+    scale = 1  # CLIP's logit_scale, which nothing uses
+    assert sum(value.numel() for value in converted.values()) + scale == released["parameters"]["all"]
+    assert config.out_indices == released["vision_blocks_read_for_guidance"]
+    assert config.tower_image_size == {"base": 384, "large": 336}[size]
+    assert config.aggregator == {}
+
+
+def test_a_checkpoint_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="CAT-Seg"):
+        config_from_catseg({"weight": torch.zeros(2)}, {0: "sky"})
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus", "size"])
+def test_keys_that_do_not_fit_are_named(change):
+    weights = checkpoint("base")
+    config = config_from_catseg(weights, {0: "sky"})
+    key = "upsample1.bias"
+    if change == "missing":
+        del weights[key]
+    else:
+        weights[key if change == "size" else "upsample3.bias"] = torch.empty(7, device="meta")
+    with pytest.raises(ValueError, match="skip_upsamplers.0.bias|upsample3"):
+        convert_catseg_state_dict(weights, config)
+
+
+def test_a_checkpoint_becomes_a_complete_directory_that_the_pipeline_takes(tmp_path):
+    weights = parameters(catseg_case("model")[1])
+    for name, rows in (("token_embedding.weight", len(tokenizer())), ("positional_embedding", 32)):
+        key = f"sem_seg_head.predictor.clip_model.{name}"
+        weights[key] = torch.randn(rows, weights[key].shape[1])
+    torch.save({"model": weights, "iteration": 79999}, tmp_path / "model_base.pth")
+    (tmp_path / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "car, automobile", "2": "sea"}}))
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    given = ["--tokenizer", str(tmp_path / "tokenizer"), "--classes", str(tmp_path / "classes.json")]
+    main(["catseg", str(tmp_path / "model_base.pth"), str(tmp_path / "model"), *given])
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "model")
+    expected = convert_catseg_state_dict(weights, model.config)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    # Of synonyms the first one counts.
+    assert model.config.class_token_ids[1] == tokenizer()("A photo of a car in the scene")["input_ids"]
+    segment = pipeline("image-segmentation", model=str(tmp_path / "model"))
+    found = segment(Image.new("RGB", (90, 60)))
+    assert {one["label"] for one in found} <= set(model.config.label2id) and found[0]["mask"].size == (90, 60)

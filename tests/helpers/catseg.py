@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from safetensors.torch import load_file
 
-from denseclip_hf.conversion.catseg import aggregator_key_table
+from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+from denseclip_hf.conversion.catseg import aggregator_key_table, config_from_catseg, convert_catseg_state_dict
 from denseclip_hf.conversion.keys import rename
 from denseclip_hf.model.cost_aggregation_denseclip import CostAggregationHead
 from helpers.golden import FIXTURES
@@ -55,3 +56,26 @@ def aggregator(config: dict, weights: dict[str, torch.Tensor]) -> CostAggregatio
     others = {key: value for key, value in head.state_dict().items() if key.startswith("skip_upsamplers")}
     head.load_state_dict(rename(weights, aggregator_key_table("", "")) | others, strict=True)
     return head
+
+
+def catseg_model(**options) -> DenseCLIPForSemanticSegmentation:
+    """Our whole model with the weights of the golden one and its training classes."""
+    description, tensors = catseg_case("model")
+    sizes = description["sizes"]
+    weights = parameters(tensors)
+    id2label = dict(enumerate(description["train_classes"]))
+    config = config_from_catseg(weights, id2label, token_ids("train"), out_indices=sizes["hooks"]).to_dict()
+    # What no weight shows, beside the published sizes.
+    config["clip_config"]["vision_config"]["num_attention_heads"] = sizes["width"] // sizes["vhead"]
+    config["clip_config"]["text_config"]["num_attention_heads"] = sizes["theads"]
+    pooling = {"pooling_size": sizes["pool"], "inference_pooling_size": sizes["pool"]}
+    config["aggregator"] |= {"num_heads": sizes["heads"], **pooling, **options.pop("aggregator", {})}
+    model = DenseCLIPForSemanticSegmentation(DenseCLIPConfig.from_dict({**config, **options}))
+    model.load_state_dict(convert_catseg_state_dict(weights, model.config), strict=True)
+    return model
+
+
+def token_ids(split: str) -> list[list[int]]:
+    """Ids of the class names in their sentence, up to the end token, which has the largest id."""
+    rows = catseg_case("model")[1][f"in/{split}/tokens"].tolist()
+    return [row[: row.index(max(row)) + 1] for row in rows]

@@ -37,7 +37,7 @@ def tiny_arguments(folder, **options):
 def test_shipped_recipes_parse_and_describe_a_model(recipe):
     model_args, data_args, args = parse_arguments(KINDS, [str(recipe), "--bf16", "false"])
     options = json.loads(model_args.config)
-    assert DenseCLIPConfig(**options).inference_mode in ("whole", "slide")
+    assert DenseCLIPConfig(**options).inference_mode in ("whole", "slide", "slide_and_whole")
     assert data_args.crop_size > 0 and args.learning_rate > 0
     text = recipe.read_text()
     assert f"configs/{recipe.name}" in text, "a recipe opens with the command that runs it"

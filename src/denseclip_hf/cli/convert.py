@@ -1,6 +1,7 @@
 """Other people's checkpoints as model directories, written whole or not at all; no code in them is run.
 
 denseclip convert release denseclip_res50.pth OUTPUT_DIR
+denseclip convert catseg model_base.pth OUTPUT_DIR
 denseclip convert clip RN50.pt OUTPUT_DIR
 denseclip convert clip open_clip_model.safetensors OUTPUT_DIR --hidden_act gelu
 """
@@ -9,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..conversion import ACTIVATIONS, DEFAULT_TOKENIZER, convert_clip, convert_release, sha256_of
+from ..conversion import ACTIVATIONS, DEFAULT_TOKENIZER, convert_catseg, convert_clip, convert_release, sha256_of
 from ..devices import DTYPES
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
@@ -18,14 +19,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     release = kinds.add_parser("release", help="a DenseCLIP that its authors published", formatter_class=HelpFormatter)
+    catseg = kinds.add_parser("catseg", help="a CAT-Seg that its authors published", formatter_class=HelpFormatter)
     clip = kinds.add_parser("clip", help="a CLIP of OpenAI or open_clip", formatter_class=HelpFormatter)
     release.add_argument("checkpoint", help="the released .pth")
+    catseg.add_argument("checkpoint", help="the released .pth")
     clip.add_argument("checkpoint", help="OpenAI's .pt as published, a state dict or .safetensors")
-    for kind in (release, clip):
+    for kind in (release, catseg, clip):
         kind.add_argument("output_dir", help="a new directory")
         kind.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, help="CLIP's, directory or Hub name")
     release.add_argument("--options", help="JSON file: options of the original's model that the checkpoint lacks")
     release.add_argument("--classes", help="JSON file of class names, if the checkpoint has none or others are wanted")
+    catseg.add_argument("--classes", help="JSON file of class names to ask for; ADE20K's by default")
     clip.add_argument(
         "--hidden_act",
         choices=ACTIVATIONS,
@@ -45,8 +49,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     log_to_terminal()
     options = vars(parse(argv))
-    if options.pop("kind") == "clip":
+    kind = options.pop("kind")
+    if kind == "clip":
         size = convert_clip(**options).num_parameters()
+    elif kind == "catseg":
+        size = convert_catseg(**options).num_parameters()
     else:
         if options["options"]:
             options["options"] = json.loads(Path(options["options"]).read_text(encoding="utf-8"))

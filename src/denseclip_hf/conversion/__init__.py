@@ -1,9 +1,11 @@
 """Other people's checkpoints: files of weights in, complete model directories out.
 
-[`convert_release`] takes the authors' DenseCLIP checkpoints, [`convert_clip`] OpenAI's and open_clip's CLIPs.
-[`rename`] applies a table of key patterns strictly, [`check_keys`] sees that nothing is missing or left over.
+[`convert_release`] takes the authors' DenseCLIP checkpoints, [`convert_catseg`] those of CAT-Seg, [`convert_clip`]
+OpenAI's and open_clip's CLIPs. [`rename`] applies a table of key patterns strictly, [`check_keys`] sees that nothing
+is missing or left over.
 """
 
+from .catseg import config_from_catseg, convert_catseg, convert_catseg_state_dict
 from .clip import ACTIVATIONS, convert_clip
 from .keys import check_keys, clip_key_table, convert_original_state_dict, rename
 from .options import config_from_original
@@ -17,7 +19,10 @@ __all__ = [
     "CheckpointError",
     "check_keys",
     "clip_key_table",
+    "config_from_catseg",
     "config_from_original",
+    "convert_catseg",
+    "convert_catseg_state_dict",
     "convert_clip",
     "convert_original_state_dict",
     "convert_release",

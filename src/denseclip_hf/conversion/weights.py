@@ -116,7 +116,7 @@ def state_dict_of(checkpoint: dict[str, Any], path: str | os.PathLike = "the che
     Raises:
         CheckpointError: if there are none, or one is there both with the prefix and without.
     """
-    weights = checkpoint.get("state_dict", checkpoint)
+    weights = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
     if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights, weights.values())):
         found = ", ".join(map(str, list(checkpoint)[:5])) or "nothing"
         raise CheckpointError(f"{path} has no `state_dict` of tensors; its top level holds {found}.")

@@ -65,6 +65,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# What a model with cost aggregation starts from where nothing else is asked for: CAT-Seg's choices (Cho et al. 2024).
+COST_AGGREGATION_OPTIONS: dict[str, Any] = {
+    "decode_head": "cost_aggregation",
+    "num_context_tokens": 0,
+    "prompt_template": "A photo of a {} in the scene",
+    "context_decoder_num_layers": 0,
+    "drop_path_rate": 0.0,
+    "last_block": "class_token",
+    "position_interpolation": "bicubic",
+}
 
 
 @strict
@@ -94,8 +104,18 @@ class DenseCLIPConfig(PreTrainedConfig):
         score_map_level (`int`, *optional*): which of the four feature maps (0 = stride 4 … 3 = stride 32) the score
             map joins; by default the one with the score map's own stride (ViT: 2, ResNet: 3).
         out_indices (`list[int]`, *optional*): ViT blocks (0-based) whose outputs are the feature maps; by default
-            those after a third, a half, two thirds and all of the blocks. Must be `None` for a ResNet.
+            those after a third, a half, two thirds and all of the blocks, for `"cost_aggregation"` after a third and
+            two thirds. Must be `None` for a ResNet.
+        last_block (`str`, defaults to `"plain"`): `"class_token"` takes only the values of the ViT's last attention
+            and adds the class token in place of each token's own residual, as CAT-Seg does.
+        position_interpolation (`str`, defaults to `"bilinear"`): how a ViT's positions are resized, or `"bicubic"`.
+        tower_image_size (`int`, *optional*): side in pixels of the square that images and windows are resized to
+            before the image tower; with cost aggregation by default `image_size`, otherwise they are not.
         drop_path_rate (`float`, defaults to 0.1): stochastic depth of the ViT's last block, rising linearly from 0.
+        decode_head (`str`, defaults to `"semantic_fpn"`): one output channel for each class of the training, or
+            `"cost_aggregation"`: the same weights for every class, so that any words can be asked for.
+        aggregator (`dict`, *optional*): options of the cost aggregation that differ from CAT-Seg's, see
+            [`CostAggregationHead`].
         neck_hidden_size (`int`, defaults to 256): channels of the FPN.
         decode_head_hidden_size (`int`, defaults to 256): channels of the Semantic-FPN head.
         decode_head_dropout (`float`, defaults to 0.1): channel dropout before the classifier.
@@ -103,9 +123,14 @@ class DenseCLIPConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): truncated-normal start of the context decoder's linear layers.
         semantic_loss_ignore_index (`int`, *optional*): label that counts as zero loss; by default 255, which 8-bit
             masks use, or -100 if that is a class.
-        inference_mode (`str`, defaults to `"whole"`): `"slide"` makes eval mode average overlapping windows.
-        crop_size (`int` or `list[int]`, *optional*): window (height, width); `image_size` of the CLIP by default.
+        inference_mode (`str`, defaults to `"whole"`): `"slide"` makes eval mode average the logits of overlapping
+            windows; `"slide_and_whole"`, for cost aggregation, the probabilities of windows and whole image, which
+            `logits` then holds.
+        crop_size (`int` or `list[int]`, *optional*): window (height, width); by default `tower_image_size`, or
+            `image_size` of the CLIP.
         stride (`int` or `list[int]`, *optional*): window step, two thirds of `crop_size` by default.
+        slide_size (`int` or `list[int]`, *optional*): (height, width) that images are resized to for
+            `"slide_and_whole"`; by default they keep theirs.
         sliding_window_batch_size (`int`, *optional*): windows run through the model at a time; by default 4, on a CPU
             one, where more are slower.
         frozen_classes (`bool`, defaults to `False`): whether the class embeddings are stored and the text tower is
@@ -151,6 +176,11 @@ class DenseCLIPConfig(PreTrainedConfig):
     score_map_level: int | None = between(0, 3)(default=None)
     out_indices: list[int] | tuple[int, ...] | None = None
     drop_path_rate: float | int = fraction(default=0.1)
+    last_block: Literal["plain", "class_token"] = "plain"
+    position_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    tower_image_size: int | None = positive(default=None)
+    decode_head: Literal["semantic_fpn", "cost_aggregation"] = "semantic_fpn"
+    aggregator: dict | None = None
     neck_hidden_size: int = positive(default=256)
     decode_head_hidden_size: int = positive(default=256)
     decode_head_dropout: float | int = fraction(default=0.1)
@@ -158,9 +188,10 @@ class DenseCLIPConfig(PreTrainedConfig):
     batch_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     semantic_loss_ignore_index: int | None = None
-    inference_mode: Literal["whole", "slide"] = "whole"
+    inference_mode: Literal["whole", "slide", "slide_and_whole"] = "whole"
     crop_size: int | list[int] | tuple[int, ...] | None = None
     stride: int | list[int] | tuple[int, ...] | None = None
+    slide_size: int | list[int] | tuple[int, ...] | None = None
     sliding_window_batch_size: int | None = positive(default=None)
     frozen_classes: bool = False
     palette: list[list[int]] | None = None
@@ -195,8 +226,15 @@ class DenseCLIPConfig(PreTrainedConfig):
             self.score_map_level = 3 if hasattr(vision, "hidden_sizes") else 2
         if self.out_indices is None and not hasattr(vision, "hidden_sizes"):
             n = vision.num_hidden_layers
-            self.out_indices = [max(n // 3, 1) - 1, max(n // 2, 1) - 1, max(2 * n // 3, 1) - 1, n - 1]
-        self.crop_size = _pair(self.image_size if self.crop_size is None else self.crop_size, "crop_size")
+            third, half, two_thirds = (max(part, 1) - 1 for part in (n // 3, n // 2, 2 * n // 3))
+            four = [third, half, two_thirds, n - 1]
+            self.out_indices = [third, two_thirds] if self.decode_head == "cost_aggregation" else four
+        if self.slide_size is not None:
+            self.slide_size = _pair(self.slide_size, "slide_size")
+        if self.decode_head == "cost_aggregation" and self.tower_image_size is None:
+            self.tower_image_size = self.image_size
+        window = self.tower_image_size or self.image_size
+        self.crop_size = _pair(window if self.crop_size is None else self.crop_size, "crop_size")
         two_thirds = [max(side * 2 // 3, 1) for side in self.crop_size]
         self.stride = _pair(two_thirds if self.stride is None else self.stride, "stride")
 
@@ -271,13 +309,22 @@ class DenseCLIPConfig(PreTrainedConfig):
         """Part of `@strict` validation: what fields say together."""
         vision = self.clip_config.vision_config
         depth = getattr(vision, "num_hidden_layers", 0)
+        aggregates = self.decode_head == "cost_aggregation"
+        count = 2 if aggregates else 4
         if self.out_indices is not None and (
-            len(self.out_indices) != 4 or not all(0 <= index < depth for index in self.out_indices)
+            len(self.out_indices) != count or not all(0 <= index < depth for index in self.out_indices)
         ):
             raise ValueError(
-                f"`out_indices` must be four ViT blocks in 0 … {depth - 1}, or `None` for a ResNet, got "
+                f"`out_indices` must be {count} ViT blocks in 0 … {depth - 1}, or `None` for a ResNet, got "
                 f"{list(self.out_indices)}."
             )
+        if aggregates and not (self.use_text_guidance and depth):
+            raise ValueError(
+                '`decode_head="cost_aggregation"` compares places of a ViT with class names: it needs a CLIP with a '
+                "ViT and `use_text_guidance=True`."
+            )
+        if self.inference_mode == "slide_and_whole" and not aggregates:
+            raise ValueError('`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.')
         if self.context_decoder_hidden_size % self.context_decoder_num_attention_heads:
             raise ValueError(
                 f"`context_decoder_num_attention_heads` ({self.context_decoder_num_attention_heads}) must divide "
@@ -327,4 +374,4 @@ def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:
     return pair
 
 
-__all__ = ["PRESETS", "DenseCLIPConfig"]
+__all__ = ["COST_AGGREGATION_OPTIONS", "PRESETS", "DenseCLIPConfig"]

@@ -16,16 +16,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 LEFT_OUT = -100.0
 
 
+class Linear(nn.Linear):
+    """A linear layer that starts as PyTorch starts one, not as CLIP's and the context decoder's do."""
+
+
 class WindowAttention(nn.Module):
     """Attention within windows of one class's map; queries and keys also see the image's guidance."""
 
     def __init__(self, hidden_size: int, guidance_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(hidden_size + guidance_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size + guidance_size, hidden_size)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj = Linear(hidden_size + guidance_size, hidden_size)
+        self.k_proj = Linear(hidden_size + guidance_size, hidden_size)
+        self.v_proj = Linear(hidden_size, hidden_size)
+        self.out_proj = Linear(hidden_size, hidden_size)
 
     def forward(self, states: torch.Tensor, guidance: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """`(N, windows, places, C)`, `(N, windows, places, G)`, `(windows, places, places)` -> as `states`."""
@@ -56,9 +60,7 @@ class SpatialBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size)
         self.attention = WindowAttention(hidden_size, guidance_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), nn.Linear(4 * hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(Linear(hidden_size, 4 * hidden_size), nn.GELU(), Linear(4 * hidden_size, hidden_size))
 
     def forward(self, states: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """`(N, H, W, C)` and `(N, H, W, G)` -> `(N, H, W, C)`."""
@@ -114,9 +116,9 @@ class ClassAttention(nn.Module):
     def __init__(self, hidden_size: int, guidance_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(hidden_size + guidance_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size + guidance_size, hidden_size)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj = Linear(hidden_size + guidance_size, hidden_size)
+        self.k_proj = Linear(hidden_size + guidance_size, hidden_size)
+        self.v_proj = Linear(hidden_size, hidden_size)
 
     def forward(self, states: torch.Tensor, guidance: torch.Tensor, repeats: int = 0) -> torch.Tensor:
         """
@@ -159,9 +161,7 @@ class ClassBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size)
         self.attention = ClassAttention(hidden_size, guidance_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 4 * hidden_size), nn.ReLU(), nn.Linear(4 * hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(Linear(hidden_size, 4 * hidden_size), nn.ReLU(), Linear(4 * hidden_size, hidden_size))
 
     def forward(self, states: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """`(N, T, C)` and `(N, T, G)` -> `(N, T, C)`."""
@@ -203,13 +203,13 @@ class CostAggregationLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """`(B, T, H, W, C)`, `(B, H, W, G)` and `(B, T, G)` -> `(B, T, H, W, C)`."""
         guidance = self.guidance_norm(image_guidance)
-        states = over_classes(lambda part: self._within_classes(part, guidance), states, chunk)
+        states = in_parts(lambda part: self._within_classes(part, guidance), states, chunk)
         return states + self._among_classes(states, text_guidance, pooling, chunk)
 
     def _within_classes(self, states: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         batch, classes = states.shape[:2]
         states = states.flatten(0, 1)  # B, T, H, W, C -> B * T, H, W, C
-        guidance = guidance.repeat_interleave(classes, dim=0)
+        guidance = repeated(guidance, classes)
         states = self.spatial_block2(self.spatial_block1(states, guidance), guidance)
         return states.unflatten(0, (batch, classes))
 
@@ -226,11 +226,11 @@ class CostAggregationLayer(GradientCheckpointingLayer):
 
         def attend(part: torch.Tensor) -> torch.Tensor:
             places = part.shape[1]
-            attended = self.class_block(part.flatten(0, 1), guidance.repeat_interleave(places, dim=0))
+            attended = self.class_block(part.flatten(0, 1), repeated(guidance, places))
             return attended.unflatten(0, (batch, places))
 
         # As many places at a time as make a chunk of whole maps.
-        attended = over_classes(attend, sequences, max(chunk * height * width // classes, 1))
+        attended = in_parts(attend, sequences, max(chunk * height * width // classes, 1))
         maps = attended.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, small)  # -> B * T, C, h, w
         if small != (height, width):
             maps = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=True)
@@ -250,9 +250,8 @@ class UpsamplingBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels)
 
     def forward(self, maps: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """`(B * T, C, h, w)` and the images' skip `(B, C', 2h, 2w)`, the same for every class."""
+        """`(N, C, h, w)` and `(N, C', 2h, 2w)` -> `(N, C'', 2h, 2w)`."""
         maps = self.upsample(maps)
-        skip = skip.repeat_interleave(maps.shape[0] // skip.shape[0], dim=0)
         maps = F.relu(self.norm1(self.conv1(torch.cat([maps, skip], dim=1))))
         return F.relu(self.norm2(self.conv2(maps)))
 
@@ -308,7 +307,7 @@ class CostAggregationHead(nn.Module):
         )
         self.cost_embedding = nn.Conv2d(num_templates, hidden_size, kernel_size=7, padding=3)
         self.image_projection = nn.Conv2d(embedding_size, image_guidance_size, kernel_size=3, padding=1)
-        self.text_projection = nn.Linear(embedding_size, text_guidance_size)
+        self.text_projection = Linear(embedding_size, text_guidance_size)
         self.layers = nn.ModuleList(
             CostAggregationLayer(
                 hidden_size, image_guidance_size, text_guidance_size, num_heads, window_size, max_classes
@@ -358,15 +357,14 @@ class CostAggregationHead(nn.Module):
         text_guidance = F.relu(self.text_projection(F.normalize(text_embeds.mean(dim=2), dim=-1)))
         skips = [F.relu(project(skip)) for project, skip in zip(self.skip_projections, skips, strict=True)]
 
-        chunk = max(self.chunk_size // len(features), 1)
         pooling = self.pooling_size if self.training else self.inference_pooling_size
-        states = over_classes(self._embed, costs, chunk)
+        states = in_parts(self._embed, costs, self.chunk_size)
         for layer in self.layers:
-            states = layer(states, image_guidance, text_guidance, pooling, chunk)
-        logits = over_classes(lambda part: self._decode(part, skips), states, chunk)
+            states = layer(states, image_guidance, text_guidance, pooling, self.chunk_size)
+        logits = in_parts(lambda part: self._decode(part, skips), states, self.chunk_size)
         if kept is None:
             return logits
-        everything = logits.new_full((len(logits), classes, *logits.shape[2:]), LEFT_OUT)
+        everything = logits.new_full((logits.shape[0], classes, *logits.shape[2:]), LEFT_OUT)
         return everything.scatter(1, kept[:, :, None, None].expand_as(logits), logits)
 
     def _embed(self, costs: torch.Tensor) -> torch.Tensor:
@@ -378,7 +376,7 @@ class CostAggregationHead(nn.Module):
         """`(B, T, H, W, C)` -> `(B, T, 4H, 4W)`."""
         maps = states.flatten(0, 1).permute(0, 3, 1, 2)
         for block, skip in zip(self.upsampling_blocks, skips, strict=True):
-            maps = block(maps, skip)
+            maps = block(maps, repeated(skip, states.shape[1]))  # the same for every class
         return self.classifier(maps).squeeze(1).unflatten(0, states.shape[:2])
 
 
@@ -387,15 +385,20 @@ def cosines(features: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bdhw,btpd->btphw", F.normalize(features, dim=1), F.normalize(text_embeds, dim=-1))
 
 
-def over_classes(function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, chunk: int) -> torch.Tensor:
-    """`function(states)`, where no gradient is asked for by `chunk` entries of dimension 1 at a time."""
-    if torch.is_grad_enabled() or states.shape[1] <= chunk:
+def repeated(values: torch.Tensor, times: int) -> torch.Tensor:
+    """`(B, ...)` -> `(B * times, ...)`, each entry so many times in a row."""
+    return values[:, None].expand(-1, times, *values.shape[1:]).flatten(0, 1)
+
+
+def in_parts(function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, chunk: int) -> torch.Tensor:
+    """`function(states)` `(B, N, ...)`; where no gradient is asked for, about `chunk` of the B * N at a time."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or states.shape[0] * states.shape[1] <= chunk:
         return function(states)
-    return torch.cat([function(part) for part in states.split(chunk, dim=1)], dim=1)
+    return torch.cat([function(part) for part in states.split(max(chunk // states.shape[0], 1), dim=1)], dim=1)
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-__all__ = ["LEFT_OUT", "CostAggregationHead"]
+__all__ = ["LEFT_OUT", "ClassBlock", "CostAggregationHead", "Linear", "cosines"]

@@ -14,20 +14,21 @@ def resize_bilinear(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def resize_position_grid(positions: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_position_grid(positions: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
     """
-    Resize learned positions `[global, grid]` to another grid: bilinear, align_corners False.
+    Resize learned positions `[global, grid]` to another grid, align_corners False.
 
     Args:
         positions (`torch.Tensor` of shape `(1 + n * n, C)`): the global (or class) position and a square grid's.
         size (`tuple[int, int]`): rows and columns of the wanted grid.
+        mode (`str`): `"bilinear"`, or `"bicubic"`.
 
     Returns:
         `torch.Tensor` of shape `(1 + size[0] * size[1], C)`.
     """
     side = int((positions.shape[0] - 1) ** 0.5 + 0.5)
     grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # n*n, C -> 1, C, n, n
-    grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
+    grid = F.interpolate(grid, size=size, mode=mode, align_corners=False)
     return torch.cat([positions[:1], grid[0].flatten(1).T])  # 1, C, h, w -> 1 + h*w, C
 
 

@@ -23,7 +23,8 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .class_names_denseclip import class_names, class_phrasings
-from .configuration_denseclip import DenseCLIPConfig
+from .configuration_denseclip import COST_AGGREGATION_OPTIONS, DenseCLIPConfig
+from .cost_aggregation_denseclip import ClassBlock, CostAggregationHead, Linear
 from .decoder_denseclip import ContextDecoder, FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, cosine_score_maps
 from .layers_denseclip import resize_bilinear
 from .loading_denseclip import clip_report, load_clip, load_clip_weights, load_pretrained, resized_convolution
@@ -65,11 +66,14 @@ class DenseCLIPSemanticSegmenterOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, returned with `labels`): `decode_loss + auxiliary_loss`.
-        decode_loss (`torch.Tensor` of shape `()`, returned with `labels`): cross entropy of the logits.
+        decode_loss (`torch.Tensor` of shape `()`, returned with `labels`): cross entropy of the logits, binary ones of
+            every class by itself with cost aggregation.
         auxiliary_loss (`torch.Tensor` of shape `()`, returned with `labels` and text guidance, not by a sliding
             window): cross entropy of the score maps over τ, already weighted.
         logits (`torch.Tensor` of shape `(batch_size, num_labels, height / 4, width / 4)`, or
-            `(batch_size, num_labels, height, width)` from a sliding window): class scores before softmax.
+            `(batch_size, num_labels, height, width)` from a sliding window): class scores before softmax. With cost
+            aggregation one channel for each class that was asked for, before a sigmoid, four times as many rows and
+            columns as the image tower's grid; `inference_mode="slide_and_whole"` gives probabilities instead.
         score_maps (`torch.Tensor` of shape `(batch_size, num_labels, h, w)`): cosines of every position's embedding
             with every class's, not divided by τ. Absent without text guidance and from a sliding window.
         text_embeds (`torch.Tensor` of shape `(batch_size, num_labels, projection_dim)`): t', the class embeddings
@@ -191,7 +195,9 @@ def _weights(height: int, width: int, h: int, w: int, stride: Sequence[int]) -> 
     return 1 / (counts[0][:, None] * counts[1])
 
 
-def checked_labels(labels: torch.Tensor, batch_size: int, config: DenseCLIPConfig) -> torch.Tensor:
+def checked_labels(
+    labels: torch.Tensor, batch_size: int, config: DenseCLIPConfig, num_labels: int | None = None
+) -> torch.Tensor:
     """
     `labels` as int64, once they fit the images and the classes.
 
@@ -199,6 +205,7 @@ def checked_labels(labels: torch.Tensor, batch_size: int, config: DenseCLIPConfi
         labels (`torch.Tensor`): what should be integers of shape `(batch_size, H, W)`.
         batch_size (`int`): number of images.
         config ([`DenseCLIPConfig`]): K classes, and the label that is ignored.
+        num_labels (`int`, *optional*): K, where others than the model's classes are asked for.
 
     Raises:
         ValueError: for another shape or type or, on a CPU, a label that is no class.
@@ -212,16 +219,19 @@ def checked_labels(labels: torch.Tensor, batch_size: int, config: DenseCLIPConfi
     # On an accelerator this would make the host wait; cross entropy refuses such labels there too.
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_transformed():
         known = labels[labels != config.semantic_loss_ignore_index]
-        if known.numel() and (known.min() < 0 or known.max() >= config.num_labels):
+        num_labels = config.num_labels if num_labels is None else num_labels
+        if known.numel() and (known.min() < 0 or known.max() >= num_labels):
             raise ValueError(
                 f"`labels` has values from {known.min()} to {known.max()}, but the model's classes are "
-                f"0 … {config.num_labels - 1} and {config.semantic_loss_ignore_index} is ignored: check the masks, or "
+                f"0 … {num_labels - 1} and {config.semantic_loss_ignore_index} is ignored: check the masks, or "
                 "whether they need `do_reduce_labels`."
             )
     return labels
 
 
-def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+def pixel_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, binary: bool = False
+) -> torch.Tensor:
     """
     Cross entropy of `logits` resized bilinearly to `labels`, in float32, averaged over all B*H*W pixels.
 
@@ -232,6 +242,8 @@ def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index
         logits (`torch.Tensor` of shape `(B, K, h, w)`): class scores.
         labels (`torch.Tensor` of shape `(B, H, W)`): int64 class ids or `ignore_index`.
         ignore_index (`int`): label of pixels that do not count.
+        binary (`bool`): decide for every class by itself, averaged over all B*K*H*W decisions; a pixel with
+            `ignore_index` is of no class then, as CAT-Seg trains it.
 
     Returns:
         `torch.Tensor` of shape `()`, float32.
@@ -240,14 +252,19 @@ def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index
     def summed(part: torch.Tensor, above: int, below: int, count: int, wanted: torch.Tensor) -> torch.Tensor:
         with torch.autocast(part.device.type, enabled=False):
             resized = resize_bilinear(part.float(), (count, wanted.shape[-1]))[:, :, above:below]
+            if binary:
+                known = wanted != ignore_index
+                chosen = resized.gather(1, torch.where(known, wanted, 0)[:, None])[:, 0]
+                return F.softplus(resized).sum() - torch.where(known, chosen, 0).sum()
             return F.cross_entropy(resized, wanted, ignore_index=ignore_index, reduction="sum")
 
+    decisions = labels.numel() * (logits.shape[1] if binary else 1)
     rows, (height, width) = logits.shape[-2], labels.shape[-2:]
     scale = height // rows
     step = max(1, _CHUNK_ELEMENTS // max(logits.shape[0] * logits.shape[1] * width * max(scale, 1), 1))
     # A compiler fuses the steps by itself. Strips need rows of logits that make a whole number of label rows.
     if height % rows or step >= rows or torch.compiler.is_compiling() or _is_transformed():
-        return summed(logits, 0, height, height, labels) / labels.numel()
+        return summed(logits, 0, height, height, labels) / decisions
     total = torch.zeros((), device=logits.device)
     for top in range(0, rows, step):
         bottom = min(top + step, rows)
@@ -255,7 +272,7 @@ def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index
         above, below, count = ((n - first) * scale for n in (top, bottom, last))
         strip = (logits[:, :, first:last], above, below, count, labels[:, top * scale : bottom * scale])
         total = total + checkpoint(summed, *strip, use_reentrant=False, preserve_rng_state=False)
-    return total / labels.numel()
+    return total / decisions
 
 
 def _is_transformed() -> bool:
@@ -321,8 +338,8 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"clip\.logit_scale"]  # only CLIP's own loss uses it
     _no_split_modules = [
-        "CLIPTextEmbeddings", "CLIPEncoderLayer", "BilinearPositionEmbeddings", "CLIPResNetBottleneck",
-        "CLIPResNetAttentionPool", "ContextDecoderLayer", "ContextPrompts",
+        "CLIPTextEmbeddings", "CLIPEncoderLayer", "ResizedPositionEmbeddings", "CLIPResNetBottleneck",
+        "CLIPResNetAttentionPool", "ContextDecoderLayer", "ContextPrompts", "CostAggregationLayer",
     ]  # fmt: skip
 
     @classmethod
@@ -332,13 +349,17 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, Linear)):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
             std = self.config.initializer_range
             init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            module.reset_parameters()
+        elif isinstance(module, ClassBlock):
+            if module.max_classes:
+                init.zeros_(module.padding_token)
+                init.zeros_(module.padding_guidance)
         elif isinstance(module, ContextPrompts):
             module.initialize()
         elif isinstance(module, DenseCLIPModel):
@@ -795,6 +816,13 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
 
     def _add_decoder(self) -> None:
         config = self.config
+        if config.decode_head == "cost_aggregation":
+            self.pyramid = self.neck = None
+            width = config.clip_config.vision_config.hidden_size
+            self.decode_head = CostAggregationHead(
+                config.clip_config.projection_dim, width, **(config.aggregator or {})
+            )
+            return
         channels = list(config.feature_channels)
         if config.use_text_guidance:
             channels[config.score_map_level] += config.num_labels
@@ -814,6 +842,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         pixel_values: torch.Tensor | list[torch.Tensor],
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        text_embeds: torch.Tensor | None = None,
     ) -> DenseCLIPSemanticSegmenterOutput:
         """
         Args:
@@ -824,23 +853,37 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
                 0 … K-1, or `config.semantic_loss_ignore_index`.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*): also return the image encoder's feature
                 maps, or those at some indices.
+            text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): classes from [`encode_texts`] in place of the
+                model's own, for `config.decode_head="cost_aggregation"`.
 
         Returns:
             [`DenseCLIPSemanticSegmenterOutput`]
 
         Raises:
-            ValueError: for labels that do not fit the images or lie outside 0 … K-1 (the latter checked on CPU).
+            ValueError: for labels that do not fit the images or lie outside 0 … K-1 (the latter checked on CPU), or
+                classes of the caller's own for a decoder that knows only those of its training.
         """
         if isinstance(pixel_values, (list, tuple)):
             if labels is not None:
                 raise ValueError("`labels` need images of one size, but `pixel_values` is a list: stack or pad it.")
-            return DenseCLIPSemanticSegmenterOutput(**forward_by_size(self._named_results, pixel_values))
+            return DenseCLIPSemanticSegmenterOutput(
+                **forward_by_size(lambda images: self._named_results(images, text_embeds), pixel_values)
+            )
+        if text_embeds is not None and self.config.decode_head != "cost_aggregation":
+            raise ValueError(
+                f'the decoder "{self.config.decode_head}" knows only the classes of its training, so it cannot take '
+                '`text_embeds`: call `predict_from_scores`, or train with `decode_head="cost_aggregation"`.'
+            )
         if labels is not None:
-            labels = checked_labels(labels, len(pixel_values), self.config)
-        if self.config.inference_mode == "slide" and not self.training:
-            segmentation = Segmentation(self._slide(self.window_logits, pixel_values))
+            count = None if text_embeds is None else len(text_embeds)
+            labels = checked_labels(labels, len(pixel_values), self.config, count)
+        mode = "whole" if self.training else self.config.inference_mode
+        if mode == "slide":
+            segmentation = Segmentation(self._slide(lambda x: self.window_logits(x, text_embeds), pixel_values))
+        elif mode == "slide_and_whole":
+            segmentation = Segmentation(self._slide_and_whole(pixel_values, text_embeds))
         else:
-            segmentation = self._segment(pixel_values)
+            segmentation = self._segment(pixel_values, text_embeds)
         loss = decode_loss = auxiliary_loss = None
         if labels is not None:
             decode_loss, auxiliary_loss = self._losses(segmentation, labels)
@@ -856,17 +899,35 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
             hidden_states=choose_hidden_states(segmentation.feature_maps, choice),
         )
 
-    def _named_results(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = self(pixel_values)
+    def _named_results(self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        outputs = self(pixel_values, text_embeds=text_embeds)
         return {name: outputs[name] for name in ("logits", "score_maps", "text_embeds") if name in outputs}
 
-    def window_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def window_logits(self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `(B, K, H / 4, W / 4)` of `pixel_values` taken whole, whatever `inference_mode` says."""
-        return self._segment(pixel_values).logits
+        return self._segment(pixel_values, text_embeds).logits
 
-    def _segment(self, pixel_values: torch.Tensor) -> Segmentation:
+    def _slide_and_whole(self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Probabilities `(B, K, H', W')` at `slide_size`: the mean of the windows' mean and the whole image's."""
+
+        def probabilities(windows: torch.Tensor) -> torch.Tensor:
+            logits = self.window_logits(windows, text_embeds).float()
+            return resize_bilinear(logits, windows.shape[-2:]).sigmoid()
+
+        size = pixel_values.shape[-2:] if self.config.slide_size is None else tuple(self.config.slide_size)
+        windows = self._slide(probabilities, resize_bilinear(pixel_values, size))
+        whole = probabilities(resize_bilinear(pixel_values, tuple(self.config.crop_size)))
+        return (windows + resize_bilinear(whole, size)) / 2
+
+    def _segment(self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None) -> Segmentation:
         """The method: encode the image, prompt the text, contextualize, score, decode."""
         features, context, grid = self.encode_image(pixel_values)
+        if isinstance(self.decode_head, CostAggregationHead):
+            classes = self.encode_classes() if text_embeds is None else text_embeds
+            score_maps, text_embeds = self.match(classes, context, grid)
+            places = context[:, 1:].transpose(1, 2).unflatten(2, grid)  # B, M, D -> B, D, h, w
+            logits = self.decode_head(places, text_embeds[:, :, None], features)
+            return Segmentation(logits, score_maps, text_embeds, tuple(features))
         if self.pyramid is not None:
             features = self.pyramid(features)
         feature_maps = tuple(features)
@@ -880,8 +941,12 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
 
     def _losses(self, segmentation: Segmentation, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cross entropy of the logits and, weighted, of the score maps over the temperature (section 3.4)."""
-        ignore_index = self.config.semantic_loss_ignore_index
-        decode_loss = pixel_cross_entropy(segmentation.logits, labels, ignore_index)
+        logits, ignore_index = segmentation.logits, self.config.semantic_loss_ignore_index
+        if self.config.decode_head == "cost_aggregation":
+            if not self.training and self.config.inference_mode == "slide_and_whole":
+                logits = logits.logit(eps=1e-6)  # which are probabilities then
+            return pixel_cross_entropy(logits, labels, ignore_index, binary=True), None
+        decode_loss = pixel_cross_entropy(logits, labels, ignore_index)
         if segmentation.score_maps is None:
             return decode_loss, None
         auxiliary_loss = pixel_cross_entropy(segmentation.score_maps / self.config.temperature, labels, ignore_index)
@@ -897,19 +962,26 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
             id2label (`dict[int, str]` or `list[str]`): the K class names.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): CLIP's; loaded from `clip` if that is a name.
             image_size (`int`, *optional*): training resolution in pixels that the position grid is resized to
-                (bilinear); by default the published 640 for a ViT, 512 for a ResNet.
-            config: further options of [`DenseCLIPConfig`].
+                (bilinear); by default the published 640 for a ViT, 512 for a ResNet. With cost aggregation the grid
+                stays CLIP's, and images are resized to this size, by default 384.
+            config: further options of [`DenseCLIPConfig`]; with `decode_head="cost_aggregation"` on top of
+                `COST_AGGREGATION_OPTIONS`.
 
         Raises:
             ValueError: if `clip` is no CLIP, or a class name does not fit the text tower.
         """
         clip, tokenizer = load_clip(clip, tokenizer)
         size = image_size or tower_of(clip.config).default_image_size
+        if config.get("decode_head") == "cost_aggregation":
+            config = {**COST_AGGREGATION_OPTIONS, "tower_image_size": image_size or 384, **config}
+            size = clip.config.vision_config.image_size
         model = cls._around(clip, class_names(id2label), tokenizer, size, config)
         logger.info(clip_report(model, clip))
         return model
 
     def _resize_decoder(self, kept: list[tuple[int, int]], num_labels: int) -> None:
+        if self.config.decode_head == "cost_aggregation":
+            return  # its weights are the same for every class
         head, laterals, level = self.decode_head, self.neck.lateral_convs, self.config.score_map_level
         head.classifier = resized_convolution(head.classifier, kept, out_channels=num_labels)
         if self.config.use_text_guidance:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import CLIPModel, PreTrainedConfig
-from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from .configuration_clip_resnet import CLIPResNetVisionConfig
 from .configuration_denseclip import DenseCLIPConfig
@@ -28,13 +29,17 @@ class ImageFeatures(NamedTuple):
     grid: tuple[int, int]  # h, w
 
 
-class BilinearPositionEmbeddings(CLIPVisionEmbeddings):
-    """CLIP's patch embeddings with bilinear instead of bicubic position interpolation, as DenseCLIP trains it."""
+class ResizedPositionEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's patch embeddings with positions for images of any size: bilinear, as DenseCLIP trains it, or bicubic."""
+
+    def __init__(self, config, mode: str):
+        super().__init__(config)
+        self.mode = mode
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         grid = (height // self.patch_size, width // self.patch_size)
         # The module is called, rather than its weight read, so that accelerate's offload hooks run.
-        return resize_position_grid(self.position_embedding(self.position_ids)[0], grid)
+        return resize_position_grid(self.position_embedding(self.position_ids)[0], grid, self.mode)
 
 
 class ViTPyramid(nn.Module):
@@ -72,9 +77,9 @@ class ViTTower:
 
     @staticmethod
     def adapt(clip: CLIPModel, config: DenseCLIPConfig) -> None:
-        """Give the tower bilinear positions and stochastic depth; without guidance, drop what nothing then uses."""
+        """Give the tower positions for any size and stochastic depth; without guidance, drop what is unused then."""
         vision = clip.vision_model
-        vision.embeddings = BilinearPositionEmbeddings(vision.config)
+        vision.embeddings = ResizedPositionEmbeddings(vision.config, config.position_interpolation)
         layers = vision.encoder.layers
         for index, layer in enumerate(layers):
             rate = config.drop_path_rate * index / max(len(layers) - 1, 1)
@@ -92,15 +97,29 @@ class ViTTower:
     def encode(clip: CLIPModel, pixel_values: torch.Tensor, config: DenseCLIPConfig) -> ImageFeatures:
         """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]."""
         vision, patch = clip.vision_model, config.embedding_stride
+        if config.tower_image_size is not None:
+            # Images of that size too, which stay as they are: exported programs take any without a question.
+            pixel_values = F.interpolate(pixel_values, size=[config.tower_image_size] * 2, mode="bilinear")
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
         hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))  # B, 1 + h*w, C
         taps = {}
-        for index, layer in enumerate(vision.encoder.layers):
-            hidden = layer(hidden, None)
+        layers = vision.encoder.layers
+        for index, layer in enumerate(layers):
+            if config.last_block == "class_token" and index == len(layers) - 1:
+                hidden = values_beside_class_token(layer, hidden)
+            else:
+                hidden = layer(hidden, None)
             if index in config.out_indices:
                 taps[index] = hidden[:, 1:].transpose(1, 2).unflatten(2, grid)  # B, 1 + h*w, C -> B, C, h, w
         context = clip.visual_projection(vision.post_layernorm(hidden)) if config.use_text_guidance else None
         return ImageFeatures([taps[index] for index in config.out_indices], context, grid)
+
+
+def values_beside_class_token(layer: CLIPEncoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+    """A block of `hidden` `(B, 1 + h*w, C)` whose tokens keep their own values, each added to the class token."""
+    values = layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(hidden)))
+    hidden = hidden[:, :1] + values
+    return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
 class ResNetTower:
@@ -149,6 +168,8 @@ def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
         shape = tuple(pixel_values.shape)
         raise ValueError(f"`pixel_values` must have the shape (batch_size, channels, height, width), got {shape}.")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # programs take batches and images of any size
+        return
+    if config.tower_image_size is not None and len(pixel_values):
         return
     height, width = pixel_values.shape[-2:]
     smallest = max(32, 2 * config.embedding_stride) if config.out_indices else config.embedding_stride

@@ -39,6 +39,15 @@ GROUP_TABLE = [
     GroupRow("context_decoder_norms", r"context_decoder\.layers\.\d+\.norm\d\.", "one", decays=False),
     GroupRow("decoder", r"(context_decoder|neck|decode_head|prompts)\.|gamma$", "one"),
 ]
+# With cost aggregation CLIP is trained in the queries and values of its attention alone, as in CAT-Seg. Those queries
+# that its last image block does not use would miss their gradient.
+COST_AGGREGATION_GROUP_TABLE = [
+    GroupRow("text_encoder", r"clip\.text_model\..*\.[qv]_proj\.weight$", "text_encoder"),
+    GroupRow("image_encoder", r"clip\.vision_model\..*\.[qv]_proj\.weight$", "image_encoder"),
+    GroupRow("frozen", r"clip\.", "zero"),
+    GroupRow("decoder_norms", r"decode_head\..*norm\d?\.", "one", decays=False),
+    *GROUP_TABLE[-2:],
+]
 
 
 def parameter_groups(
@@ -73,11 +82,17 @@ def parameter_groups(
         "one": 1.0,
         "zero": 0.0,
     }
+    table = GROUP_TABLE
+    config: Any = model.config
+    if config.decode_head == "cost_aggregation":
+        depth = config.clip_config.vision_config.num_hidden_layers
+        unused = GroupRow("unused", rf"clip\.vision_model\.encoder\.layers\.{depth - 1}\.self_attn\.q_proj\.", "zero")
+        table = [unused, *COST_AGGREGATION_GROUP_TABLE]
     groups: dict[str, dict[str, Any]] = {}
     adapters = set(getattr(model, "peft_config", None) or ())
     for name, parameter in model.named_parameters():
         plain = plain_name(name)
-        row = next((row for row in GROUP_TABLE if re.match(row.pattern, plain)), None)
+        row = next((row for row in table if re.match(row.pattern, plain)), None)
         row = row if adapters.isdisjoint(plain.split(".")) else ADAPTERS
         if row is None:
             raise ValueError(f"no parameter group covers {name}: add a row for it to `GROUP_TABLE`.")
