@@ -86,7 +86,9 @@ def test_other_data_splits_and_protocols_stay_beside_a_new_measurement(directory
     assert text.count("## Results") == 1 and "flips" in text and "| example | test |" in text
 
 
-@pytest.mark.parametrize("text", ["# Mine\n\nAll mine.\n", "---\nlicense: mit\n---\n\n# Mine\n"])
+@pytest.mark.parametrize(
+    "text", ["# Mine\n\n* `one`: @two\n\n---\n\nAll mine.\n", "---\nlicense: mit\n---\n\n# Mine\n"]
+)
 def test_results_go_to_the_end_of_a_readme_without_their_place(directory, text):
     (directory / "README.md").write_text(text)
     path = add_results(directory, RESULTS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from safetensors import safe_open
 
 from ..files import write_atomically
@@ -149,7 +150,8 @@ def load_card(path: str | os.PathLike) -> ModelCard:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text.split("\n---", 1)[0])):
+        front = REGEX_YAML_BLOCK.search(text)
+        if front and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(front[2])):
             raise ValueError("it has aliases (*), by which a few lines can stand for billions of values")
         card = ModelCard(text)
         _table(card.data.get("eval_results") or [])

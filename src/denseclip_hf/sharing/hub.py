@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,10 @@ from .card import CARD, MODEL, load_card, shown_images
 
 logger = logging.getLogger(__name__)
 
+CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 # What a model repository has beside its code and the images of its card; the rest stays here unless it is named.
 SHARED = (
-    "config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors",
-    "model-*-of-*.safetensors", "model.safetensors.index.json", CARD, "tokenizer.json", "tokenizer_config.json",
+    *CONFIGS, CARD, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "tokenizer.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE*", "eval_results.json",
     "model.onnx", "model.onnx.data",
 )  # fmt: skip
@@ -107,8 +108,9 @@ def folder_to_push(
             if not (staging / name).exists():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(folder / name, staging / name)
-        for path in staging.glob("*.json"):
-            _without_local_names(path, keep_code=code)
+        for path in (staging / name for name in CONFIGS):
+            if path.is_file():
+                _without_local_names(path, keep_code=code)
         _refuse_local_paths(staging, folder)
         yield staging
 
@@ -152,11 +154,10 @@ def _drop(value: Any, keys: set[str]) -> Any:
 
 def _refuse_local_paths(staging: Path, folder: Path) -> None:
     """Raise `ValueError` if a text in `staging` names the user's home or where `folder` lies."""
-    places = [str(place) for place in (Path.home(), folder.resolve()) if len(place.parts) > 1]
-    for path in staging.rglob("*"):
-        if path.suffix in TEXTS and (
-            found := [place for place in places if place in path.read_text("utf-8", "ignore")]
-        ):
+    places = [re.escape(str(place)) for place in (Path.home(), folder.resolve()) if len(place.parts) > 1]
+    local = re.compile(rf"(?<![\w.])({'|'.join(places)})(?!\w)")
+    for path in (path for path in staging.rglob("*") if path.suffix in TEXTS):
+        if found := local.search(path.read_text("utf-8", "ignore")):
             raise ValueError(f"{path.relative_to(staging)} names the local path {found[0]}: take it out.")
 
 
