@@ -6,7 +6,6 @@ import difflib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ..model.class_names_denseclip import class_names
 
 
 Color = tuple[int, int, int]
@@ -198,30 +199,26 @@ def _labelmap(rows: list[list[str]]) -> dict[str, Any]:
 
 def _numbered(names: Any, source: str, first: int) -> dict[int, str]:
     """Names by their id 0…K − 1, in that order; ids in a mapping may begin with `first`, too."""
-    message = f"{source} must name the classes 0…K-1, each once, as a list of names or a mapping from id to name"
-    if isinstance(names, Sequence) and not isinstance(names, str):
-        names = dict(enumerate(names))
-    if not isinstance(names, Mapping) or not names:
+    message = f"{source} must name the classes 0…K-1, as a list of names or a mapping from id to name"
+    if isinstance(names, Mapping) and names:
+        try:
+            by_id = {int(key): name for key, name in sorted(names.items(), key=lambda item: int(item[0]))}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{message}; {list(names)[:3]} are no ids.") from error
+        if list(by_id) not in (list(range(len(names))), list(range(first, first + len(names)))):
+            raise ValueError(
+                f"{message}, without gaps, but has the ids {list(by_id)[:5]}. If masks hold other ids, give their "
+                'classes as id_map, such as {"id_map": {"5": 1, "10": 2, "99": null}}.'
+            )
+        names = list(by_id.values())
+    if not isinstance(names, Sequence) or isinstance(names, str) or not names:
         raise ValueError(f"{message}.")
     try:
-        id2label = {int(key): name for key, name in sorted(names.items(), key=lambda item: int(item[0]))}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{message}; {list(names)[:3]} are no ids.") from error
-    if list(id2label) == list(range(first, first + len(names))):
-        id2label = dict(enumerate(id2label.values()))
-    if list(id2label) != list(range(len(names))):
-        missing = [i for i in range(len(names)) if i not in id2label][:5]
-        raise ValueError(
-            f"{message}; the ids {missing or list(id2label)[:5]} are missing, negative or double. If masks hold other "
-            'ids than 0…K-1, give their classes as id_map, such as {"id_map": {"5": 1, "10": 2, "99": null}}.'
-        )
-    if not all(isinstance(name, str) and name.strip() for name in id2label.values()):
-        raise ValueError(f"{message}; one is empty or no text.")
+        id2label = dict(enumerate(class_names(names)))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     if any("\ud800" <= character <= "\udfff" for name in id2label.values() for character in name):
         raise ValueError(f"{message}; one holds half a character (a lone surrogate), which no file can.")
-    (double, times), *_ = Counter(" ".join(name.split()).casefold() for name in id2label.values()).most_common(1)
-    if times > 1:
-        raise ValueError(f"{message}; {double!r} appears twice (case and whitespace are ignored).")
     return id2label
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import datasets
 import fsspec
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 
+from ..model.image_processing_denseclip import decode_image, read_pixels
 from .coco import MARK, draw
 
 
@@ -69,13 +71,13 @@ def file_stem(name: str) -> str:
     return stem.encode()[:200].decode(errors="ignore").strip(" .")
 
 
-def _open(source: Any) -> tuple[Image.Image, bytes]:
-    """A PIL image, opened but not decoded, and its file's content, from anything that [`read_image`] takes."""
+def _open(source: Any) -> tuple[Image.Image, bytes, str]:
+    """A PIL image, opened but not decoded, its file's content and name, from anything that [`read_image`] takes."""
+    name = name_of(source)
     if isinstance(source, Image.Image):
-        return source, b""
+        return source, b"", name
     if isinstance(source, (str, Path)):
         source = {"path": str(source), "bytes": None}
-    name = name_of(source)
     try:
         content = source["bytes"]
         if content is None:
@@ -98,9 +100,8 @@ def _open(source: Any) -> tuple[Image.Image, bytes]:
     except Exception as error:  # A damaged file fails in any of many ways; what a server says may repeat a password.
         is_own = type(error) is ValueError or "://" not in name
         raise _broken(name, error if is_own else type(error).__name__) from error
-    image.filename = name  # type: ignore[attr-defined]
     _refuse_huge(image, name)
-    return image, content
+    return image, content, name
 
 
 def _formats() -> tuple[str, ...]:
@@ -144,16 +145,15 @@ def _broken(name: str, error: object) -> ValueError:
 
 
 def _decode(image: Image.Image, name: str) -> None:
-    # Without its name: Pillow 12 scrambles a TIFF that lies on its side where it maps the named file into memory.
-    filename, image.filename = getattr(image, "filename", ""), ""  # type: ignore[attr-defined]
     try:
-        image.load()
+        if getattr(image, "filename", ""):  # opened by somebody else
+            read_pixels(image)
+        else:
+            image.load()
     except MemoryError:
         raise
     except Exception as error:
         raise _broken(name, error) from error
-    finally:
-        image.filename = filename  # type: ignore[attr-defined]
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -168,8 +168,8 @@ def read_image(source: Any) -> Image.Image:
     """
     An RGB image of 8 bits per channel, turned upright as its EXIF tag says.
 
-    Grey, palette, CMYK and RGBA images are converted (alpha is dropped), 16-bit ones scaled from 0…65535 and
-    floating-point ones from 0…1.
+    Grey, palette, CMYK and RGBA images are converted (alpha is dropped); of more than 8 bits they are scaled as
+    [`decode_image`] does it for the image processor: 16 bits from 0…65535, floats from 0…1 if none is above 1.
 
     Args:
         source: path, `{"path": …, "bytes": …}` as `datasets` stores images, or PIL image.
@@ -179,8 +179,7 @@ def read_image(source: Any) -> Image.Image:
         ValueError: if it cannot be read, would take more than 1 GiB or is larger than Pillow's limit, or has values
             without a meaning as grey.
     """
-    image, _ = _open(source)
-    name = name_of(image)
+    image, _, name = _open(source)
     if 0 in image.size:
         raise _broken(name, "it has no pixels")
     _decode(image, name)
@@ -189,7 +188,7 @@ def read_image(source: Any) -> Image.Image:
         image = image.transpose(turn)
         image.info = {"turned": True}  # and nothing shall turn it again
     if image.mode in (*SIXTEEN_BIT_MODES, "F"):
-        image = Image.fromarray(_eight_bit(np.asarray(image), name))
+        image = _eight_bit(image, name)
     try:
         image = image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:  # some color spaces have no way to RGB
@@ -200,7 +199,7 @@ def read_image(source: Any) -> Image.Image:
 
 def remarks(source: Any) -> list[str]:
     """What a user should know about an image file that can be read: pixels that are not used, or look odd."""
-    image, _ = _open(source)
+    image, _, name = _open(source)
     found = []
     pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if pages > 1:
@@ -211,23 +210,22 @@ def remarks(source: Any) -> list[str]:
     if _turn(image) is not None:
         found.append("EXIF turns the image upright: masks must be drawn on it as it is shown, not as it is stored")
     if image.mode in SIXTEEN_BIT_MODES:
-        _decode(image, name_of(image))
+        _decode(image, name)
         if 255 < np.asarray(image).max(initial=0) < 4096:
             found.append("its 16-bit values stay below 4096 of 65535, which is nearly black: scale 12-bit data by 16")
     return found
 
 
-def _eight_bit(values: np.ndarray, name: str) -> np.ndarray:
-    """Grey values of more than 8 bits as 0…255."""
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds values that are not numbers (NaN or infinite); save it as an 8-bit image.")
-    highest = 1 if values.dtype.kind == "f" else 65535
-    if values.min(initial=0) < 0 or values.max(initial=0) > highest:
-        raise ValueError(
-            f"{name} has values from {values.min()} to {values.max()} where 0 to {highest} are expected; "
-            "save it as an 8-bit image."
-        )
-    return np.round(values * (255 / highest)).astype(np.uint8)
+def _eight_bit(image: Image.Image, name: str) -> Image.Image:
+    """A grey image of more than 8 bits with the levels that the image processor sees in it, rounded."""
+    try:
+        levels = decode_image(image)[0]
+    except ValueError as error:
+        raise _broken(name, error) from error
+    lowest, highest = levels.min().item(), levels.max().item()
+    if lowest < 0 or highest > 255:
+        raise _broken(name, f"its values go from {lowest:g} to {highest:g}, not from 0 to 1 or 255")
+    return Image.fromarray(levels.round().to(torch.uint8).numpy())
 
 
 def _lossy(image: Image.Image, content: bytes) -> str | None:
@@ -246,11 +244,11 @@ def _lossy(image: Image.Image, content: bytes) -> str | None:
     return None
 
 
-def _stored_samples(image: Image.Image, content: bytes) -> np.ndarray:
+def _stored_samples(image: Image.Image, content: bytes, name: str) -> np.ndarray:
     """The samples of a grey file as they are stored, which Pillow stretches to 0…255 (or 65535), or inverts."""
     layout = next((part for part in _codec_arguments(image) if isinstance(part, str)), "")
     header = re.match(rb"P[25]\s(?:\s*#.*\n|\s)*\d+(?:\s*#.*\n|\s)+\d+(?:\s*#.*\n|\s)+(\d+)\s", content)
-    _decode(image, name_of(image))
+    _decode(image, name)
     values = np.asarray(image)
     if image.mode == "1":
         values = values.astype(np.uint8)
@@ -335,9 +333,8 @@ class SampleReader:
             return self._ids(ids, "given as an array")
         if isinstance(source, Mapping) and (source.get("bytes") or b"").startswith(MARK):
             return self._ids_of_annotation(source, image)
-        mask, content = _open(source)
-        name = name_of(mask)
-        stored = _stored_samples(mask, content)
+        mask, content, name = _open(source)
+        stored = _stored_samples(mask, content, name)
         # Asked before the ids, which resizing or compression may have changed.
         _check_size(mask.size[::-1], name, image)
         if kind := _lossy(mask, content):
