@@ -68,7 +68,7 @@ def test_sliding_window_agrees_with_the_original(case, windows_at_a_time, monkey
     model.config.inference_mode, model.config.sliding_window_batch_size = "slide", windows_at_a_time
     batches = []
     real = model.window_logits
-    monkeypatch.setattr(model, "window_logits", lambda crops: batches.append(len(crops)) or real(crops))
+    monkeypatch.setattr(model, "window_logits", lambda crops, *rest: batches.append(len(crops)) or real(crops, *rest))
     with torch.no_grad():
         logits = model(golden_case(name)[1]["in/img_b"]).logits
     model.config.inference_mode = "whole"

@@ -120,7 +120,7 @@ def protocol_of(
         scales (`Sequence[float]`): factors on that size, one view each.
         flip (`bool`): whether mirrored views are averaged too.
     """
-    slides = config.inference_mode == "slide"
+    slides = config.inference_mode != "whole"
     return {
         "inference_mode": config.inference_mode,
         "crop_size": list(config.crop_size) if slides else None,

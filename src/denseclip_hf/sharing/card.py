@@ -29,9 +29,11 @@ METRICS = {
     "overall_accuracy": ("accuracy", "aAcc"),
 }
 METHODS = {
-    True: "DenseCLIP matches every pixel's embedding with the embedding of every class name, and gives the score maps "
-    "to a Semantic-FPN decoder.",
-    False: "CLIP's image encoder under a Semantic-FPN decoder, without guidance by language (a baseline).",
+    "semantic_fpn": "DenseCLIP matches every pixel's embedding with the embedding of every class name, and gives the "
+    "score maps to a Semantic-FPN decoder.",
+    "cost_aggregation": "It matches every place's embedding with that of every class name, and a decoder that "
+    "knows no classes (CAT-Seg's cost aggregation) refines the score maps: it takes any words.",
+    "unguided": "CLIP's image encoder under a Semantic-FPN decoder, without guidance by language (a baseline).",
 }
 TOWERS = {"clip": "CLIP's vision transformer", "clip_resnet": "CLIP's modified ResNet"}
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
@@ -97,7 +99,7 @@ def write_card(
             name=plain(name),
             model=MODEL,
             num_labels=config.num_labels,
-            method=METHODS[config.use_text_guidance],
+            method=METHODS[config.decode_head if config.use_text_guidance else "unguided"],
             facts=_rows(_facts(config, folder, source, base_model)),
             image=image,
             results=f"{BEGIN}\n{END}",
@@ -244,8 +246,8 @@ def protocol_words(protocol: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in protocol.items() if value is not None}
     mode, size = rest.pop("inference_mode", None), rest.pop("size", {})
     crop, stride = rest.pop("crop_size", ()), rest.pop("stride", ())
-    words = [f"windows of {' x '.join(map(str, crop))}, step {' x '.join(map(str, stride))}"] * (mode == "slide")
-    words += ["whole images"] * (mode == "whole")
+    words = [f"windows of {' x '.join(map(str, crop))}, step {' x '.join(map(str, stride))}"] * ("slide" in str(mode))
+    words += ["whole images"] * ("whole" in str(mode))
     if (scales := rest.pop("scales", [1.0])) != [1.0]:
         words.append(f"scales {' '.join(map(str, scales))}")
     words += ["flips"] * bool(rest.pop("flip", False))
