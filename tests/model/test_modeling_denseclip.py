@@ -63,7 +63,7 @@ def test_labels_that_do_not_fit_are_refused(bad, sentence, images):
 
 
 def test_too_small_images_are_refused(kind):
-    with pytest.raises(ValueError, match="at least 32 pixels"):
+    with pytest.raises(ValueError, match="sides of 32 pixels"):
         tiny_model(kind)(torch.zeros(1, 3, 31, 64))
 
 
@@ -73,7 +73,7 @@ def test_the_smallest_image_of_a_vit_has_two_patches_a_side(patch, least):
     config.clip_config.vision_config.patch_size = patch
     model = DenseCLIPForSemanticSegmentation(config).eval()
     assert forward(model, torch.zeros(1, 3, least, least)).score_maps.shape == (1, 3, 2, 2)
-    with pytest.raises(ValueError, match=f"at least {least} pixels"):
+    with pytest.raises(ValueError, match=f"sides of {least} pixels"):
         model(torch.zeros(1, 3, least, least - 1))
 
 
@@ -82,7 +82,6 @@ def test_every_trainable_parameter_gets_a_gradient(kind, images, labels):
     model(images, labels=labels).loss.backward()
     without = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert not without
-    assert not model.clip.logit_scale.requires_grad
 
 
 def test_baseline_has_no_language(kind, images, labels):
@@ -190,7 +189,7 @@ def test_what_a_checkpoint_lacks_starts_anew(kind):
     model = tiny_model(kind, gamma_init=0.5)
     weights = model.state_dict()
     random = ["prompts.context_vectors", "decode_head.classifier.weight", "decode_head.scale_heads.1.0.weight"]
-    lacking = ["clip.logit_scale", "gamma", "context_decoder.layers.0.mlp.0.bias", *random]
+    lacking = ["gamma", "context_decoder.layers.0.mlp.0.bias", *random]
     kept = {name: value for name, value in weights.items() if name not in lacking}
     loaded, info = DenseCLIPForSemanticSegmentation.from_pretrained(
         None, config=model.config, state_dict=kept, output_loading_info=True
@@ -228,7 +227,7 @@ def test_saved_model_loads_bit_equal(kind, images, tmp_path):
     loaded, info = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is DenseCLIPForSemanticSegmentation
     assert loaded.get_input_embeddings() is loaded.clip.vision_model.get_input_embeddings() is not None
-    assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == ["clip.logit_scale"]
+    assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == []
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(forward(loaded, images).logits, expected.logits)
 
@@ -250,9 +249,9 @@ def test_another_class_count_loads_with_ignored_mismatches(tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_no_gradient_and_no_statistics(kind, images, labels, reentrant):
+def test_activation_checkpointing_changes_no_gradient(kind, images, labels, reentrant):
     options = {"context_decoder_dropout": 0.0, "decode_head_dropout": 0.0, "drop_path_rate": 0.5}
-    gradients, buffers, calls = [], [], []
+    gradients, calls = [], []
     for checkpointing in (False, True):
         model = tiny_model(kind, **options).train()
         if checkpointing:
@@ -262,13 +261,10 @@ def test_activation_checkpointing_changes_no_gradient_and_no_statistics(kind, im
         torch.manual_seed(3)
         model(images.clone().requires_grad_(), labels=labels).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        buffers.append(dict(model.named_buffers()))
     assert len(calls[1]) == 2 * len(calls[0]) > 0
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)
-    for name, buffer in buffers[0].items():
-        assert torch.equal(buffer, buffers[1][name]), name
 
 
 def test_attention_implementations_agree(kind, images):
@@ -341,13 +337,6 @@ def test_labels_may_be_any_integers(images, labels, dtype):
     model = tiny_model()
     expected = forward(model, images, labels).loss
     assert forward(model, images, labels.to(dtype)).loss == expected > 0
-
-
-def test_an_ignored_class_is_refused(images):
-    model = tiny_model(num_labels=300, semantic_loss_ignore_index=255, class_token_ids=[[SOS, 5, EOS]] * 300)
-    assert forward(model, images).logits.shape[1] == 300
-    with pytest.raises(ValueError, match="is one of the 300 classes, which would not be learnt"):
-        model(images, labels=torch.zeros(2, 64, 64).long())
 
 
 def test_model_without_class_names_says_so(images):

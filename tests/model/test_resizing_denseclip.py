@@ -80,27 +80,15 @@ def test_labels_take_the_pixel_above_and_left(old, new, expected):
 # Logits
 
 
-@pytest.mark.parametrize("strip_elements", [2**23, 60])
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ((7, 9), (31, 40)),
-        ((40, 30), (17, 11)),
-        ((5, 5), (5, 20)),
-        ((1, 1), (4, 3)),
-        ((16, 16), (16, 16)),
-        ((9, 4), (500, 3)),
-    ],
-)
-def test_strips_equal_the_whole(monkeypatch, old, new, strip_elements):
-    monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", strip_elements)
-    logits = torch.randn(2, 6, *old, generator=torch.Generator().manual_seed(0))
-    expected = F.interpolate(logits, new, mode="bilinear", align_corners=False)
-    classes = resize_argmax(logits, new)
-    assert classes.dtype == torch.int64
-    assert torch.equal(classes, expected.argmax(dim=1))
-    rows = resizing_denseclip.resized_rows(logits[1], 0, new[0], *new)
-    torch.testing.assert_close(rows, expected[1], rtol=0, atol=2e-5)
+@pytest.mark.parametrize("chunk", [1, 500, 2**22])
+@pytest.mark.parametrize("size", [(6, 9), (31, 17), (4, 4)])
+def test_a_few_classes_at_a_time_give_what_all_at_once_give(monkeypatch, chunk, size):
+    monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", chunk)
+    logits = torch.randn(2, 7, 6, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, 4] = logits[:, 1]  # of equal classes the first one counts
+    scores, classes = F.interpolate(logits, size, mode="bilinear", align_corners=False).max(dim=1)
+    found = resizing_denseclip.resize_max(logits, size)
+    assert torch.equal(found[0], scores) and torch.equal(found[1], classes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -108,19 +96,6 @@ def test_half_precision_logits(dtype):
     logits = torch.randn(1, 5, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = F.interpolate(logits.float(), (30, 20), mode="bilinear", align_corners=False).argmax(dim=1)
     assert torch.equal(resize_argmax(logits, (30, 20)), expected)
-
-
-@pytest.mark.parametrize(
-    ("logits", "size", "message"),
-    [
-        (torch.zeros(3, 4, 4), (8, 8), "batch, classes"),
-        (torch.zeros(1, 3, 4, 4), (0, 8), "positive"),
-        (torch.zeros(1, 3, 4, 4).index_fill(3, torch.tensor(1), float("nan")), (8, 8), "^x.png: .* NaN or infinite"),
-    ],
-)
-def test_resize_argmax_refuses(logits, size, message):
-    with pytest.raises(ValueError, match=message):
-        resize_argmax(logits, size, "x.png")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -138,23 +113,3 @@ def test_looking_for_nan_breaks_no_graph_and_needs_no_picture():
     compiled = torch.compile(lambda x: check_finite(x) or x + 1, backend="eager", fullgraph=True)
     assert torch.equal(compiled(logits), logits + 1)
     assert resize_argmax(logits[:0], (9, 8)).shape == (0, 9, 8)
-
-
-def test_no_floats_of_all_classes_at_full_size(monkeypatch):
-    largest = []
-    original = resizing_denseclip.resized_rows
-    monkeypatch.setattr(
-        resizing_denseclip, "resized_rows", lambda *args: largest.append(original(*args)) or largest[-1]
-    )
-    resize_argmax(torch.zeros(1, 150, 16, 16), (400, 600))
-    assert max(rows.numel() for rows in largest) <= 2**23 < 150 * 400 * 600
-
-
-def test_highest_scores_in_strips_equal_those_of_the_whole(monkeypatch):
-    monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", 60)
-    logits = torch.randn(2, 6, 7, 9, generator=torch.Generator().manual_seed(0))
-    for size in ((31, 40), (7, 9)):
-        scores, classes = F.interpolate(logits, size, mode="bilinear", align_corners=False).max(dim=1)
-        found = resizing_denseclip.resize_max(logits, size)
-        assert torch.equal(found[0], classes)
-        torch.testing.assert_close(found[1], scores, rtol=0, atol=2e-5)

@@ -40,7 +40,7 @@ def class_phrasings(words: Sequence[str | Sequence[str]]) -> list[list[str]]:
     """
     if isinstance(words, str):
         raise ValueError(f"class names must be a list of texts, got the single text {words!r}.")
-    classes = [[word] if isinstance(word, str) else list(word) for word in words]
+    classes = [list(word) if isinstance(word, (list, tuple)) else [word] for word in words]
     if not classes:
         raise ValueError("class names must be at least one, got none.")
     seen = set()

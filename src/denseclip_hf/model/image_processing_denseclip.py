@@ -334,7 +334,9 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
             raise ValueError("There are no images to process.")
         data = {"pixel_values": [self._to_pixel_values(image, **kwargs) for image in decoded]}
         if segmentation_maps is not None:
-            maps = [label_map_to_tensor(m) for m in self._prepare_imagesstructure(segmentation_maps, expected_ndims=2)]
+            maps = [
+                label_map_to_tensor(m) for m in self._prepare_images_structure(segmentation_maps, expected_ndims=2)
+            ]
             check_maps_fit(decoded, maps)
             data["labels"] = [
                 self._to_labels(label_map, pixels, ignore_index=ignore_index, **kwargs)
@@ -351,7 +353,7 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
             tensor_type=return_tensors,
         )
 
-    def _prepare_imagesstructure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         return flatten_images(self.fetch_images(images), expected_ndims)
 
     def process_image(  # type: ignore[override]

@@ -112,20 +112,20 @@ def load_clip_weights(model: nn.Module, clip: CLIPModel) -> None:
 
 def clip_report(model: nn.Module, clip: CLIPModel) -> str:
     """What came from `clip` and what is new, in one message."""
-    millions = {"loaded": 0.0}
+    counts = {"loaded": 0}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         part = "loaded" if part == "clip" else part
-        millions[part] = millions.get(part, 0.0) + parameter.numel() / 1e6
-    loaded = millions.pop("loaded")
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    loaded = counts.pop("loaded")
     before, after = clip.config.vision_config.image_size, model.config.image_size
     stride = model.config.embedding_stride
     grid = f"{before // stride}x{before // stride} positions" + (
         f" resized to {after // stride}x{after // stride}" if before != after else ""
     )
-    new = ", ".join(f"{part} ({count:.4g} M)" for part, count in millions.items())
+    new = ", ".join(f"{part} ({count:,} parameters)" for part, count in counts.items())
     name = clip.config.name_or_path or type(clip).__name__
-    return f"Loaded {loaded:.2f} M parameters from {name} ({grid}). Newly initialised, to be trained: {new}."
+    return f"Loaded {loaded:,} parameters from {name} ({grid}). Newly initialized, to be trained: {new}."
 
 
 @torch.no_grad()

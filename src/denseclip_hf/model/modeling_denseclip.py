@@ -265,7 +265,7 @@ def pixel_cross_entropy(
     # A compiler fuses the steps by itself. Strips need rows of logits that make a whole number of label rows.
     if height % rows or step >= rows or torch.compiler.is_compiling() or _is_transformed():
         return summed(logits, 0, height, height, labels) / decisions
-    total = torch.zeros((), device=logits.device)
+    total, logits = torch.zeros((), device=logits.device), logits.float()  # gradients of strips add up in float32
     for top in range(0, rows, step):
         bottom = min(top + step, rows)
         first, last = max(top - 1, 0), min(bottom + 1, rows)  # one more row on either side is all that a strip needs

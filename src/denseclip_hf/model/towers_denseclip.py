@@ -172,7 +172,7 @@ def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
     if config.tower_image_size is not None and len(pixel_values):
         return
     height, width = pixel_values.shape[-2:]
-    smallest = max(32, 2 * config.embedding_stride) if config.out_indices else config.embedding_stride
+    smallest = config.embedding_stride * (2 if config.out_indices else 1)  # the coarsest map of a ViT's pyramid
     if not len(pixel_values) or min(height, width) < smallest:
         raise ValueError(
             f"{len(pixel_values)} images of {height} x {width} pixels cannot be segmented: give at least one, "
