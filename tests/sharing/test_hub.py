@@ -183,6 +183,8 @@ def test_no_file_of_a_push_names_a_path_of_this_machine(kind, code, tmp_path, mo
     tokenizer = AutoTokenizer.from_pretrained(clip)
     for part in (model, tokenizer, DenseCLIPImageProcessor()):
         part.save_pretrained(run_dir)
+    DenseCLIPForSemanticSegmentation.from_pretrained(run_dir).save_pretrained(run_dir)
+    assert "alice" not in (run_dir / "config.json").read_text()  # whoever pushes it by other means
     results = {**RESULTS, "dataset": str(data)}
     write_card(run_dir, base_model=str(clip), dataset=str(data), results=results)
     hub = FakeHub()

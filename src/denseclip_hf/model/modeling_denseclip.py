@@ -704,6 +704,8 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
     @classmethod
     def _around(cls, clip, names: list[str] | None, tokenizer, image_size: int, options: dict[str, Any]):
         clip_config = clip.config.to_dict()
+        if os.path.exists(clip.config.name_or_path):  # where a folder lies here is not saved, and so not shared
+            clip_config.pop("_name_or_path", None)
         clip_config["vision_config"]["image_size"] = image_size
         options = {"clip_config": clip_config, **options}
         if names is not None:
