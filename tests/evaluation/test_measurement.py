@@ -9,13 +9,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPTrainingArguments
 from denseclip_hf.evaluation.measure import EvaluationArguments, measure
+from denseclip_hf.evaluation.report import seen_and_unseen
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from denseclip_hf.training.recipe import DataArguments, ModelArguments
 from denseclip_hf.training.run_directory import recipe_of
-from helpers.models import tiny_model, varied
+from denseclip_hf.training.tokenizer import learn_tokenizer
+from helpers.models import COST_AGGREGATION, tiny_config, tiny_model, varied
 from helpers.training import write_folder
 
 
@@ -121,3 +124,36 @@ def test_scores_that_are_not_finite_end_it(arguments, tmp_path, options):
 def test_data_without_a_validation_split_are_refused(arguments):
     with pytest.raises(ValueError, match="data has no validation split: name one with `--split`"):
         measure(arguments(validation_fraction=0.0))
+
+
+def test_classes_unknown_to_training_are_scored_apart(tmp_path):
+    """A decoder that knows no classes is asked for the data's; what training did not know has a mean of its own."""
+    tokenizer = learn_tokenizer(["sky", "road", "car"], vocab_size=540)
+    clip_config = tiny_config().clip_config.to_dict()
+    sizes = {"vocab_size": len(tokenizer), "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    clip_config["text_config"] |= sizes
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        CLIPModel(CLIPConfig(**clip_config)), ["sky", "road"], tokenizer, **COST_AGGREGATION, prompt_template="{}"
+    )
+    for part in (model, tokenizer, DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("# A model\n")
+    data = write_folder(tmp_path / "data", 12)
+    args = EvaluationArguments(
+        dataset=str(data), model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), unseen=["car"]
+    )
+    report = measure(args)
+    scores, classes = report["metrics"], report["per_category"]
+    assert list(classes) == ["sky", "road", "car"]
+    assert scores["mean_iou_unseen"] == pytest.approx(classes["car"]["iou"], nan_ok=True)
+    seen = (classes["sky"]["iou"] + classes["road"]["iou"]) / 2
+    assert scores["mean_iou_seen"] == pytest.approx(seen)
+    assert "mIoU, unseen classes" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(ValueError, match="zebra"):
+        measure(replace(args, unseen=["zebra"]))
+
+
+def test_the_harmonic_mean_of_seen_and_unseen():
+    scores = seen_and_unseen([0.5, 0.7, 0.2, float("nan")], ["a", "b", "c", "d"], ["c", "d"])
+    assert scores["mean_iou_seen"] == pytest.approx(0.6) and scores["mean_iou_unseen"] == pytest.approx(0.2)
+    assert scores["harmonic_mean_iou"] == pytest.approx(0.3)

@@ -9,6 +9,19 @@ from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcesso
 
 
 SOS, EOS = 98, 99
+# Of a config whose decoder knows no classes, as tiny as the others.
+COST_AGGREGATION = {
+    "decode_head": "cost_aggregation",
+    "last_block": "class_token",
+    "position_interpolation": "bicubic",
+    "num_context_tokens": 0,
+    "context_decoder_num_layers": 0,
+    "drop_path_rate": 0.0,
+    "aggregator": {
+        "hidden_size": 8, "num_heads": 2, "window_size": 2, "max_classes": 6, "image_guidance_size": 4,
+        "text_guidance_size": 4, "skip_sizes": [6, 4], "skip_projection_sizes": [4, 2], "upsampling_sizes": [8, 4],
+    },
+}  # fmt: skip
 
 
 def tiny_config(kind: str = "vit", num_labels: int = 3, **options) -> DenseCLIPConfig:

@@ -8,25 +8,11 @@ from transformers import CLIPModel
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.model.cost_aggregation_denseclip import LEFT_OUT, CostAggregationHead
-from helpers.models import Tokenizer, tiny_config, tiny_model
-
-
-OPTIONS = {
-    "decode_head": "cost_aggregation",
-    "last_block": "class_token",
-    "position_interpolation": "bicubic",
-    "num_context_tokens": 0,
-    "context_decoder_num_layers": 0,
-    "drop_path_rate": 0.0,
-    "aggregator": {
-        "hidden_size": 8, "num_heads": 2, "window_size": 2, "max_classes": 6, "image_guidance_size": 4,
-        "text_guidance_size": 4, "skip_sizes": [6, 4], "skip_projection_sizes": [4, 2], "upsampling_sizes": [8, 4],
-    },
-}  # fmt: skip
+from helpers.models import COST_AGGREGATION, Tokenizer, tiny_config, tiny_model
 
 
 def words_model(**options) -> DenseCLIPForSemanticSegmentation:
-    return tiny_model(**{**OPTIONS, **options})
+    return tiny_model(**{**COST_AGGREGATION, **options})
 
 
 def images(count: int = 2, height: int = 64, width: int = 64) -> torch.Tensor:
@@ -68,7 +54,7 @@ def test_more_words_than_are_kept_lose_the_least_likely_ones():
 
 @torch.no_grad()
 def test_chunks_change_nothing():
-    model = words_model(aggregator={**OPTIONS["aggregator"], "max_classes": 0})
+    model = words_model(aggregator={**COST_AGGREGATION["aggregator"], "max_classes": 0})
     embeds = torch.randn(9, 12, generator=torch.Generator().manual_seed(2))
     whole = model(images(), text_embeds=embeds).logits
     model.decode_head.chunk_size = 2
@@ -135,7 +121,7 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 def test_half_precision_leaves_classes_out_too():
-    head = CostAggregationHead(12, 16, **OPTIONS["aggregator"]).to(torch.bfloat16)
+    head = CostAggregationHead(12, 16, **COST_AGGREGATION["aggregator"]).to(torch.bfloat16)
     given = [torch.randn(1, 12, 4, 4), torch.randn(1, 9, 1, 12), *[torch.randn(1, 16, 4, 4) for _ in range(2)]]
     features, texts, *skips = (tensor.to(torch.bfloat16) for tensor in given)
     logits = head(features, texts, skips)
@@ -145,10 +131,10 @@ def test_half_precision_leaves_classes_out_too():
 @pytest.mark.parametrize(
     ("kind", "options", "keyword"),
     [
-        ("resnet", OPTIONS, "ViT"),
-        ("vit", {**OPTIONS, "use_text_guidance": False}, "use_text_guidance"),
+        ("resnet", COST_AGGREGATION, "ViT"),
+        ("vit", {**COST_AGGREGATION, "use_text_guidance": False}, "use_text_guidance"),
         ("vit", {"inference_mode": "slide_and_whole"}, "cost_aggregation"),
-        ("vit", {**OPTIONS, "out_indices": [0, 1, 2, 3]}, "out_indices"),
+        ("vit", {**COST_AGGREGATION, "out_indices": [0, 1, 2, 3]}, "out_indices"),
     ],
 )
 def test_configs_that_cannot_work(kind, options, keyword):
@@ -171,7 +157,7 @@ def test_from_clip_follows_cat_seg():
     clip = CLIPModel(tiny_config().clip_config)
     model = DenseCLIPForSemanticSegmentation.from_clip(
         clip, ["sky", "road"], tokenizer=Tokenizer(), image_size=96,
-        decode_head="cost_aggregation", aggregator=OPTIONS["aggregator"],
+        decode_head="cost_aggregation", aggregator=COST_AGGREGATION["aggregator"],
     )  # fmt: skip
     assert model.config.prompt_template == "A photo of a {} in the scene"
     assert (model.config.image_size, model.config.tower_image_size, model.config.crop_size) == (64, 96, [96, 96])

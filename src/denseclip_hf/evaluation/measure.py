@@ -38,6 +38,7 @@ from .report import (
     protocol_of,
     save_report,
     scores_of_classes,
+    seen_and_unseen,
 )
 
 
@@ -58,6 +59,9 @@ class EvaluationArguments(DatasetArguments):
     validation_fraction: float | None = field(
         default=None,
         metadata={"help": "Held out if there is no validation split: as the model was trained on this data, or 0.1."},
+    )
+    unseen: list[str] = field(
+        default_factory=list, metadata={"help": "Classes that training did not know: scored apart from the others."}
     )
     max_images: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
     inference_mode: str | None = field(
@@ -103,6 +107,8 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     protocol = _set_protocol(model, image_processor, args)
     with accelerator.main_process_first():
         data = _load_data(args)
+    if model.config.decode_head == "cost_aggregation" and data.id2label != model.config.id2label:
+        model.set_classes(data.id2label, args.model)  # it takes any
     names: Any = model.config.id2label
     ids = match_classes(data.id2label, names)
     ignore_index = model.config.semantic_loss_ignore_index
@@ -121,6 +127,8 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
         on_prediction=collector,
     )
     chosen = scores_of_classes(scores["confusion_matrix"], ids) | collector.boundary_scores(accelerator)
+    if args.unseen:
+        chosen |= seen_and_unseen(chosen["per_category_iou"], list(data.id2label.values()), args.unseen)
     worst = collector.gathered_worst()
     report = build_report(
         chosen | {name: scores[name] for name in ("loss",) if name in scores},

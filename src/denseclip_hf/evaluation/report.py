@@ -3,11 +3,12 @@
 The report, as `evaluation.json` holds it (shares from 0 to 1, `null` where a score is undefined):
 
     {"model": directory or Hub id, "dataset": folder or Hub id, "split": name,
-     "protocol": {"inference_mode": "whole" or "slide", "crop_size": [height, width], "stride": [height, width],
-                  "scales": [1.0, ...], "flip": false, "size": {"shortest_edge": 512, ...}, "dtype": "float32"},
+     "protocol": {"inference_mode": "whole", "slide" or "slide_and_whole", "crop_size": [height, width],
+                  "stride": [height, width], "scales": [1.0, ...], "flip": false,
+                  "size": {"shortest_edge": 512, ...}, "dtype": "float32"},
      "num_images": 101,
      "metrics": {"overall_accuracy", "mean_iou", "mean_accuracy", "mean_dice", "mean_fscore", "mean_precision",
-                 optionally "mean_boundary_iou", "loss"},
+                 optionally "mean_boundary_iou", "loss", "mean_iou_seen", "mean_iou_unseen", "harmonic_mean_iou"},
      "per_category": {name: {"iou", "accuracy", "dice", "fscore", "precision", optionally "boundary_iou"}},
      "absent_from_data": [names of the model's classes that the data does not know],
      "worst": [{"index": 7, "mean_iou": 0.31}, ...]}
@@ -102,6 +103,23 @@ def scores_of_classes(matrix, ids: Sequence[int]) -> dict[str, Any]:
     return chosen
 
 
+def seen_and_unseen(iou: Sequence[float], names: Sequence[str], unseen: Sequence[str]) -> dict[str, float]:
+    """
+    Mean IoU of the classes `names` that training knew and of those it did not, and the two's harmonic mean.
+
+    Raises:
+        ValueError: if one of `unseen` is no class, or all are.
+    """
+    if unknown := [name for name in unseen if name not in names]:
+        raise ValueError(f"{unknown[0]!r} is none of the classes {', '.join(names)}: correct its name in `--unseen`.")
+    known, new = (
+        nan_mean([value for value, name in zip(iou, names, strict=True) if (name in unseen) == is_new])
+        for is_new in (False, True)
+    )
+    both = 2 * known * new / (known + new) if known + new else 0.0
+    return {"mean_iou_seen": known, "mean_iou_unseen": new, "harmonic_mean_iou": both}
+
+
 def nan_mean(values: Sequence[float]) -> float:
     """Mean of what is not NaN; NaN if nothing is."""
     known = [value for value in values if not math.isnan(value)]
@@ -176,9 +194,11 @@ def report_table(report: Mapping[str, Any]) -> str:
     ]
     means = "".join(_percent(report["metrics"][f"mean_{key}"]) for key in shown)
     accuracy = _percent(report["metrics"]["overall_accuracy"]).strip()
-    return "\n".join(
-        [*lines, f"{'mean':<{width}}{means}", f"{report['num_images']} images, pixel accuracy {accuracy}"]
-    )
+    lines.append(f"{'mean':<{width}}{means}")
+    for key, title in (("mean_iou_seen", "seen"), ("mean_iou_unseen", "unseen"), ("harmonic_mean_iou", "harmonic")):
+        if key in report["metrics"]:
+            lines.append(f"{title:<{width}}{_percent(report['metrics'][key])}")
+    return "\n".join([*lines, f"{report['num_images']} images, pixel accuracy {accuracy}"])
 
 
 def _percent(value: float) -> str:
@@ -193,5 +213,6 @@ __all__ = [
     "report_table",
     "save_report",
     "scores_of_classes",
+    "seen_and_unseen",
     "without_nan",
 ]

@@ -27,6 +27,9 @@ METRICS = {
     "mean_iou": ("mean_iou", "mIoU"),
     "mean_accuracy": ("mean_accuracy", "mAcc"),
     "overall_accuracy": ("accuracy", "aAcc"),
+    "mean_iou_seen": ("mean_iou_seen", "mIoU, seen classes"),
+    "mean_iou_unseen": ("mean_iou_unseen", "mIoU, unseen classes"),
+    "harmonic_mean_iou": ("harmonic_mean_iou", "harmonic mean of both"),
 }
 METHODS = {
     "semantic_fpn": "DenseCLIP matches every pixel's embedding with the embedding of every class name, and gives the "
