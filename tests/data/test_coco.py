@@ -84,3 +84,11 @@ def test_sizes_that_are_not_the_images_are_refused(tmp_path, size):
     annotated(tmp_path / "annotations/instances_train.json", tmp_path / "train", images=images)
     with pytest.raises(ValueError, match="a.jpg"):
         load_segmentation_dataset(tmp_path)
+
+
+def test_files_that_name_no_split_are_not_left_out_in_silence(tmp_path):
+    for part in ("north", "south"):
+        annotated(tmp_path / f"annotations/instances_{part}.json", tmp_path / "images")
+    with pytest.raises(ValueError, match="north, south"):
+        load_segmentation_dataset(tmp_path)
+    assert len(load_segmentation_dataset(tmp_path, train_split="south", validation_fraction=0).train) == 2

@@ -394,10 +394,11 @@ def test_more_classes_than_a_byte_holds():
 # What keeps memory bounded and training alive
 
 
-def test_a_pipe_is_no_image(tmp_path):
+@pytest.mark.parametrize("address", ["{}", "file://{}", "zip://a.png::{}", "zip://a.png::file://{}"])
+def test_a_pipe_is_no_image(tmp_path, address):
     os.mkfifo(tmp_path / "image.png")
     with pytest.raises(ValueError, match="no regular file"):
-        read_image(tmp_path / "image.png")
+        read_image(address.format(tmp_path / "image.png"))
 
 
 @pytest.mark.parametrize(

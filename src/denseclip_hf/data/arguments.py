@@ -34,8 +34,8 @@ class DatasetArguments:
         default=None, metadata={"help": "Masks hold 0 for no class and n for class n - 1 (as ADE20K's)."}
     )
 
-    skip_unpaired: bool = field(
-        default=False, metadata={"help": "Leave out images without a mask and masks without an image."}
+    skip_unpaired: bool | None = field(
+        default=None, metadata={"help": "Leave out images without a mask and masks without an image."}
     )
 
     def load(self, **options: Any) -> SegmentationData:
@@ -57,7 +57,7 @@ class DatasetArguments:
             do_reduce_labels=self.do_reduce_labels,
             image_column=self.image_column,
             label_column=self.label_column,
-            skip_unpaired=self.skip_unpaired,
+            skip_unpaired=bool(self.skip_unpaired),
             **options,
         )
 

@@ -27,18 +27,18 @@ PATTERNS = (
 
 
 def find_annotations(root: Path) -> dict[str, Path]:
-    """The annotation file of each split, panoptic ones first; "train" where a file names no split."""
+    """The annotation file of each split, panoptic ones first; "train" where the only one names no split."""
     found: dict[str, Path] = {}
     for pattern in PATTERNS:
         for file in sorted(path for path in root.glob(pattern) if path.is_file()):
             name = file.parent.name if file.name == "_annotations.coco.json" else file.stem.split("_", 1)[-1]
             split = re.sub(r"20\d\d$", "", name)
-            split = split if split in ("train", "val", "valid", "validation", "test") else "train"
             if _is_coco(file):
                 found.setdefault(split, file)
         if found:
             break
-    return found
+    is_only = len(found) == 1 and not {"train", "val", "valid", "validation", "test"} & set(found)
+    return {"train": next(iter(found.values()))} if is_only else found
 
 
 def _is_coco(file: Path) -> bool:

@@ -112,11 +112,13 @@ def _formats() -> tuple[str, ...]:
 
 def _content(path: str) -> bytes:
     """A file read whole, so that no handle stays open however many samples are held."""
-    if "://" in path:  # what a stream gives: on the Hub, or inside an archive
-        if unknown := {part.split("://")[0] for part in path.split("::") if "://" in part} - PROTOCOLS:
-            raise ValueError(f"{min(unknown)}:// is none of the kinds of address that are read")
-    elif os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("it is no regular file")  # a pipe would be waited for without an end
+    # A stream gives addresses on the Hub or inside an archive.
+    if unknown := {part.split("://")[0] for part in path.split("::") if "://" in part} - PROTOCOLS:
+        raise ValueError(f"{min(unknown)}:// is none of the kinds of address that are read")
+    for part in path.split("::"):
+        local = part.removeprefix("file://")
+        if "://" not in local and os.path.exists(local) and not os.path.isfile(local):
+            raise ValueError("it is no regular file")  # a pipe would be waited for without an end
     with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
@@ -128,8 +130,9 @@ def _refuse_huge(image: Image.Image, name: str) -> None:
     """Refuse an image whose decoding, conversion and turning would take more than `MAX_DECODED_BYTES`."""
     is_deep = image.mode[0] in "IF"
     stored = BYTES_PER_PIXEL.get(image.mode, 4) + (4 * len(image.getbands()) if image.format == "JPEG2000" else 0)
-    converted = 0 if image.mode == "RGB" else 12 if is_deep else 4
-    turns = 2 if "exif" in image.info or image.format == "TIFF" else 1  # what it says costs decoding a PNG
+    converted = 0 if image.mode == "RGB" else 20 if is_deep else 4
+    # Whether EXIF turns it is not asked, which would decode a PNG.
+    turns = 2 if "exif" in image.info or getattr(image, "tag_v2", {}).get(EXIF_ORIENTATION, 1) != 1 else 1
     # Pillow keeps a pointer to each line of an image.
     needed = turns * (image.width * image.height * (stored + converted) + 16 * image.height)
     needed += 16 * image.width * (turns - 1)
@@ -247,7 +250,7 @@ def _lossy(image: Image.Image, content: bytes) -> str | None:
 def _stored_samples(image: Image.Image, content: bytes, name: str) -> np.ndarray:
     """The samples of a grey file as they are stored, which Pillow stretches to 0…255 (or 65535), or inverts."""
     layout = next((part for part in _codec_arguments(image) if isinstance(part, str)), "")
-    header = re.match(rb"P[25]\s(?:\s*#.*\n|\s)*\d+(?:\s*#.*\n|\s)+\d+(?:\s*#.*\n|\s)+(\d+)\s", content)
+    header = re.match(rb"P[25]%s\d+%s\d+%s(\d+)\s" % ((rb"(?:\s|#[^\n]*\n)+",) * 3), content)
     _decode(image, name)
     values = np.asarray(image)
     if image.mode == "1":
