@@ -115,12 +115,26 @@ def writing_into(folder: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+def sync(*paths: Path) -> None:
+    """Have the system write `paths` to the disk: a power loss after a rename must not leave a name without content."""
+    for path in paths:
+        if os.name == "nt" and path.is_dir():  # Windows opens no directories
+            continue
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that it is there whole or not at all."""
+    """Write `text` to `path` so that it is there whole or not at all, after a power loss too."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
+        sync(part)
         os.replace(part, path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -143,6 +157,7 @@ __all__ = [
     "complete_or_gone",
     "make_directory",
     "new_directory",
+    "sync",
     "write_atomically",
     "writing_into",
 ]

@@ -14,13 +14,14 @@ from denseclip_hf.cli import train
 from denseclip_hf.cli.arguments import one_sentence_errors, parse_arguments, sentence_of
 from denseclip_hf.files import OutputError
 from denseclip_hf.training.run_directory import (
+    begin_run,
     check_checkpoint,
     finish_run,
     keep_others_out,
-    keep_recipe,
     prepare_run,
     recipe_of,
     results_json,
+    write_manifest,
 )
 from helpers.running import Run, one_sentence, training_recipe
 from helpers.training import KINDS, trainer_for, write_folder
@@ -30,12 +31,15 @@ RECIPE = {"learning_rate": 1.0, "seed": 1}
 
 
 def make_checkpoint(folder):
-    folder.mkdir()
-    (folder / "trainer_state.json").write_text("{}")
+    folder.mkdir(parents=True)
+    for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (folder / name).write_text(f"{name}: {folder.name}")
+    write_manifest(folder)
+    return folder
 
 
 def test_processes_after_the_main_one_remove_nothing(tmp_path):
-    keep_recipe(tmp_path / "run", RECIPE)
+    begin_run(tmp_path / "run", RECIPE)
     make_checkpoint(tmp_path / "run" / "checkpoint-2")
     (tmp_path / "run" / ".writing").mkdir()
     assert prepare_run(tmp_path / "run", RECIPE, main_process=False).endswith("checkpoint-2")
@@ -44,7 +48,7 @@ def test_processes_after_the_main_one_remove_nothing(tmp_path):
 
 def test_a_new_run_keeps_its_recipe_once_it_begins(tmp_path):
     assert prepare_run(tmp_path / "new" / "run", RECIPE) is None and not list(tmp_path.iterdir())
-    keep_recipe(tmp_path / "new" / "run", RECIPE)
+    begin_run(tmp_path / "new" / "run", RECIPE)
     assert json.loads((tmp_path / "new" / "run" / "recipe.json").read_text()) == RECIPE
     assert prepare_run(tmp_path / "new" / "run", RECIPE) is None
 
@@ -66,7 +70,7 @@ def test_training_without_a_directory_is_refused(capsys):
 
 
 def test_a_broken_off_run_goes_on_from_its_last_checkpoint(tmp_path):
-    keep_recipe(tmp_path, RECIPE)
+    begin_run(tmp_path, RECIPE)
     for step in (2, 10):
         make_checkpoint(tmp_path / f"checkpoint-{step}")
     (tmp_path / ".writing" / "checkpoint-12").mkdir(parents=True)
@@ -75,12 +79,12 @@ def test_a_broken_off_run_goes_on_from_its_last_checkpoint(tmp_path):
 
 
 def test_a_run_that_ended_before_it_trained_is_in_nobodys_way(tmp_path):
-    keep_recipe(tmp_path, RECIPE)
+    begin_run(tmp_path, RECIPE)
     assert prepare_run(tmp_path, {**RECIPE, "seed": 2}) is None
 
 
 def test_another_recipe_is_refused(tmp_path):
-    keep_recipe(tmp_path, RECIPE)
+    begin_run(tmp_path, RECIPE)
     make_checkpoint(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="another recipe .seed 1 -> 2.: name a new output directory"):
         prepare_run(tmp_path, {**RECIPE, "seed": 2})
@@ -94,20 +98,73 @@ def test_a_damaged_recipe_is_refused_by_name(tmp_path, content):
         prepare_run(tmp_path, RECIPE)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"epoch": ', b"\xff", b"5", b"null", b'{"unknown": 1}'])
-def test_a_checkpoint_whose_state_is_damaged_is_refused_by_name(tmp_path, content):
-    keep_recipe(tmp_path, RECIPE)
-    make_checkpoint(tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_bytes(content)
-    sentence = "checkpoint-2 can not be gone on from .*: if it is damaged, remove it, and go on from the one before"
-    with pytest.raises(ValueError, match=sentence):
+@pytest.mark.parametrize("content", [b"", b'{"epoch": ', b"\xff", b"5", b"null", b"[]", b"{}"])
+@pytest.mark.parametrize("file", ["trainer_state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, file, content):
+    begin_run(tmp_path, RECIPE)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-2")
+    (checkpoint / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"checkpoint-2 is damaged .*{file}"):
         prepare_run(tmp_path, RECIPE)
-    with pytest.raises(ValueError, match=sentence):
-        check_checkpoint(tmp_path / "checkpoint-2", RECIPE)
+    with pytest.raises(ValueError, match=f"checkpoint-2 is damaged .*{file}"):
+        check_checkpoint(checkpoint, RECIPE)
+    assert checkpoint.exists()
+
+
+DAMAGES = {
+    "cut": lambda data: data[: len(data) // 2],
+    "one byte short": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "a tail of zeros": lambda data: data[:-4] + bytes(4),
+    "one bit": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "longer": lambda data: data + b"\0",
+    "removed": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "file",
+    ["manifest.json", "trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, caplog, file, damage):
+    begin_run(tmp_path, RECIPE)
+    make_checkpoint(tmp_path / "checkpoint-2")
+    damaged = make_checkpoint(tmp_path / "checkpoint-4") / file
+    if DAMAGES[damage] is None:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
+    assert prepare_run(tmp_path, RECIPE) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-4 is damaged" in caplog.text and file in caplog.text
+    assert (tmp_path / "damaged-checkpoint-4").exists() and not (tmp_path / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize(
+    "file, what", [("optimizer.pt", "optimizer"), ("scheduler.pt", "scheduler"), ("rng_state.pth", "random state")]
+)
+def test_a_checkpoint_without_the_state_of_training_is_refused(tmp_path, file, what):
+    begin_run(tmp_path, RECIPE)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-2")
+    (checkpoint / file).unlink(), (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match=f"without {what}, .*--model"):
+        prepare_run(tmp_path, RECIPE)
+
+
+def test_the_recipe_of_a_run_that_began_first_stays(tmp_path):
+    begin_run(tmp_path, RECIPE)
+    make_checkpoint(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="another recipe"):
+        begin_run(tmp_path, {**RECIPE, "seed": 2})
+    with pytest.raises(ValueError, match="another run began"):
+        begin_run(tmp_path, RECIPE)
+    assert json.loads((tmp_path / "recipe.json").read_text()) == RECIPE
 
 
 def test_what_an_earlier_version_did_not_write_down_is_no_other_recipe(tmp_path):
-    keep_recipe(tmp_path, RECIPE)
+    begin_run(tmp_path, RECIPE)
     make_checkpoint(tmp_path / "checkpoint-2")
     assert prepare_run(tmp_path, {"learning_rate": 1.0, "new": True}) == str(tmp_path / "checkpoint-2")
 
@@ -135,8 +192,7 @@ def test_a_checkpoint_of_another_recipe_or_of_none_is_refused(tmp_path):
     checkpoint = tmp_path / "other" / "checkpoint-4"
     with pytest.raises(ValueError, match="checkpoint-4 is no checkpoint: give a directory such as"):
         check_checkpoint(checkpoint, RECIPE)
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    make_checkpoint(checkpoint)
     with pytest.raises(ValueError, match="lies in no run with a recipe.json, .* `--model .*checkpoint-4`"):
         check_checkpoint(checkpoint, RECIPE)
     (tmp_path / "other" / "recipe.json").write_text(json.dumps(RECIPE))
@@ -146,7 +202,7 @@ def test_a_checkpoint_of_another_recipe_or_of_none_is_refused(tmp_path):
 
 
 def test_a_finished_run_is_refused(tmp_path):
-    keep_recipe(tmp_path, RECIPE)
+    begin_run(tmp_path, RECIPE)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="holds a finished run of this recipe: name a new output directory"):
         prepare_run(tmp_path, RECIPE)
@@ -277,5 +333,5 @@ def test_a_damaged_checkpoint_to_resume_from_is_named(tmp_path, file):
     whole = (checkpoint / file).read_bytes()
     for content in (whole[: len(whole) // 2], b""):
         (checkpoint / file).write_bytes(content)
-        with pytest.raises(ValueError, match="checkpoint-2 can not be gone on from .*: if it is damaged, remove it"):
+        with pytest.raises(ValueError, match=f"checkpoint-2 is damaged .{file} .*: remove it"):
             trainer_for(tmp_path / "run", evaluate=False).train(resume_from_checkpoint=str(checkpoint))

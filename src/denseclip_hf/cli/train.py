@@ -13,10 +13,10 @@ from ..files import write_atomically
 from ..training.card import write_training_card
 from ..training.recipe import DataArguments, ModelArguments, make_trainer
 from ..training.run_directory import (
+    begin_run,
     check_checkpoint,
     finish_run,
     keep_others_out,
-    keep_recipe,
     prepare_run,
     recipe_of,
     results_json,
@@ -39,9 +39,7 @@ def main(argv: list[str] | None = None) -> dict:
         checkpoint = prepare_run(output_dir, recipe, main_process=args.local_process_index == 0)
     trainer, data = make_trainer(model_args, data_args, args)
     if checkpoint is None and args.local_process_index == 0:
-        keep_recipe(output_dir, recipe)
-    if args.process_index == 0:
-        keep_others_out(output_dir)  # which is there now
+        begin_run(output_dir, recipe, lock=args.process_index == 0)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     metrics = trainer.evaluate() if data.validation is not None else {}
 

@@ -10,11 +10,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
-from ..files import complete_or_gone
+from ..files import complete_or_gone, sync
 from ..sharing import CARD, add_code, write_card
 from .adapters import load_added_adapter
 from .arguments import NO_PUSH
-from .run_directory import WRITING_DIR, reading_checkpoint
+from .run_directory import WRITING_DIR, reading_checkpoint, write_manifest
 
 
 class CheckpointingTrainer(Trainer):
@@ -96,8 +96,10 @@ class CheckpointingTrainer(Trainer):
     def _publish(self, writing: Path, run_dir: Path, name: str) -> None:
         """Move a complete checkpoint to where it belongs, and remove those that are too many."""
         self.state.save_to_json(str(writing / name / "trainer_state.json"))
+        write_manifest(writing / name)
         shutil.rmtree(run_dir / name, ignore_errors=True)
         os.replace(writing / name, run_dir / name)
+        sync(run_dir)
         shutil.rmtree(writing)
         rotate_checkpoints(
             output_dir=str(run_dir),

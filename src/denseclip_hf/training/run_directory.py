@@ -1,5 +1,6 @@
 """The directory of a training run: refused where something would be lost, resumed where a run was broken off."""
 
+import hashlib
 import json
 import logging
 import os
@@ -7,15 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation.report import without_nan
-from ..files import asked_by_pickle, complete_or_gone, make_directory, write_atomically
+from ..files import asked_by_pickle, complete_or_gone, make_directory, sync, write_atomically
 from ..model.loading_denseclip import reason_of
 from .arguments import DenseCLIPTrainingArguments
 
@@ -31,6 +32,13 @@ logger = logging.getLogger(__name__)
 _locks: dict[Path, int] = {}  # file descriptors, by directory
 
 RECIPE_FILE = "recipe.json"
+MANIFEST_FILE = "manifest.json"
+# What a run needs to go on as if nothing had happened, beside its weights; DeepSpeed keeps it in a folder of its own.
+STATE_FILES = {
+    "optimizer": ("optimizer*", "global_step*"),
+    "scheduler": ("scheduler.pt", "global_step*"),
+    "random state": ("rng_state*.pth",),
+}
 WRITING_DIR = ".writing"
 # What of the training arguments decides the weights; the rest (logging, workers, ...) may differ when a run goes on.
 DECISIVE_ARGUMENTS = (
@@ -60,7 +68,7 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
     """
     Make sure that `output_dir` can be that of a run of `recipe` and say which checkpoint it goes on from, if any.
 
-    Nothing is written yet, so that a start that fails leaves nothing: see [`keep_recipe`].
+    Nothing is written yet, so that a start that fails leaves nothing: see [`begin_run`].
 
     Args:
         output_dir (`str` or `os.PathLike`): the run's directory.
@@ -91,10 +99,91 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
         )
     if (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds a finished run of this recipe: name a new output directory to train again.")
-    if checkpoint := get_last_checkpoint(str(folder)):
-        _check_state(checkpoint)
+    checkpoint = newest_whole_checkpoint(folder, main_process)
+    if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
     return checkpoint
+
+
+def newest_whole_checkpoint(folder: Path, main_process: bool = True) -> str | None:
+    """
+    The last checkpoint of the run in `folder` that is as it was written; `None` if there never was one.
+
+    The main process moves damaged ones aside, with a warning, so that none counts as the newest again.
+
+    Raises:
+        ValueError: if all are damaged, or the last one lacks what a run needs to go on.
+    """
+    damaged: ValueError | None = None
+    while checkpoint := get_last_checkpoint(str(folder)):
+        try:
+            check_whole(checkpoint)
+        except DamagedCheckpoint as error:
+            if not main_process or len(list(folder.glob("checkpoint-*"))) == 1:
+                raise
+            damaged = error
+            aside = folder / f"damaged-{Path(checkpoint).name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(checkpoint, aside)
+            logger.warning("%s It is now %s, and the checkpoint before it is taken.", error, aside)
+        else:
+            return checkpoint
+    if damaged is not None:
+        raise damaged
+    return None
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not as it was written."""
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Sync all files of `checkpoint` to the disk, then write down their sizes and SHA-256."""
+    paths = sorted(checkpoint.rglob("*"))
+    sync(*paths)
+    files = {path.relative_to(checkpoint).as_posix(): _described(path) for path in paths if path.is_file()}
+    write_atomically(checkpoint / MANIFEST_FILE, json.dumps(files, indent=2))
+
+
+def _described(path: Path) -> dict[str, Any] | None:
+    """Size and SHA-256 of a file; `None` if there is none."""
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def check_whole(checkpoint: str | os.PathLike) -> None:
+    """
+    Make sure that `checkpoint` is as it was written and holds all that a run needs to go on.
+
+    Raises:
+        DamagedCheckpoint: naming a file that is missing or other than it was written.
+        ValueError: if it was written without the state of optimizer, scheduler or random numbers.
+    """
+    folder = Path(checkpoint)
+    remedy = "remove it, and go on from the one before."
+    try:
+        files = dict(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")))
+        missing = [what for what, patterns in STATE_FILES.items() if not any(_in(files, p) for p in patterns)]
+        wrong = [name for name, entry in files.items() if _described(folder / name) != entry]
+    except (OSError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"{checkpoint} is damaged ({MANIFEST_FILE}: {error}): {remedy}") from error
+    if wrong or not files:
+        what = ", ".join(wrong[:3]) or MANIFEST_FILE
+        raise DamagedCheckpoint(f"{checkpoint} is damaged ({what} is missing or not as it was written): {remedy}")
+    if missing:
+        raise ValueError(
+            f"{checkpoint} was written without {', '.join(missing)}, so the run cannot go on as it was: start from "
+            f"its weights with `--model {checkpoint}`, and train without `--save_only_model` to be able to go on."
+        )
+
+
+def _in(files: dict[str, Any], pattern: str) -> bool:
+    return any(fnmatch(name.split("/")[0], pattern) for name in files)
 
 
 def _check_writable(folder: Path) -> None:
@@ -144,9 +233,24 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_let_go)
 
 
-def keep_recipe(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> None:
-    """Write `recipe` into the directory of a run that begins; raises `OutputError` if that can't be written."""
+def begin_run(output_dir: str | os.PathLike, recipe: dict[str, Any], lock: bool = True) -> None:
+    """
+    Make the directory of a new run, keep others out of it, and only then write `recipe` into it.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): the run's directory.
+        recipe (`dict`): of [`recipe_of`].
+        lock (`bool`): whether this process is the one that holds the lock, the first of all machines.
+
+    Raises:
+        OutputError: if it cannot be written.
+        ValueError: if another run began there meanwhile.
+    """
     make_directory(output_dir)
+    if lock:
+        keep_others_out(output_dir)
+        if prepare_run(output_dir, recipe) is not None:
+            raise ValueError(f"another run began in {output_dir} meanwhile: start again to go on from its checkpoint.")
     write_atomically(Path(output_dir) / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
 
 
@@ -175,7 +279,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
     folder = Path(checkpoint).absolute()
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"{checkpoint} is no checkpoint: give a directory such as outputs/run/checkpoint-500.")
-    _check_state(checkpoint)
+    check_whole(checkpoint)
     if not (folder.parent / RECIPE_FILE).is_file():
         raise ValueError(
             f"{checkpoint} lies in no run with a {RECIPE_FILE}, so whether it is of this recipe can't be told: start "
@@ -186,11 +290,6 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
             f"{checkpoint} is of another recipe ({changes}): run that recipe, or start from its weights with `--model "
             f"{checkpoint}`."
         )
-
-
-def _check_state(checkpoint: str | os.PathLike) -> None:
-    with reading_checkpoint(checkpoint):
-        TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
 
 
 @contextmanager
@@ -227,9 +326,11 @@ def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> N
         if complete is not None and trainer.is_world_process_zero():
             complete(writing)
     if trainer.is_world_process_zero():
+        sync(*writing.iterdir())
         for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
             os.replace(file, folder / file.name)
         writing.rmdir()
+        sync(folder)
     _let_go()
 
 
@@ -240,13 +341,17 @@ def results_json(metrics: dict[str, Any]) -> str:
 
 
 __all__ = [
+    "DamagedCheckpoint",
+    "begin_run",
     "changes_of_recipe",
     "check_checkpoint",
+    "check_whole",
     "finish_run",
     "keep_others_out",
-    "keep_recipe",
+    "newest_whole_checkpoint",
     "prepare_run",
     "reading_checkpoint",
     "recipe_of",
     "results_json",
+    "write_manifest",
 ]

@@ -2,7 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..evaluation.loop import evaluate_segmentation
 from ..metrics import scores_from_confusion_matrix
 from ..transforms import AugmentedDataset, AugmentedStream, EpochCallback
-from .adapters import is_adapted
 from .arguments import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
 from .batch_norm import frozen_batch_norms, synchronise_batch_norms
 from .callbacks import TrainingLog
 from .checkpoints import CheckpointingTrainer
+from .run_directory import check_whole, newest_whole_checkpoint
 from .sampling import GlobalBatches, collate, training_loader
 from .stopping import OutlivesSignals, StopCallback, TrainingStopped
 
@@ -82,12 +84,26 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             self.add_callback(EpochCallback(train_dataset))
         self._stop = StopCallback()
         self.add_callback(self._stop)
+        self._check_metrics()
         self._check_best_metric()
+
+    def _check_metrics(self) -> None:
+        """Refuse metrics of the user's own where nothing would call them."""
+        names = ("compute_metrics", "preprocess_logits_for_metrics")
+        own = [name for name in names if getattr(self, name) is not None]
+        replaced = type(self).evaluate is not DenseCLIPTrainer.evaluate
+        if own and self.eval_dataset is not None and not replaced and not _prepared(self.eval_dataset):
+            raise ValueError(
+                f"`{own[0]}` has no effect on images and masks, of which only counts are kept: give an `eval_dataset` "
+                "of prepared samples (`pixel_values`, `labels`), or override `evaluate`."
+            )
 
     def _check_best_metric(self) -> None:
         """Refuse a `metric_for_best_model` that evaluation does not give: Trainer only does so after the first one."""
         asked, rows = self.args.metric_for_best_model, self.eval_dataset
         if asked is None or self.args.eval_strategy == "no" or type(self).evaluate is not DenseCLIPTrainer.evaluate:
+            return
+        if _prepared(rows):
             return
         scores = [key for key, value in scores_from_confusion_matrix(torch.eye(1)).items() if isinstance(value, float)]
         scores += ["loss"] if self.model.config.inference_mode == "whole" else []
@@ -99,17 +115,23 @@ class DenseCLIPTrainer(CheckpointingTrainer):
                 f"{', '.join(scores)}."
             )
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
         [`Trainer.train`], which SIGTERM and Ctrl-C end with a checkpoint and [`TrainingStopped`].
 
         Raises:
-            ValueError: if the data does not suffice for a single step.
+            ValueError: if the data does not suffice for a single step, or `resume_from_checkpoint` is not whole.
             NonFiniteLossError: if a loss or gradient is NaN or infinite.
         """
+        if resume_from_checkpoint is True:
+            with self.args.main_process_first(desc="looking for the last checkpoint"):
+                main = self.args.local_process_index == 0
+                resume_from_checkpoint = newest_whole_checkpoint(Path(str(self.args.output_dir)), main) or True
+        elif resume_from_checkpoint:
+            check_whole(resume_from_checkpoint)
         with self._stop.listening():
             try:
-                output = super().train(*args, **kwargs)
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
             except TrainingStopped:  # loggers close their books, as at any other end
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
                 raise
@@ -165,8 +187,8 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             args.exempt_norms_and_biases,
         )
         for group in groups:
-            for parameter in group["params"]:  # an adapter has already frozen what it is not to train
-                parameter.requires_grad_(group["lr"] > 0 and (parameter.requires_grad or not is_adapted(model)))
+            for parameter in group["params"]:  # what a user or an adapter froze stays frozen
+                parameter.requires_grad_(parameter.requires_grad and group["lr"] > 0)
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         trained = [group for group in groups if group["params"]]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
@@ -217,7 +239,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         The model's loss; in training, weighted so that its mean over the processes and batches of a step is the mean
         over all pictures of the step, however unevenly they are spread.
         """
-        names = inputs.pop("name", None)
+        names, labels = inputs.pop("name", None), inputs.get("labels")  # a `compute_loss_func` takes the labels out
         if self.args.channels_last:
             inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
         if model.training and self._shares_class_embeddings:
@@ -226,9 +248,9 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             batch_norm.eval()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            share = len(inputs["labels"]) / self._pictures_in_step()
+            share = len(labels) / self._pictures_in_step()
             self._unchecked.append((loss.detach(), names))
-            self._log.add(outputs, inputs["labels"], share, self.model.config.semantic_loss_ignore_index)
+            self._log.add(outputs, labels, share, self.model.config.semantic_loss_ignore_index)
             self._log.note_rates(self.optimizer.param_groups)
             # What it is divided by again: here by Trainer, then by averaging gradients over the processes.
             loss = loss * (share * self.current_gradient_accumulation_steps * self.args.world_size)
@@ -275,6 +297,29 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             logs |= self._log.next_line(self.accelerator)
         super().log(logs, start_time)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """[`Trainer.get_eval_dataloader`], whose last batch is never dropped."""
+        with self._last_batch_kept():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """[`Trainer.get_test_dataloader`] of prepared samples, whose last batch is never dropped."""
+        if not _prepared(test_dataset):
+            raise ValueError(
+                "`predict` takes prepared samples (`pixel_values`, `labels`): measure images and masks with "
+                "`evaluate`, or give images to transformers' pipeline."
+            )
+        with self._last_batch_kept():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _last_batch_kept(self) -> Iterator[None]:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     # Evaluation: every image once, at its own size, only a K x K matrix kept
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, Any]:
@@ -284,8 +329,9 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         Args:
             eval_dataset (sequence or stream of `{"image", "mask"}`, *optional*): images and masks. Of a `dict`
                 of such sets each is evaluated, its name after the prefix; `eval_mean_iou` is the mean of all
-                `eval_NAME_mean_iou`.
-            ignore_keys: has no effect.
+                `eval_NAME_mean_iou`. Prepared samples `{"pixel_values", "labels"}` are evaluated as `Trainer` does,
+                with `compute_metrics` and `preprocess_logits_for_metrics`.
+            ignore_keys (*optional*): outputs that `compute_metrics` does not get, for prepared samples.
             metric_key_prefix (`str`): what all keys begin with.
 
         Returns:
@@ -296,6 +342,8 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         """
         start = time.perf_counter()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if _prepared(rows):
+            return super().evaluate(rows, ignore_keys, metric_key_prefix)
         if rows is None:
             raise ValueError("there is no picture to evaluate on: give the trainer an `eval_dataset`.")
         if isinstance(rows, dict) and rows:
@@ -321,6 +369,13 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._log.leave_out(time.perf_counter() - start)
         return metrics
+
+
+def _prepared(rows: Any) -> bool:
+    """Whether `rows` are samples as plain `Trainer` takes them, `{"pixel_values", "labels"}`."""
+    if isinstance(rows, dict):
+        return bool(rows) and all(_prepared(part) for part in rows.values())
+    return hasattr(rows, "__getitem__") and len(rows) > 0 and "pixel_values" in rows[0]
 
 
 __all__ = ["DenseCLIPTrainer", "NonFiniteLossError"]
