@@ -165,6 +165,13 @@ def test_a_frozen_model_without_card_gets_one(directory, tmp_path):
     assert "# frozen" in card and "This is model with its classes frozen" in card and str(tmp_path) not in card
 
 
+@pytest.mark.parametrize("options", ["frozen --dtype float16", "frozen --size 64 64", "torch_export --opset 20"])
+def test_options_without_effect_are_refused(tmp_path, capsys, options):
+    with pytest.raises(SystemExit):
+        main(["model", str(tmp_path / "out"), "--format", *options.split()])
+    assert "leave them out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights of a program")
     parser.add_argument("--opset", type=int, help="of ONNX (default: PyTorch's)")
     args = parser.parse_args(argv)
+    of_programs = args.size or args.max_side != MAX_SIDE or args.dtype != "float32"
+    if (args.format == "frozen" and of_programs) or (args.format != "onnx" and args.opset):
+        parser.error("--size, --max_side and --dtype are options of programs, --opset of ONNX alone: leave them out")
     model, processor = load_model(args.model, "fp32")
     with new_directory(args.output_dir) as directory:
         if args.format == "frozen":
