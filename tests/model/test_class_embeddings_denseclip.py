@@ -17,15 +17,15 @@ class CallCounter:
         self.calls, self.tokens = 0, 0
         monkeypatch.setattr("denseclip_hf.model.modeling_denseclip.encode_prompts", self.count)
 
-    def count(self, clip, layout, prompts=None):
+    def count(self, tower, clip, layout, prompts=None):
         self.calls += 1
         self.tokens += layout.token_ids.numel()
-        return encode_prompts(clip, layout, prompts)
+        return encode_prompts(tower, clip, layout, prompts)
 
 
 def computed(model):
     with torch.no_grad():
-        return encode_prompts(model.clip, model.prompts.layout(model.device), model.prompts)
+        return encode_prompts(model.tower, model.clip, model.prompts.layout(model.device), model.prompts)
 
 
 def test_eval_runs_the_text_tower_once(kind, images, monkeypatch):

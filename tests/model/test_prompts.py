@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from denseclip_hf.model.text_encoder_denseclip import PADDING, PREFIX, encode_prompts, pack_prompts, tokenize_classes
+from denseclip_hf import DenseCLIPConfig
+from denseclip_hf.model.text_encoder_denseclip import (
+    PADDING,
+    PREFIX,
+    TextTower,
+    encode_prompts,
+    pack_prompts,
+    tokenize_classes,
+)
 from helpers.models import EOS, SOS, embeddings_one_by_one, tiny_config, tiny_model
 
 
@@ -18,7 +26,7 @@ NAMES = {
 
 
 def packed_embeddings(model):
-    return encode_prompts(model.clip, model.prompts.layout(model.device), model.prompts)
+    return encode_prompts(model.tower, model.clip, model.prompts.layout(model.device), model.prompts)
 
 
 @pytest.mark.parametrize("contexts", [0, 4])
@@ -56,13 +64,13 @@ def test_layout_by_hand():
     assert packed.token_ids.tolist() == [[SOS, SOS, SOS, 7, 1, EOS, EOS]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4]]
     assert packed.owners.tolist() == [[PREFIX] * 4 + [0, 0, 1]]
-    assert packed.eos_index.tolist() == [5, 6]
+    assert packed.last_index.tolist() == [5, 6]
 
 
 def test_groups_are_padded_to_one_length():
     packed = pack_prompts([[SOS, 1, EOS], [SOS, 2, EOS], [SOS, 3, EOS]], num_context_tokens=1, max_tokens=4)
     assert packed.owners.tolist() == [[PREFIX, PREFIX, 0, 0, 1, 1], [PREFIX, PREFIX, 2, 2, PADDING, PADDING]]
-    assert packed.eos_index.tolist() == [3, 5, 9]
+    assert packed.last_index.tolist() == [3, 5, 9]
 
 
 def test_text_work_grows_with_distinct_tokens():
@@ -78,17 +86,29 @@ def as_letters(text):
 def test_a_name_may_fill_every_place_beside_the_contexts():
     config = tiny_config(num_context_tokens=4)  # of 16 places
     ten = "a" * 10
-    assert tokenize_classes([ten], as_letters, config) == [[SOS, *[97] * 10, EOS]]
+    assert tokenize_classes([ten], as_letters, TextTower, config) == [[SOS, *[97] * 10, EOS]]
     with pytest.raises(ValueError, match=f"'{ten}a' has 13 tokens with SOS and EOS, but 12 fit beside 4 contexts"):
-        tokenize_classes([ten, ten + "a"], as_letters, config)
+        tokenize_classes([ten, ten + "a"], as_letters, TextTower, config)
 
 
 def test_names_are_put_into_the_template():
     config = tiny_config(prompt_template="a {}.")
-    assert tokenize_classes(["b"], as_letters, config) == [[SOS, *map(ord, "a b."), EOS]]
+    assert tokenize_classes(["b"], as_letters, TextTower, config) == [[SOS, *map(ord, "a b."), EOS]]
     config = tiny_config(prompt_template="{c}{{}}")  # no format string: only {} stands for something
-    assert tokenize_classes(["b"], as_letters, config) == [[SOS, *map(ord, "{c}{b}"), EOS]]
+    assert tokenize_classes(["b"], as_letters, TextTower, config) == [[SOS, *map(ord, "{c}{b}"), EOS]]
 
 
 def test_the_layout_is_no_weight():
-    assert not any(name in key for key in tiny_model().state_dict() for name in ("token_ids", "owners", "eos_index"))
+    assert not any(name in key for key in tiny_model().state_dict() for name in ("token_ids", "owners", "last_index"))
+
+
+@pytest.mark.parametrize("ids", [[5, EOS], [SOS, 5], [SOS, EOS, 5, EOS]])
+def test_prompts_go_from_sos_to_their_only_eos(ids):
+    with pytest.raises(ValueError, match="EOS"):
+        tiny_model(class_token_ids=[ids] * 3)
+
+
+def test_legacy_special_tokens_are_clips_own():
+    """OpenAI's configs on the Hub say bos 0 and eos 2, though the vocabulary ends with the real ones."""
+    config = DenseCLIPConfig(clip_config={"text_config": {"bos_token_id": 0, "eos_token_id": 2}})
+    assert TextTower.special_token_ids(config.clip_config.text_config) == (49406, 49407)

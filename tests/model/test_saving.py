@@ -180,6 +180,6 @@ def test_prompt_layout_comes_back_without_being_saved(kind, tmp_path):
     model = tiny_model(kind)
     model.save_pretrained(tmp_path)
     loaded = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path)
-    for name in ("token_ids", "position_ids", "owners", "eos_index"):
+    for name in ("token_ids", "position_ids", "owners", "last_index"):
         assert torch.equal(getattr(loaded.prompts, name), getattr(model.prompts, name))
         assert f"prompts.{name}" not in model.state_dict()

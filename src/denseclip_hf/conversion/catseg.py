@@ -16,6 +16,7 @@ from ..model.cost_aggregation_denseclip import CostAggregationHead
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..model.text_encoder_denseclip import tokenize_classes
+from ..model.towers_denseclip import tower_of
 from ..sharing import write_card
 from .keys import KeyTable, Target, check_keys, clip_key_table, from_zero, rename
 from .weights import (
@@ -234,7 +235,7 @@ def convert_catseg(
     config = config_from_catseg(weights, table.id2label)
     tokenizer = load_tokenizer(tokenizer, config.clip_config.text_config.vocab_size)
     names = [name.split(", ")[0] for name in table.id2label.values()]
-    token_ids = tokenize_classes(names, tokenizer, config)
+    token_ids = tokenize_classes(names, tokenizer, tower_of(config.clip_config), config)
     palette = [list(color) for color in table.palette] if table.palette else None
     config = config_from_catseg(weights, table.id2label, token_ids, palette=palette)
     converted = convert_catseg_state_dict(weights, config)  # compares shapes before anything of that size is made

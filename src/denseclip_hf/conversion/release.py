@@ -13,6 +13,7 @@ from ..inference import published_image_processor
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..model.text_encoder_denseclip import tokenize_classes
+from ..model.towers_denseclip import tower_of
 from ..sharing import write_card
 from .keys import convert_original_state_dict
 from .options import config_from_original, merge_options, model_options
@@ -90,7 +91,9 @@ def _config(
     config.palette = [list(color) for color in table.palette] if table.palette else None
     tokenizer = load_tokenizer(tokenizer, config.clip_config.text_config.vocab_size)
     if config.use_text_guidance:
-        config.class_token_ids = tokenize_classes(list(table.id2label.values()), tokenizer, config)
+        config.class_token_ids = tokenize_classes(
+            list(table.id2label.values()), tokenizer, tower_of(config.clip_config), config
+        )
     return DenseCLIPConfig.from_dict(config.to_dict()), tokenizer  # checked once more, with the token ids
 
 

@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPConfig, CLIPTextConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, CLIPConfig, CLIPTextConfig, PreTrainedConfig
 
 
 try:
@@ -140,12 +140,23 @@ class CLIPResNetConfig(CLIPConfig):
             )
 
 
-def clip_config_class(clip_config: dict[str, Any]) -> type[CLIPConfig]:
-    """`CLIPResNetConfig` or `CLIPConfig`, whichever the dict `clip_config` describes."""
+def clip_config_class(clip_config: dict[str, Any]) -> type[PreTrainedConfig]:
+    """
+    The config class of the image-text model that the dict `clip_config` describes, by default `CLIPConfig`.
+
+    Raises:
+        ValueError: if that is no image-text model.
+    """
     vision = clip_config.get("vision_config")
     vision_type = vision.get("model_type") if isinstance(vision, dict) else getattr(vision, "model_type", None)
     is_resnet = "clip_resnet" in (clip_config.get("model_type"), (vision_type or "").removesuffix("_vision_model"))
-    return CLIPResNetConfig if is_resnet else CLIPConfig
+    if is_resnet:
+        return CLIPResNetConfig
+    kind = clip_config.get("model_type", CLIPConfig.model_type)
+    config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401, as get() loads none
+    if not {"text_config", "vision_config"} <= config_class.sub_configs.keys():
+        raise ValueError(f"`clip_config` is of the type {kind!r}, which is no image-text model: give a CLIP's.")
+    return config_class
 
 
 __all__ = [

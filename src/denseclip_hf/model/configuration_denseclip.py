@@ -157,7 +157,7 @@ class DenseCLIPConfig(PreTrainedConfig):
     sub_configs_defaults = {"clip_config": SubConfigSpec(CLIPConfig)}
     keys_to_ignore_at_inference = ["decode_loss", "auxiliary_loss", "score_maps", "text_embeds", "hidden_states"]
 
-    clip_config: dict | CLIPConfig | None = None
+    clip_config: dict | PreTrainedConfig | None = None
     id2label: Any = None  # typed in `__post_init__`: before 5.20 transformers validated it first
     class_token_ids: list[list[int]] | None = None
     num_context_tokens: int = between(0)(default=8)
@@ -294,16 +294,9 @@ class DenseCLIPConfig(PreTrainedConfig):
         return list(getattr(vision, "hidden_sizes", [vision.hidden_size] * 4))
 
     @property
-    def special_token_ids(self) -> tuple[int, int]:
-        """Ids of SOS and EOS.
-
-        Configs of OpenAI's checkpoints on the Hub carry 0 and 2 from before transformers learnt the real ones; CLIP's
-        vocabulary always ends with SOS, EOS.
-        """
-        text = self.clip_config.text_config
-        if text.eos_token_id == 2 or not isinstance(text.eos_token_id, int) or text.bos_token_id is None:
-            return text.vocab_size - 2, text.vocab_size - 1
-        return text.bos_token_id, text.eos_token_id
+    def embedding_size(self) -> int:
+        """D, the size of the space that texts and images share."""
+        return getattr(self.clip_config, "projection_dim", self.clip_config.vision_config.hidden_size)
 
     def validate_architecture(self):
         """Part of `@strict` validation: what fields say together."""
@@ -352,14 +345,11 @@ class DenseCLIPConfig(PreTrainedConfig):
         for name, rows in (("palette", self.palette), ("class_token_ids", self.class_token_ids)):
             if rows is not None and len(rows) != self.num_labels:
                 raise ValueError(f"`{name}` has {len(rows)} entries for {self.num_labels} classes: give one each.")
-        text, (sos, eos) = self.clip_config.text_config, self.special_token_ids
+        text = self.clip_config.text_config
         room = text.max_position_embeddings - self.num_context_tokens
         for ids in self.class_token_ids or []:
-            if len(ids) < 2 or ids[0] != sos or ids[-1] != eos or eos in ids[:-1] or max(ids) >= text.vocab_size:
-                raise ValueError(
-                    f"`class_token_ids` must each start with SOS ({sos}), end with their only EOS ({eos}) and lie "
-                    f"below {text.vocab_size}, got {ids}."
-                )
+            if max(ids, default=0) >= text.vocab_size:
+                raise ValueError(f"`class_token_ids` must lie below {text.vocab_size}, got {ids}.")
             if len(ids) > room:
                 raise ValueError(
                     f"a class has {len(ids)} tokens, but {room} fit beside {self.num_context_tokens} contexts in the "

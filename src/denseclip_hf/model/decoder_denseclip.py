@@ -46,7 +46,7 @@ class ContextDecoder(nn.Module):
         super().__init__()
         size, embedding, eps = (
             config.context_decoder_hidden_size,
-            config.clip_config.projection_dim,
+            config.embedding_size,
             config.layer_norm_eps,
         )
         self.memory_projection = nn.Sequential(

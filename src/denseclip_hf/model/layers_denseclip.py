@@ -14,22 +14,26 @@ def resize_bilinear(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def resize_position_grid(positions: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
+def resize_position_grid(
+    positions: torch.Tensor, size: tuple[int, int], mode: str = "bilinear", antialias: bool = False, first: int = 1
+) -> torch.Tensor:
     """
     Resize learned positions `[global, grid]` to another grid, align_corners False.
 
     Args:
-        positions (`torch.Tensor` of shape `(1 + n * n, C)`): the global (or class) position and a square grid's.
+        positions (`torch.Tensor` of shape `(first + n * n, C)`): the global (or class) positions and a square grid's.
         size (`tuple[int, int]`): rows and columns of the wanted grid.
         mode (`str`): `"bilinear"`, or `"bicubic"`.
+        antialias (`bool`): whether a smaller grid is smoothed first.
+        first (`int`): positions before the grid's, which stay as they are.
 
     Returns:
-        `torch.Tensor` of shape `(1 + size[0] * size[1], C)`.
+        `torch.Tensor` of shape `(first + size[0] * size[1], C)`.
     """
-    side = int((positions.shape[0] - 1) ** 0.5 + 0.5)
-    grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # n*n, C -> 1, C, n, n
-    grid = F.interpolate(grid, size=size, mode=mode, align_corners=False)
-    return torch.cat([positions[:1], grid[0].flatten(1).T])  # 1, C, h, w -> 1 + h*w, C
+    side = int((positions.shape[0] - first) ** 0.5 + 0.5)
+    grid = positions[first:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # n*n, C -> 1, C, n, n
+    grid = F.interpolate(grid, size=size, mode=mode, align_corners=False, antialias=antialias)
+    return torch.cat([positions[:first], grid[0].flatten(1).T])  # 1, C, h, w -> first + h*w, C
 
 
 class MultiHeadAttention(nn.Module):

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import nn
-from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_clip_resnet import clip_config_class
-from .layers_denseclip import resize_position_grid
-from .modeling_clip_resnet import CLIPResNetModel
+from .towers_denseclip import TOWERS
 
 
 # Where a tokenizer has its words. Without any, transformers may make up a CLIP's without words.
@@ -66,26 +65,26 @@ def reason_of(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def load_clip(clip: "str | os.PathLike | CLIPModel", tokenizer=None):
+def load_clip(clip: "str | os.PathLike | PreTrainedModel", tokenizer=None):
     """
-    A CLIP model in float32 and its tokenizer, each loaded if it is given by name.
+    An image-text model in float32 and its tokenizer, each loaded if it is given by name.
 
     Raises:
-        OSError, ValueError: if the checkpoint is not a CLIP, and as [`load_pretrained`] does.
+        OSError, ValueError: if it is none of those in `TOWERS`, and as [`load_pretrained`] does.
     """
     if isinstance(clip, (str, os.PathLike)):
         tokenizer = clip if tokenizer is None else tokenizer
         config = load_pretrained(_ConfigDict, clip)
-        if config.get("model_type") not in ("clip", "clip_resnet"):
+        if config.get("model_type") not in TOWERS:
             raise ValueError(
                 f"`{clip}` holds a model of type {config.get('model_type')!r}, not a CLIP: name a directory or Hub "
-                "repository of a `CLIPModel` or a `CLIPResNetModel`."
+                f"repository of a whole image-text model of one of the types {', '.join(TOWERS)}."
             )
-        model_class = CLIPResNetModel if clip_config_class(config) is CLIPResNetModel.config_class else CLIPModel
-        clip = load_pretrained(model_class, clip, dtype=torch.float32)
-    if not isinstance(clip, CLIPModel):
+        clip = load_pretrained(TOWERS[clip_config_class(config).model_type].model_class(), clip, dtype=torch.float32)
+    kind = getattr(getattr(clip, "config", None), "model_type", None)
+    if kind not in TOWERS or not isinstance(clip, TOWERS[kind].model_class()):
         raise ValueError(
-            f"`clip` is a {type(clip).__name__}: give a whole `CLIPModel` or `CLIPResNetModel`, or its name."
+            f"`clip` is a {type(clip).__name__}: give a whole `CLIPModel` or another image-text model, or its name."
         )
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_pretrained(AutoTokenizer, tokenizer)
@@ -100,17 +99,16 @@ class _ConfigDict:
         return PreTrainedConfig.get_config_dict(name)[0]
 
 
-def load_clip_weights(model: nn.Module, clip: CLIPModel) -> None:
+def load_clip_weights(model: nn.Module, clip: PreTrainedModel) -> None:
     """Copy `clip`'s weights into `model.clip`, its position grid resized to the model's training resolution."""
     wanted = model.clip.state_dict()
     weights = {key: value for key, value in clip.state_dict().items() if key in wanted}
     if (key := model.tower.position_key) in weights and weights[key].shape != wanted[key].shape:
-        side = round((wanted[key].shape[0] - 1) ** 0.5)
-        weights[key] = resize_position_grid(weights[key].float(), (side, side))
+        weights[key] = model.tower.resize_positions(weights[key], wanted[key].shape)
     model.clip.load_state_dict(weights)
 
 
-def clip_report(model: nn.Module, clip: CLIPModel) -> str:
+def clip_report(model: nn.Module, clip: PreTrainedModel) -> str:
     """What came from `clip` and what is new, in one message."""
     counts = {"loaded": 0}
     for name, parameter in model.named_parameters():
@@ -123,6 +121,7 @@ def clip_report(model: nn.Module, clip: CLIPModel) -> str:
     grid = f"{before // stride}x{before // stride} positions" + (
         f" resized to {after // stride}x{after // stride}" if before != after else ""
     )
+    grid += f" for images of {after} pixels"
     new = ", ".join(f"{part} ({count:,} parameters)" for part, count in counts.items())
     name = clip.config.name_or_path or type(clip).__name__
     return f"Loaded {loaded:,} parameters from {name} ({grid}). Newly initialized, to be trained: {new}."

@@ -35,10 +35,9 @@ from .text_encoder_denseclip import (
     ContextPrompts,
     PackedPrompts,
     encode_prompts,
-    pack_prompts,
     tokenize_classes,
 )
-from .towers_denseclip import ImageFeatures, check_images, tower_of
+from .towers_denseclip import PRETRAINING_KEYS, ImageFeatures, check_images, drop, tower_of
 
 
 logger = logging.get_logger(__name__)
@@ -336,7 +335,7 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [r"clip\.logit_scale"]  # only CLIP's own loss uses it
+    _keys_to_ignore_on_load_unexpected = PRETRAINING_KEYS
     _no_split_modules = [
         "CLIPTextEmbeddings", "CLIPEncoderLayer", "ResizedPositionEmbeddings", "CLIPResNetBottleneck",
         "CLIPResNetAttentionPool", "ContextDecoderLayer", "ContextPrompts", "CostAggregationLayer",
@@ -366,7 +365,7 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
             if module.gamma is not None:
                 init.constant_(module.gamma, float(self.config.gamma_init))
             if module.config.frozen_classes:
-                init.normal_(module.class_embeddings, std=self.config.clip_config.projection_dim**-0.5)
+                init.normal_(module.class_embeddings, std=self.config.embedding_size**-0.5)
         else:
             super()._init_weights(module)
         if isinstance(module, SemanticFPNScaleHead):
@@ -383,23 +382,22 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         config ([`DenseCLIPConfig`]): its architecture and class names.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"clip\.logit_scale", r"^(pyramid|neck|decode_head)\."]
+    _keys_to_ignore_on_load_unexpected = [*PRETRAINING_KEYS, r"^(pyramid|neck|decode_head)\."]
 
     def __init__(self, config: DenseCLIPConfig):
         super().__init__(config)
         self.tower = tower_of(config.clip_config)
-        self.clip = self.tower.model_class(config.clip_config)
-        self.clip.logit_scale = None
+        self.clip = self.tower.model_class()(config.clip_config)
         self.tower.adapt(self.clip, config)
         self.prompts = self.context_decoder = self.gamma = None
         if not config.use_text_guidance or config.frozen_classes:
-            self.clip.text_model = self.clip.text_projection = None
+            drop(self.clip, self.tower.text_parts)
         if config.use_text_guidance:
-            size = config.clip_config.projection_dim
+            size = config.embedding_size
             if config.frozen_classes:
                 self.register_buffer("class_embeddings", torch.empty(config.num_labels, size))
             else:
-                self.prompts = ContextPrompts(config)
+                self.prompts = ContextPrompts(config, self.tower)
             if config.context_decoder_num_layers:
                 self.context_decoder = ContextDecoder(config)
                 del self.gamma
@@ -503,10 +501,11 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         self._refuse_without_text("encode classes")
         if self.config.frozen_classes:
             return self.class_embeddings.clone()
-        prompts, text_model, projection = self.prompts, self.clip.text_model, self.clip.text_projection
+        prompts: Any = self.prompts
+        device = self.clip.text_model.final_layer_norm.weight.device
         return self._class_embeddings.get(
-            lambda: encode_prompts(self.clip, prompts.layout(projection.weight.device), prompts),
-            [prompts, text_model, projection],
+            lambda: encode_prompts(self.tower, self.clip, prompts.layout(device), prompts),
+            [prompts, *(self.clip.get_submodule(name) for name in self.tower.text_parts)],
             self.training,
         )
 
@@ -590,13 +589,13 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         owners: list[int] = []
         for template in templates:
             for index, phrasings in enumerate(classes):
-                token_ids += tokenize_classes(phrasings, tokenizer, self.config, template, contexts)
+                token_ids += tokenize_classes(phrasings, tokenizer, self.tower, self.config, template, contexts)
                 owners += [index] * len(phrasings)
         chunks = []
         for first in range(0, len(token_ids), PROMPTS_PER_PASS):
-            layout = pack_prompts(token_ids[first : first + PROMPTS_PER_PASS], contexts)
+            layout = self.tower.lay_out(token_ids[first : first + PROMPTS_PER_PASS], contexts)
             layout = PackedPrompts(*(tensor.to(self.device) for tensor in layout))
-            chunks.append(encode_prompts(self.clip, layout, self.prompts if contexts else None))
+            chunks.append(encode_prompts(self.tower, self.clip, layout, self.prompts if contexts else None))
         embeds = torch.cat(chunks)
         if len(owners) == len(classes):
             return embeds
@@ -622,7 +621,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             ValueError: if the model has no text guidance, or `text_embeds` another shape.
         """
         self._refuse_without_text("compare places with words")
-        dimension = self.config.clip_config.projection_dim
+        dimension = self.config.embedding_size
         embeds = self.encode_classes() if text_embeds is None else text_embeds.to(self.device, self.dtype)
         if embeds.dim() != 2 or embeds.shape[1] != dimension or not len(embeds):
             raise ValueError(f"`text_embeds` must have the shape (classes, {dimension}), got {tuple(embeds.shape)}.")
@@ -706,6 +705,13 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         clip_config = clip.config.to_dict()
         if os.path.exists(clip.config.name_or_path):  # where a folder lies here is not saved, and so not shared
             clip_config.pop("_name_or_path", None)
+        patch = getattr(clip.config.vision_config, "patch_size", 32)
+        if image_size % patch:
+            below = image_size // patch * patch
+            raise ValueError(
+                f"`image_size` ({image_size}) must be a multiple of the {patch} pixels of a patch: give {below} or "
+                f"{below + patch}."
+            )
         clip_config["vision_config"]["image_size"] = image_size
         options = {"clip_config": clip_config, **options}
         if names is not None:
@@ -714,7 +720,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         if names is not None and config.use_text_guidance and config.class_token_ids is None:
             if tokenizer is None:
                 raise ValueError("class names need CLIP's tokenizer: pass `tokenizer=`.")
-            config.class_token_ids = tokenize_classes(names, tokenizer, config)
+            config.class_token_ids = tokenize_classes(names, tokenizer, tower_of(config.clip_config), config)
         model = cls(config)
         load_clip_weights(model, clip)
         return model
@@ -744,7 +750,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         if config.use_text_guidance:
             if isinstance(tokenizer, (str, os.PathLike)):
                 tokenizer = load_pretrained(AutoTokenizer, tokenizer)
-            token_ids = tokenize_classes(names, tokenizer, config)
+            token_ids = tokenize_classes(names, tokenizer, self.tower, config)
             self.prompts.set_token_ids(token_ids)
             self._class_embeddings.clear()
         rows = {label: index for index, label in config.id2label.items()}
@@ -772,7 +778,8 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         self.eval()
         with torch.no_grad():
             embeddings = self.encode_classes().detach().clone()
-        self.prompts = self.clip.text_model = self.clip.text_projection = None
+        self.prompts = None
+        drop(self.clip, self.tower.text_parts)
         self.register_buffer("class_embeddings", embeddings)
         self.requires_grad_(False)
         self.config.frozen_classes = True
@@ -812,7 +819,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
     ```
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"clip\.logit_scale"]
+    _keys_to_ignore_on_load_unexpected = PRETRAINING_KEYS
     # The Trainer divides by the accumulation steps itself; our loss is a mean over pixels, not a token count's.
     accepts_loss_kwargs = False
 
@@ -821,9 +828,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         if config.decode_head == "cost_aggregation":
             self.pyramid = self.neck = None
             width = config.clip_config.vision_config.hidden_size
-            self.decode_head = CostAggregationHead(
-                config.clip_config.projection_dim, width, **(config.aggregator or {})
-            )
+            self.decode_head = CostAggregationHead(config.embedding_size, width, **(config.aggregator or {}))
             return
         channels = list(config.feature_channels)
         if config.use_text_guidance:
@@ -973,7 +978,8 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
             ValueError: if `clip` is no CLIP, or a class name does not fit the text tower.
         """
         clip, tokenizer = load_clip(clip, tokenizer)
-        size = image_size or tower_of(clip.config).default_image_size
+        patch = getattr(clip.config.vision_config, "patch_size", 32)
+        size = image_size or tower_of(clip.config).default_image_size // patch * patch
         if config.get("decode_head") == "cost_aggregation":
             config = {**COST_AGGREGATION_OPTIONS, "tower_image_size": image_size or 384, **config}
             size = clip.config.vision_config.image_size

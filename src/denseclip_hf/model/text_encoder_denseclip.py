@@ -1,9 +1,9 @@
-"""Class names through CLIP's text tower: learnable contexts, packed prompts, embeddings computed once.
+"""Class names through a text tower: learnable contexts, layouts of prompts, embeddings computed once.
 
-CLIP's text tower is causal and is read at EOS, so all prompts share what comes before their first difference
-(`[SOS] p_1 … p_N` and common first words), and nothing after EOS matters. Several classes therefore go through the
-tower as one sequence: the shared prefix once, then each class's own tokens with positions restarted after the prefix
-and a mask that hides the other classes.
+A causal tower is read at EOS, so all prompts share what comes before their first difference (`[SOS] p_1 … p_N` and
+common first words), and nothing after EOS matters. Several classes therefore go through it as one sequence: the shared
+prefix once, then each class's own tokens with positions restarted after the prefix and a mask that hides the other
+classes. In a tower that is not causal every token sees the whole prompt, so each prompt is a sequence of its own.
 
 Shapes: K classes, N contexts, G packed sequences of L tokens, C text width, D embedding size.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import CLIPModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_denseclip import DenseCLIPConfig
@@ -27,17 +27,17 @@ PREFIX, PADDING = -1, -2
 
 
 class PackedPrompts(NamedTuple):
-    """Layout of K prompts: `token_ids`, `position_ids` and `owners` are `(G, L)`, `eos_index` `(K,)` is flat."""
+    """Layout of K prompts: `token_ids`, `position_ids` and `owners` are `(G, L)`, `last_index` `(K,)` is flat."""
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     owners: torch.Tensor  # the class a token belongs to, PREFIX or PADDING
-    eos_index: torch.Tensor
+    last_index: torch.Tensor  # of each prompt's last token
 
-    def attention_mask(self) -> torch.Tensor:
-        """`(G, 1, L, L)` bool, `True` where a query (row) sees a key: its class or the prefix, never ahead."""
-        same = self.owners[:, :, None] == self.owners[:, None, :]
-        return (same | (self.owners == PREFIX)[:, None, :]).tril()[:, None]
+    def attention_mask(self, causal: bool) -> torch.Tensor:
+        """`(G, 1, L, L)` bool, `True` where a query (row) sees a key: its class or the prefix, not ahead if causal."""
+        seen = (self.owners[:, :, None] == self.owners[:, None, :]) | (self.owners == PREFIX)[:, None, :]
+        return (seen.tril() if causal else seen)[:, None]
 
 
 def pack_prompts(
@@ -62,7 +62,7 @@ def pack_prompts(
             room = max_tokens
         groups[-1].append(index)
         room -= own
-    rows, eos_index = [], []
+    rows, last_index = [], []
     length = len(prefix) + max(sum(len(class_token_ids[i]) - len(shared) for i in group) for group in groups)
     for row, group in enumerate(groups):
         tokens, positions, owners = list(prefix), list(range(len(prefix))), [PREFIX] * len(prefix)
@@ -71,11 +71,132 @@ def pack_prompts(
             tokens += own_tokens
             positions += range(len(prefix), len(prefix) + len(own_tokens))
             owners += [index] * len(own_tokens)
-            eos_index.append(row * length + len(tokens) - 1)
+            last_index.append(row * length + len(tokens) - 1)
         fill = length - len(tokens)
         rows.append((tokens + tokens[:1] * fill, positions + [0] * fill, owners + [PADDING] * fill))
     token_ids, position_ids, owner_ids = (torch.tensor(column) for column in zip(*rows, strict=True))
-    return PackedPrompts(token_ids, position_ids, owner_ids, torch.tensor(eos_index))
+    return PackedPrompts(token_ids, position_ids, owner_ids, torch.tensor(last_index))
+
+
+def lay_out_rows(class_token_ids: list[list[int]], num_context_tokens: int) -> PackedPrompts:
+    """
+    Lay out K prompts `[p_1 … p_N, *name]`, each as a sequence of its own, padded to the longest.
+
+    Args:
+        class_token_ids (`list[list[int]]`): per class at least one id.
+        num_context_tokens (`int`): N; the contexts' places hold zeros, to be overwritten.
+    """
+    lengths = [num_context_tokens + len(ids) for ids in class_token_ids]
+    token_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    owners = torch.full_like(token_ids, PADDING)
+    for row, (ids, length) in enumerate(zip(class_token_ids, lengths, strict=True)):
+        token_ids[row, num_context_tokens:length] = torch.tensor(ids)
+        owners[row, :length] = row
+    position_ids = torch.arange(max(lengths)).repeat(len(lengths), 1)
+    last_index = torch.arange(len(lengths)) * max(lengths) + torch.tensor(lengths) - 1
+    return PackedPrompts(token_ids, position_ids, owners, last_index)
+
+
+class TextTower:
+    """
+    How a family's text tower reads prompts. What stands here is CLIP's: causal, from SOS to EOS, read at EOS.
+
+    `text_parts` names the modules that only texts go through; `num_start_tokens` come before the contexts.
+    """
+
+    is_causal = True
+    num_start_tokens = 1
+    text_parts: tuple[str, ...] = ("text_model", "text_projection")
+
+    @staticmethod
+    def special_token_ids(text_config: PreTrainedConfig) -> tuple[int | None, int]:
+        """Ids of SOS (`None` where only the tokenizer knows it) and EOS."""
+        sos, eos = text_config.bos_token_id, text_config.eos_token_id
+        # Configs of OpenAI's checkpoints on the Hub carry 0 and 2 from before transformers learnt the real ones;
+        # CLIP's vocabulary always ends with SOS, EOS.
+        if eos == 2 or not isinstance(eos, int) or sos is None:
+            return text_config.vocab_size - 2, text_config.vocab_size - 1
+        return sos, eos
+
+    @classmethod
+    def check_token_ids(cls, ids: list[int], config: DenseCLIPConfig) -> None:
+        """
+        Raises:
+            ValueError: if `ids`, of one class, are no prompt that this tower can read.
+        """
+        sos, eos = cls.special_token_ids(config.clip_config.text_config)
+        if len(ids) < 2 or (sos is not None and ids[0] != sos) or ids[-1] != eos or eos in ids[:-1]:
+            start = "" if sos is None else f" start with SOS ({sos}) and"
+            raise ValueError(f"`class_token_ids` must each{start} end with their only EOS ({eos}), got {ids}.")
+
+    @classmethod
+    def tokenize(cls, text: str, tokenizer, config: DenseCLIPConfig, room: int) -> list[int]:
+        """
+        Token ids of one prompt, which has `room` positions beside the contexts.
+
+        Raises:
+            ValueError: for a tokenizer of another model.
+        """
+        ids = list(tokenizer(text)["input_ids"])
+        sos, eos = cls.special_token_ids(config.clip_config.text_config)
+        sos = tokenizer.bos_token_id if sos is None else sos
+        if (ids[0], ids[-1]) != (sos, eos):
+            raise ValueError(
+                f"this tokenizer is not the model's: its texts go from token {ids[0]} to {ids[-1]}, the model's from "
+                f"SOS ({sos}) to EOS ({eos}). Give the tokenizer of the CLIP that the model was made from."
+            )
+        return ids
+
+    @staticmethod
+    def lay_out(class_token_ids: list[list[int]], num_context_tokens: int) -> PackedPrompts:
+        """The layout of K prompts with N contexts each."""
+        return pack_prompts(class_token_ids, num_context_tokens)
+
+    @staticmethod
+    def embed_tokens(clip: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
+        """`(G, L)` -> `(G, L, C)`, without positions."""
+        return clip.text_model.embeddings.token_embedding(token_ids)
+
+    @staticmethod
+    def read(clip: PreTrainedModel, hidden: torch.Tensor, layout: PackedPrompts) -> torch.Tensor:
+        """The last layer's `(G, L, C)` -> class embeddings `(K, D)`."""
+        last = hidden.flatten(0, 1)[layout.last_index]  # G, L, C -> K, C
+        return clip.text_projection(clip.text_model.final_layer_norm(last))
+
+
+class BidirectionalTextTower(TextTower):
+    """Without SOS: contexts come first, every prompt is a sequence of its own. `has_eos`: whether EOS ends a text."""
+
+    is_causal = False
+    num_start_tokens = 0
+    text_parts = ("text_model",)
+    has_eos = False
+
+    @classmethod
+    def check_token_ids(cls, ids, config) -> None:
+        if not ids:
+            raise ValueError("`class_token_ids` must hold at least one token per class, got an empty list.")
+
+    @classmethod
+    def tokenize(cls, text, tokenizer, config, room) -> list[int]:
+        ids = cls.pad(text, tokenizer, room)
+        has_eos = tokenizer.eos_token_id in ids
+        too_large = max(ids, default=0) >= config.clip_config.text_config.vocab_size
+        if ids[:1] == [tokenizer.bos_token_id] or has_eos != cls.has_eos or too_large:
+            raise ValueError(
+                f"this tokenizer is not the model's: it reads {text!r} as {ids}, the model reads texts without SOS "
+                f"and {'with' if cls.has_eos else 'without'} EOS. Give the tokenizer of the image-text model."
+            )
+        return ids
+
+    @staticmethod
+    def pad(text: str, tokenizer, room: int) -> list[int]:
+        """Token ids as the tower wants them."""
+        return list(tokenizer(text)["input_ids"])
+
+    @staticmethod
+    def lay_out(class_token_ids, num_context_tokens) -> PackedPrompts:
+        return lay_out_rows(class_token_ids, num_context_tokens)
 
 
 class ContextPrompts(nn.Module):
@@ -84,11 +205,13 @@ class ContextPrompts(nn.Module):
 
     Args:
         config ([`DenseCLIPConfig`]): `class_token_ids`, `num_context_tokens` and the text tower's sizes.
+        tower (subclass of [`TextTower`]): what reads the prompts.
     """
 
-    def __init__(self, config: DenseCLIPConfig):
+    def __init__(self, config: DenseCLIPConfig, tower: type[TextTower]):
         super().__init__()
         self.config = config
+        self.tower = tower
         self.context_vectors = None
         if config.num_context_tokens:
             width = config.clip_config.text_config.hidden_size
@@ -100,7 +223,9 @@ class ContextPrompts(nn.Module):
         layout: tuple[torch.Tensor | None, ...] = (None,) * 4
         if class_token_ids is not None:
             device = None if self.context_vectors is None else self.context_vectors.device
-            layout = tuple(t.to(device) for t in pack_prompts(class_token_ids, self.config.num_context_tokens))
+            for ids in class_token_ids:
+                self.tower.check_token_ids(ids, self.config)
+            layout = tuple(t.to(device) for t in self.tower.lay_out(class_token_ids, self.config.num_context_tokens))
         for name, tensor in zip(PackedPrompts._fields, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -110,7 +235,7 @@ class ContextPrompts(nn.Module):
             std = float(self.config.context_init_std)
             init.trunc_normal_(self.context_vectors, std=std, a=-2 * std, b=2 * std)
         if self.config.class_token_ids is not None:
-            layout = pack_prompts(self.config.class_token_ids, self.config.num_context_tokens)
+            layout = self.tower.lay_out(self.config.class_token_ids, self.config.num_context_tokens)
             for name, tensor in layout._asdict().items():
                 init.copy_(getattr(self, name), tensor)
 
@@ -127,38 +252,41 @@ class ContextPrompts(nn.Module):
                 "`model.set_classes(names, tokenizer)`, or give `class_token_ids` in its config."
             )
         if self.token_ids.is_meta and device.type != "meta":  # a program has filled in the saved weights only
-            layout = pack_prompts(self.config.class_token_ids, self.config.num_context_tokens)
+            layout = self.tower.lay_out(self.config.class_token_ids, self.config.num_context_tokens)
             return PackedPrompts(*(tensor.to(device) for tensor in layout))
-        return PackedPrompts(self.token_ids, self.position_ids, self.owners, self.eos_index)
+        return PackedPrompts(self.token_ids, self.position_ids, self.owners, self.last_index)
 
     def forward(self, token_embeds: torch.Tensor) -> torch.Tensor:
-        """`token_embeds` `(G, L, C)` with the contexts in place of the N tokens after SOS."""
+        """`token_embeds` `(G, L, C)` with the contexts in place of the N tokens after SOS, or of the first N."""
         if self.context_vectors is None:
             return token_embeds
         contexts = self.context_vectors.to(token_embeds.dtype).expand(len(token_embeds), -1, -1)
-        return torch.cat([token_embeds[:, :1], contexts, token_embeds[:, 1 + contexts.shape[1] :]], dim=1)
+        start = self.tower.num_start_tokens
+        return torch.cat([token_embeds[:, :start], contexts, token_embeds[:, start + contexts.shape[1] :]], dim=1)
 
 
-def encode_prompts(clip: CLIPModel, layout: PackedPrompts, prompts: ContextPrompts | None = None) -> torch.Tensor:
+def encode_prompts(
+    tower: type[TextTower], clip: PreTrainedModel, layout: PackedPrompts, prompts: ContextPrompts | None = None
+) -> torch.Tensor:
     """
-    Embeddings `(K, D)` of packed prompts: through `clip`'s text tower, read at EOS and projected.
+    Embeddings `(K, D)` of prompts: through `clip`'s text tower, in the space that it shares with the images.
 
     Args:
-        clip (`CLIPModel`): with its text tower.
+        tower (subclass of [`TextTower`]): of `clip`'s family.
+        clip (`PreTrainedModel`): with its text tower.
         layout ([`PackedPrompts`]): on the tower's device.
         prompts ([`ContextPrompts`], *optional*): puts its contexts into the places that `layout` leaves for them.
     """
     text = clip.text_model
-    hidden = text.embeddings.token_embedding(layout.token_ids)  # G, L, C
+    hidden = tower.embed_tokens(clip, layout.token_ids)  # G, L, C
     if prompts is not None:
         hidden = prompts(hidden)
-    hidden = hidden + text.embeddings.position_embedding(layout.position_ids)
-    mask = layout.attention_mask()
+    hidden = hidden + text.embeddings.position_embedding(layout.position_ids).to(hidden.dtype)
+    mask = layout.attention_mask(tower.is_causal)
     if text.config._attn_implementation == "eager":  # adds its mask, where sdpa selects by it
         mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
     hidden = text.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
-    eos = hidden.flatten(0, 1)[layout.eos_index]  # G, L, C -> K, C
-    return clip.text_projection(text.final_layer_norm(eos))
+    return tower.read(clip, hidden, layout)
 
 
 class ClassEmbeddingCache:
@@ -241,17 +369,19 @@ def _has_version(tensor: torch.Tensor) -> bool:
 def tokenize_classes(
     names: list[str],
     tokenizer,
+    tower: type[TextTower],
     config: DenseCLIPConfig,
     template: str | None = None,
     num_context_tokens: int | None = None,
 ) -> list[list[int]]:
     """
-    Token ids `[SOS, …, EOS]` of every class name (or sentence), put into a template.
+    Token ids of every class name (or sentence), put into a template: `[SOS, …, EOS]` for CLIP.
 
     Args:
         names (`list[str]`): K class names or descriptions.
         tokenizer (`PreTrainedTokenizerBase`): CLIP's.
-        config ([`DenseCLIPConfig`]): SOS and EOS, and how many positions there are.
+        tower (subclass of [`TextTower`]): what reads the prompts.
+        config ([`DenseCLIPConfig`]): the text tower's sizes.
         template (`str`, *optional*): with one `{}` for the name; the config's by default.
         num_context_tokens (`int`, *optional*): contexts that need room; the config's by default.
 
@@ -263,26 +393,22 @@ def tokenize_classes(
     room = config.clip_config.text_config.max_position_embeddings - contexts
     token_ids = []
     for name in names:
-        ids = tokenizer(template.replace("{}", name))["input_ids"]
-        if (ids[0], ids[-1]) != config.special_token_ids:
-            sos, eos = config.special_token_ids
-            raise ValueError(
-                f"this tokenizer is not the model's: its texts go from token {ids[0]} to {ids[-1]}, the model's from "
-                f"SOS ({sos}) to EOS ({eos}). Give the tokenizer of the CLIP that the model was made from."
-            )
+        ids = tower.tokenize(template.replace("{}", name), tokenizer, config, room)
         if len(ids) > room:
             raise ValueError(
                 f"the class name {name!r} has {len(ids)} tokens with SOS and EOS, but {room} fit beside {contexts} "
                 "contexts: shorten it."
             )
-        token_ids.append(list(ids))
+        token_ids.append(ids)
     return token_ids
 
 
 __all__ = [
+    "BidirectionalTextTower",
     "ClassEmbeddingCache",
     "ContextPrompts",
     "PackedPrompts",
+    "TextTower",
     "encode_prompts",
     "pack_prompts",
     "tokenize_classes",

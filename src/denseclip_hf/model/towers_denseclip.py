@@ -1,22 +1,26 @@
-"""How each kind of image tower is read: four feature maps, and one embedding per place in the space of the texts.
+"""How each family of image-text models is read.
 
-Nothing else asks which kind a model has: what depends on it is here, in one class per kind and one row of `TOWERS`.
+Of images: four feature maps, and one embedding per place in the space of the texts; of texts: one embedding per
+prompt. Nothing else asks which family a model is of: what depends on it is here, in one class per family and one row
+of `TOWERS`.
 
 Shapes: B images, H x W pixels, h x w the grid of the dense embedding map, C tower width, D embedding size.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel, PreTrainedConfig
+from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
-from .configuration_clip_resnet import CLIPResNetVisionConfig
 from .configuration_denseclip import DenseCLIPConfig
 from .layers_denseclip import StochasticDepth, resize_position_grid
 from .modeling_clip_resnet import CLIPResNetModel
+from .text_encoder_denseclip import BidirectionalTextTower, PackedPrompts, TextTower
 
 
 class ImageFeatures(NamedTuple):
@@ -68,51 +72,112 @@ class ViTPyramid(nn.Module):
         return [step(x) for step, x in zip((self.up4, self.up2, self.same, self.down2), maps, strict=True)]
 
 
-class ViTTower:
-    """CLIP's vision transformer: the outputs of four blocks; the last norm and the projection of all tokens."""
+def drop(model: nn.Module, names: Sequence[str]) -> None:
+    """
+    Take out the modules and parameters `names`, such as `"vision_model.head"`.
 
-    model_class = CLIPModel
+    In a parameter's place stays a buffer that is not saved, because the families' own initialization fills it.
+    """
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        old = getattr(owner, child)
+        setattr(owner, child, None)
+        if isinstance(old, nn.Parameter):
+            delattr(owner, child)
+            owner.register_buffer(child, old.detach(), persistent=False)
+
+
+class ViTTower(TextTower):
+    """A vision transformer built like CLIP's: a class token; the last norm and the projection of all tokens."""
+
+    image_mean, image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # of pixels in 0 … 1
     default_image_size = 640
+    # What only pretraining uses, and what places are embedded with, which goes without guidance.
+    pretraining_parts: tuple[str, ...] = ("logit_scale",)
+    image_parts: tuple[str, ...] = ("visual_projection", "vision_model.post_layernorm")
+    blocks = "vision_model.encoder.layers"
+    branches = ("self_attn", "mlp")  # of a block
+    is_like_clip = True  # blocks, and a class token and nothing else before the grid's tokens
     position_key = "vision_model.embeddings.position_embedding.weight"
+    position_options: dict[str, Any] = {}  # of `resize_position_grid`
 
     @staticmethod
-    def adapt(clip: CLIPModel, config: DenseCLIPConfig) -> None:
-        """Give the tower positions for any size and stochastic depth; without guidance, drop what is unused then."""
-        vision = clip.vision_model
-        vision.embeddings = ResizedPositionEmbeddings(vision.config, config.position_interpolation)
-        layers = vision.encoder.layers
-        for index, layer in enumerate(layers):
-            rate = config.drop_path_rate * index / max(len(layers) - 1, 1)
-            layer.self_attn.register_forward_hook(StochasticDepth(rate))
-            layer.mlp.register_forward_hook(StochasticDepth(rate))
+    def model_class() -> type[PreTrainedModel]:
+        """The class of the image-text model."""
+        raise NotImplementedError
+
+    @classmethod
+    def adapt(cls, clip: Any, config: DenseCLIPConfig) -> None:
+        """
+        Give the image tower stochastic depth; drop what nothing uses.
+
+        Raises:
+            ValueError: for a `last_block` that only towers like CLIP's have.
+        """
+        if config.last_block == "class_token" and not cls.is_like_clip:
+            raise ValueError(
+                f'`last_block="class_token"` needs a tower like CLIP\'s, not {config.clip_config.model_type!r}: '
+                "leave it out."
+            )
+        blocks = clip.get_submodule(cls.blocks)
+        for index, block in enumerate(blocks):
+            rate = config.drop_path_rate * index / max(len(blocks) - 1, 1)
+            for name in cls.branches:
+                block.get_submodule(name).register_forward_hook(StochasticDepth(rate))
+        drop(clip, cls.pretraining_parts)
         if not config.use_text_guidance:
-            clip.visual_projection = vision.post_layernorm = None
+            drop(clip, cls.image_parts)
+
+    @classmethod
+    def resize_positions(cls, positions: torch.Tensor, wanted: torch.Size) -> torch.Tensor:
+        """Learned positions `(first + n * n, C)`, resized to the square grid of the shape `wanted`."""
+        first = cls.position_options.get("first", 1)
+        side = round((wanted[-2] - first) ** 0.5)
+        grid = positions.float().reshape(-1, wanted[-1])
+        return resize_position_grid(grid, (side, side), **cls.position_options).reshape(wanted)
 
     @staticmethod
-    def pyramid(config: DenseCLIPConfig) -> nn.Module:
+    def pyramid(config: DenseCLIPConfig) -> nn.Module | None:
         """Makes maps of strides 4 to 32 of the tower's."""
         return ViTPyramid(config.feature_channels[0], config.batch_norm_eps)
 
-    @staticmethod
-    def encode(clip: CLIPModel, pixel_values: torch.Tensor, config: DenseCLIPConfig) -> ImageFeatures:
+    @classmethod
+    def encode(cls, clip: Any, pixel_values: torch.Tensor, config: DenseCLIPConfig) -> ImageFeatures:
         """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]."""
-        vision, patch = clip.vision_model, config.embedding_stride
         if config.tower_image_size is not None:
             # Images of that size too, which stay as they are: exported programs take any without a question.
             pixel_values = F.interpolate(pixel_values, size=[config.tower_image_size] * 2, mode="bilinear")
+        patch = config.embedding_stride
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
-        hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))  # B, 1 + h*w, C
+        hidden = cls.embed_patches(clip.vision_model, pixel_values)  # B, tokens, C: the last h*w are the grid's
+        first = cls.num_global_tokens(clip.vision_model)
         taps = {}
-        layers = vision.encoder.layers
-        for index, layer in enumerate(layers):
-            if config.last_block == "class_token" and index == len(layers) - 1:
-                hidden = values_beside_class_token(layer, hidden)
+        blocks = clip.get_submodule(cls.blocks)
+        for index, block in enumerate(blocks):
+            if config.last_block == "class_token" and index == len(blocks) - 1:
+                hidden = values_beside_class_token(block, hidden)
             else:
-                hidden = layer(hidden, None)
+                hidden = block(hidden, None)
             if index in config.out_indices:
-                taps[index] = hidden[:, 1:].transpose(1, 2).unflatten(2, grid)  # B, 1 + h*w, C -> B, C, h, w
-        context = clip.visual_projection(vision.post_layernorm(hidden)) if config.use_text_guidance else None
+                taps[index] = hidden[:, first:].transpose(1, 2).unflatten(2, grid)  # B, h*w, C -> B, C, h, w
+        context = cls.embed_places(clip, hidden) if config.use_text_guidance else None
         return ImageFeatures([taps[index] for index in config.out_indices], context, grid)
+
+    @staticmethod
+    def num_global_tokens(vision: nn.Module) -> int:
+        """Tokens before those of the grid."""
+        return 1
+
+    @staticmethod
+    def embed_patches(vision: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(B, 3, H, W)` -> what goes into the first block, `(B, tokens, C)`."""
+        return vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
+
+    @staticmethod
+    def embed_places(clip: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """What comes out of the last block, `(B, tokens, C)` -> `[z_bar, z]` `(B, 1 + h*w, D)`."""
+        return clip.visual_projection(clip.vision_model.post_layernorm(hidden))
 
 
 def values_beside_class_token(layer: CLIPEncoderLayer, hidden: torch.Tensor) -> torch.Tensor:
@@ -122,18 +187,40 @@ def values_beside_class_token(layer: CLIPEncoderLayer, hidden: torch.Tensor) -> 
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
-class ResNetTower:
+class CLIPTower(ViTTower):
+    """CLIP, with positions for any size as DenseCLIP or the config has them."""
+
+    @staticmethod
+    def model_class():
+        return CLIPModel
+
+    @classmethod
+    def adapt(cls, clip, config) -> None:
+        vision = clip.vision_model
+        vision.embeddings = ResizedPositionEmbeddings(vision.config, config.position_interpolation)
+        super().adapt(clip, config)
+
+
+class ResNetTower(TextTower):
     """CLIP's modified ResNet: its four stages; the attention pooling of all positions."""
 
-    model_class = CLIPResNetModel
+    image_mean, image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     default_image_size = 512
     position_key = "vision_model.attention_pool.position_embedding"
+    resize_positions = ViTTower.resize_positions
+    position_options: dict[str, Any] = {}
+
+    @staticmethod
+    def model_class() -> type[PreTrainedModel]:
+        """The class of the image-text model."""
+        return CLIPResNetModel
 
     @staticmethod
     def adapt(clip: CLIPResNetModel, config: DenseCLIPConfig) -> None:
-        """Without guidance, drop what nothing then uses."""
+        """Drop what nothing uses."""
+        drop(clip, ["logit_scale"])
         if not config.use_text_guidance:
-            clip.visual_projection = clip.vision_model.attention_pool = None
+            drop(clip, ["visual_projection", "vision_model.attention_pool"])
 
     @staticmethod
     def pyramid(config: DenseCLIPConfig) -> None:
@@ -147,16 +234,149 @@ class ResNetTower:
         return ImageFeatures(maps, outputs.last_hidden_state, tuple(maps[-1].shape[-2:]))
 
 
-# Image tower's `model_type` -> how it is read.
+class MetaClip2Tower(ViTTower):
+    """MetaCLIP 2: CLIP with a multilingual vocabulary."""
+
+    position_options = {"mode": "bicubic"}
+
+    @staticmethod
+    def model_class():
+        from transformers import MetaClip2Model
+
+        return MetaClip2Model
+
+    @staticmethod
+    def special_token_ids(text_config):
+        return None, text_config.eos_token_id  # the config's SOS is CLIP's, which the vocabulary does not have
+
+
+class SiglipTower(BidirectionalTextTower, ViTTower):
+    """
+    SigLIP, and SigLIP 2 of a fixed size: attention pools an image's tokens; texts are padded to the last position.
+
+    A place's embedding is the pooling's of this place alone: attention to one token is that token's value.
+    """
+
+    image_mean, image_std = (0.5,) * 3, (0.5,) * 3
+    is_like_clip = False
+    pretraining_parts = ("logit_scale", "logit_bias")
+    image_parts = ("vision_model.head", "vision_model.post_layernorm")
+    position_options = {"mode": "bicubic", "first": 0}
+    has_eos = True
+
+    @staticmethod
+    def model_class():
+        from transformers import SiglipModel
+
+        return SiglipModel
+
+    @staticmethod
+    def num_global_tokens(vision):
+        return 0
+
+    @staticmethod
+    def embed_patches(vision, pixel_values):
+        return vision.embeddings(pixel_values, interpolate_pos_encoding=True)
+
+    @staticmethod
+    def embed_places(clip, hidden):
+        head, hidden = clip.vision_model.head, clip.vision_model.post_layernorm(hidden)
+        attention, width = head.attention, hidden.shape[-1]
+        values = F.linear(hidden, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
+        places = attention.out_proj(values)
+        places = places + head.mlp(head.layernorm(places))
+        return torch.cat([head(hidden)[:, None], places], dim=1)
+
+    @classmethod
+    def check_token_ids(cls, ids, config) -> None:
+        room = config.clip_config.text_config.max_position_embeddings - config.num_context_tokens
+        if len(ids) != room:
+            raise ValueError(
+                f"`class_token_ids` of a SigLIP must fill the {room} positions that the contexts leave, padding "
+                f'included, got {len(ids)}: tokenize with `padding="max_length", max_length={room}`.'
+            )
+
+    @staticmethod
+    def pad(text, tokenizer, room):
+        return list(tokenizer(text, padding="max_length", max_length=room, truncation=False)["input_ids"])
+
+    @staticmethod
+    def read(clip, hidden, layout: PackedPrompts):
+        last = hidden.flatten(0, 1)[layout.last_index]  # G, L, C -> K, C
+        return clip.text_model.head(clip.text_model.final_layer_norm(last))
+
+
+class Tipsv2Tower(BidirectionalTextTower, ViTTower):
+    """TIPSv2: a class token and registers, patch tokens in the space of the texts; a text is its tokens' mean."""
+
+    image_mean, image_std = (0.0,) * 3, (1.0,) * 3
+    is_like_clip = False
+    pretraining_parts = ("temperature", "vision_model.embeddings.mask_token")
+    image_parts = ("vision_model.layernorm",)
+    blocks = "vision_model.encoder.layer"
+    branches = ("attention", "mlp")
+    position_key = "vision_model.embeddings.position_embeddings"
+    position_options = {"antialias": True}
+
+    @staticmethod
+    def model_class():
+        from transformers import Tipsv2Model
+
+        return Tipsv2Model
+
+    @staticmethod
+    def num_global_tokens(vision):
+        return 1 + vision.config.num_register_tokens
+
+    @staticmethod
+    def embed_patches(vision, pixel_values):
+        return vision.embeddings(pixel_values)
+
+    @classmethod
+    def embed_places(cls, clip, hidden):
+        hidden = clip.vision_model.layernorm(hidden)
+        return torch.cat([hidden[:, :1], hidden[:, cls.num_global_tokens(clip.vision_model) :]], dim=1)
+
+    @staticmethod
+    def embed_tokens(clip, token_ids):
+        # Scaled here, before contexts come in, so that these start at the size that the tower's inputs have.
+        embeddings = clip.text_model.embeddings
+        return embeddings.token_embedding(token_ids) * embeddings.embed_scale
+
+    @staticmethod
+    def read(clip, hidden, layout: PackedPrompts):
+        is_text = (layout.owners >= 0)[..., None].to(hidden.dtype)  # G, L, 1
+        hidden = clip.text_model.final_layer_norm(hidden) * is_text
+        return hidden.sum(dim=1) / (is_text.sum(dim=1) + clip.text_model.config.pooling_epsilon)
+
+
+# Image-text model's `model_type` -> how it is read.
 TOWERS: dict[str, type] = {
-    "clip_vision_model": ViTTower,
-    CLIPResNetVisionConfig.model_type: ResNetTower,
+    "clip": CLIPTower,
+    "clip_resnet": ResNetTower,
+    "metaclip_2": MetaClip2Tower,
+    "siglip": SiglipTower,
+    "tipsv2": Tipsv2Tower,
 }
 
 
-def tower_of(clip_config: PreTrainedConfig) -> type:
-    """The row of `TOWERS` for an image-text model's config."""
-    return TOWERS[clip_config.vision_config.model_type]
+# Keys of `pretraining_parts` in a segmenter that was saved with them.
+PRETRAINING_KEYS = [r"^clip\.(logit_scale|logit_bias|temperature|vision_model\.embeddings\.mask_token)$"]
+
+
+def tower_of(clip_config: PreTrainedConfig) -> Any:
+    """
+    The row of `TOWERS` for an image-text model's config.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if clip_config.model_type not in TOWERS:
+        raise ValueError(
+            f"a model of type {clip_config.model_type!r} is no image-text model that can be read here: give one of "
+            f"the types {', '.join(TOWERS)}."
+        )
+    return TOWERS[clip_config.model_type]
 
 
 def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
@@ -180,4 +400,14 @@ def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
         )
 
 
-__all__ = ["TOWERS", "ImageFeatures", "ResNetTower", "ViTPyramid", "ViTTower", "check_images", "tower_of"]
+__all__ = [
+    "PRETRAINING_KEYS",
+    "TOWERS",
+    "ImageFeatures",
+    "ResNetTower",
+    "ViTPyramid",
+    "ViTTower",
+    "check_images",
+    "drop",
+    "tower_of",
+]

@@ -38,7 +38,13 @@ METHODS = {
     "knows no classes (CAT-Seg's cost aggregation) refines the score maps: it takes any words.",
     "unguided": "CLIP's image encoder under a Semantic-FPN decoder, without guidance by language (a baseline).",
 }
-TOWERS = {"clip": "CLIP's vision transformer", "clip_resnet": "CLIP's modified ResNet"}
+TOWERS = {
+    "clip": "CLIP's vision transformer",
+    "clip_resnet": "CLIP's modified ResNet",
+    "metaclip_2": "MetaCLIP 2's vision transformer",
+    "siglip": "SigLIP's vision transformer",
+    "tipsv2": "TIPSv2's vision transformer",
+}
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # What stands between these comments is replaced with every measurement; the rest of a card is anybody's to edit.

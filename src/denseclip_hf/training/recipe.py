@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from ..data import DatasetArguments, SegmentationData, check_dataset
 from ..model.configuration_clip_resnet import clip_config_class, refuse_unknown_options
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_clip, load_pretrained
-from ..model.modeling_clip_resnet import CLIPResNetModel
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, refuse_if_frozen
+from ..model.towers_denseclip import tower_of
 from ..transforms import AugmentedDataset, AugmentedStream, TrainTransform
 from .arguments import DenseCLIPTrainingArguments
 from .tokenizer import learn_tokenizer
@@ -168,17 +168,16 @@ def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
     return model, tokenizer
 
 
-def _random_clip(config: dict[str, Any], tokenizer) -> CLIPModel:
-    """A CLIP with random weights, whose vocabulary is `tokenizer`'s."""
+def _random_clip(config: dict[str, Any], tokenizer) -> PreTrainedModel:
+    """An image-text model with random weights, whose vocabulary is `tokenizer`'s."""
     text = {
         **config.get("text_config", {}),
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config_class = clip_config_class(config)
-    model_class: Any = CLIPModel if config_class is CLIPConfig else CLIPResNetModel
-    return model_class(config_class(**{**config, "text_config": text}))
+    clip_config = clip_config_class(config)(**{**config, "text_config": text})
+    return tower_of(clip_config).model_class()(clip_config)
 
 
 def _tokenizer_for(args: ModelArguments, data: SegmentationData):
@@ -214,13 +213,20 @@ def make_trainer(
         cat_max_ratio=data_args.cat_max_ratio,
         photometric=data_args.photometric,
         ignore_index=data.ignore_index,
+        image_mean=model.tower.image_mean,
+        image_std=model.tower.image_std,
     )
     # Files in a folder here are no stream, whatever `streaming` says.
     augmented = AugmentedStream if isinstance(data.train, IterableDataset) else AugmentedDataset
     eval_short = data_args.eval_scale_short or short
     # A larger evaluation keeps the same room for the long side.
     size = {"shortest_edge": eval_short, "longest_edge": max(data_args.scale_long * eval_short // short, eval_short)}
-    image_processor = DenseCLIPImageProcessorPil(size=size, do_reduce_labels=data.do_reduce_labels)
+    image_processor = DenseCLIPImageProcessorPil(
+        size=size,
+        do_reduce_labels=data.do_reduce_labels,
+        image_mean=model.tower.image_mean,
+        image_std=model.tower.image_std,
+    )
     trainer = DenseCLIPTrainer(
         model,
         args,
