@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
-demo: $(STAMP)  ## train on the built-in example, evaluate, draw a picture (under 5 minutes on two cores)
+demo: $(STAMP)  ## train on the built-in example, evaluate, draw what it sees (under 5 minutes on two cores)
 	$(PY) scripts/demo.py --output_dir $(OUTPUT)
 
 test: $(STAMP)  ## run every test

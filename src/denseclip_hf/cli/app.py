@@ -22,7 +22,7 @@ from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", action="append", help="directory, or name on the Hub; may be given several times")
-    parser.add_argument("--examples", nargs="*", default=[], help="pictures to choose from: files, folders, patterns")
+    parser.add_argument("--examples", nargs="*", default=[], help="images to choose from: files, folders, patterns")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--dtype", choices=list(LOADING_DTYPES), default="auto", help="of the models")
     parser.add_argument("--host", help="address to listen at; by default GRADIO_SERVER_NAME or 127.0.0.1")

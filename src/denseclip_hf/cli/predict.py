@@ -2,9 +2,9 @@
 
     denseclip predict photo.jpg folder "more/*.png" --model MODEL --output_dir OUT
 
-Writes for each picture a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps. The exit
-code is 1 if something could not be segmented, such as a picture of more than 89 million pixels or 256 MiB from an
-address. A video's frames are pictures too (needs `pip install av`); of an animation (GIF, WebP) the first is taken.
+Writes for each image a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps. The exit
+code is 1 if something could not be segmented, such as an image of more than 89 million pixels or 256 MiB from an
+address. A video's frames are images too (needs `pip install av`); of an animation (GIF, WebP) the first is taken.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def names(text: str) -> list[str]:
             return list(parse_classes(text).id2label.values())
         except (OSError, ValueError) as error:
             raise argparse.ArgumentTypeError(
-                f"{text} can not be read as a file of names, one a line ({error})."
+                f"{text} cannot be read as a file of names, one a line ({error})."
             ) from error
     return [name.strip() for name in text.split(",")]
 
@@ -52,14 +52,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", help="CLIP's tokenizer; by default the model's own")
     parser.add_argument("--inference_mode", choices=["whole", "slide"], help="by default what the model's config says")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures of one size run together")
+    parser.add_argument("--batch_size", type=int, default=1, help="images of one size run together")
     parser.add_argument("--dtype", choices=list(LOADING_DTYPES), default="auto", help="of the model")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
-    parser.add_argument("--opacity", type=float, default=0.6, help="of the colours over pictures, 0 to 1")
+    parser.add_argument("--opacity", type=float, default=0.6, help="of the colors over images, 0 to 1")
     parser.add_argument("--every", type=int, default=1, help="of videos, take every Nth frame")
     parser.add_argument("--max_frames", type=int, help="of videos, take at most so many frames")
     parser.add_argument(
-        "--timeout", type=float, default=20.0, help="seconds that all of a picture from an address may take"
+        "--timeout", type=float, default=20.0, help="seconds that all of an image from an address may take"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     return parser.parse_args(argv)
