@@ -11,7 +11,8 @@ from transformers import AutoModelForSemanticSegmentation, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from denseclip_hf.training import poly_learning_rate
-from denseclip_hf.training.trainer import NonFiniteLossError
+from denseclip_hf.training.arguments import DenseCLIPTrainingArguments
+from denseclip_hf.training.trainer import DenseCLIPTrainer, NonFiniteLossError
 from denseclip_hf.transforms import AugmentedStream, TrainTransform
 from helpers.images import pictures
 from helpers.models import tiny_model, varied
@@ -369,3 +370,44 @@ def test_evaluation_leaves_the_model_training(tmp_path):
 def test_an_order_that_is_not_random_is_refused(tmp_path):
     with pytest.raises(ValueError, match="train_sampling_strategy is sequential, but only random is done here"):
         trainer_for(tmp_path, train_sampling_strategy="sequential").train()
+
+
+def test_what_a_user_froze_stays_frozen(tmp_path):
+    model = tiny_model()
+    model.neck.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.neck.named_parameters()}
+    trainer_for(tmp_path, model, evaluate=False).train()
+    assert before and all(torch.equal(value, before[name]) for name, value in model.neck.named_parameters())
+
+
+class Prepared(torch.utils.data.Dataset):
+    """Samples as plain `Trainer` has them."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"pixel_values": torch.full((3, 64, 64), index / 3), "labels": torch.zeros(64, 64, dtype=torch.long)}
+
+
+def test_prepared_samples_are_evaluated_with_own_metrics_to_the_last_of_them(tmp_path):
+    trainer = trainer_for(tmp_path, samples=pictures(), evaluate=False, per_device_eval_batch_size=2)
+    trainer.compute_metrics = lambda prediction: {"count": len(prediction.label_ids)}
+    assert trainer.evaluate(Prepared())["eval_count"] == 3
+    assert len(trainer.predict(Prepared()).label_ids) == 3
+    with pytest.raises(ValueError, match="prepared samples"):
+        trainer.predict(pictures())
+
+
+def test_metrics_that_nothing_would_call_are_refused(tmp_path):
+    arguments = DenseCLIPTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=name):
+            DenseCLIPTrainer(tiny_model(), arguments, eval_dataset=pictures(), **{name: lambda *_: {}})
+
+
+def test_a_loss_of_ones_own_is_used(tmp_path):
+    trainer = trainer_for(tmp_path, evaluate=False)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean() * 0 + 7
+    trainer.train()
+    assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == [7.0] * 4
