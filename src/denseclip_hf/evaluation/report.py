@@ -108,7 +108,7 @@ def seen_and_unseen(iou: Sequence[float], names: Sequence[str], unseen: Sequence
     Mean IoU of the classes `names` that training knew and of those it did not, and the two's harmonic mean.
 
     Raises:
-        ValueError: if one of `unseen` is no class, or all are.
+        ValueError: if one of `unseen` is no class.
     """
     if unknown := [name for name in unseen if name not in names]:
         raise ValueError(f"{unknown[0]!r} is none of the classes {', '.join(names)}: correct its name in `--unseen`.")

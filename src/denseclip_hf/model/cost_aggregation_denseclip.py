@@ -83,8 +83,8 @@ def split_windows(maps: torch.Tensor, window: int) -> torch.Tensor:
     count, height, width, channels = maps.shape
     if height % window or width % window:
         raise ValueError(
-            f"a grid of {height} x {width} places cannot be cut into windows of {window}: choose an image size whose "
-            "grid is a multiple of `aggregator_window_size`."
+            f"a grid of {height} x {width} places cannot be cut into windows of {window}: choose another "
+            "`tower_image_size`, or another `window_size` in the config's `aggregator`."
         )
     maps = maps.reshape(count, height // window, window, width // window, window, channels)
     return maps.transpose(2, 3).reshape(count, -1, window * window, channels)

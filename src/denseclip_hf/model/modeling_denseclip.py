@@ -952,6 +952,11 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         if self.config.decode_head == "cost_aggregation":
             if not self.training and self.config.inference_mode == "slide_and_whole":
                 logits = logits.logit(eps=1e-6)  # which are probabilities then
+            if 0 < self.decode_head.max_classes < logits.shape[1]:
+                logger.warning_once(
+                    f"Of {logits.shape[1]} classes the {self.decode_head.max_classes} with the highest cosines in an "
+                    'image are decoded and trained: `aggregator={"max_classes": 0}` takes all, at the cost of memory.'
+                )
             return pixel_cross_entropy(logits, labels, ignore_index, binary=True), None
         decode_loss = pixel_cross_entropy(logits, labels, ignore_index)
         if segmentation.score_maps is None:
