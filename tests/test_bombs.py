@@ -10,7 +10,7 @@ from PIL import Image
 
 from denseclip_hf import DenseCLIPConfig
 from denseclip_hf.data import parse_classes, read_image
-from denseclip_hf.inference.sources import Source, read_picture
+from denseclip_hf.inference import Source, read_image_of
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 
 
@@ -37,7 +37,7 @@ def test_absurd_dimensions_are_refused_before_a_pixel_is_made(tmp_path, size, se
     with pytest.raises(ValueError, match=f"x.png {sentence}"):
         read_image(tmp_path / "x.png")
     with pytest.raises(ValueError, match=f"x.png {sentence}"):
-        read_picture(Source(str(tmp_path / "x.png"), "x"))
+        read_image_of(Source(str(tmp_path / "x.png"), "x"))
 
 
 def test_text_that_unpacks_to_gigabytes_is_refused(tmp_path):

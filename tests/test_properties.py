@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from denseclip_hf import DenseCLIPImageProcessorPil
-from denseclip_hf.inference.sources import find_sources
+from denseclip_hf.inference import batches_of_one_size, find_sources
 from denseclip_hf.metrics import MeanBoundaryIoU, MeanIoU, confusion_matrix
 from denseclip_hf.model import resizing_denseclip
 from denseclip_hf.model.layers_denseclip import resize_bilinear
@@ -188,6 +188,13 @@ def test_counts_add_up_in_any_order_and_any_batches(metric, count, labels, seed,
         counts = sum(confusion_matrix(p, r, labels) for p, r in zip(predictions, references, strict=True))
         assert torch.equal(merged.confusion_matrix, counts)
     np.testing.assert_equal(merged.compute(), expected.compute())
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), max_size=20), st.integers(1, 5))
+def test_batches_hold_every_item_once_and_one_size(sizes, most):
+    batches = list(batches_of_one_size(enumerate(sizes), most, lambda item: item[1]))
+    assert sorted(index for batch in batches for index, _ in batch) == list(range(len(sizes)))
+    assert all(1 <= len(batch) <= most and len({size for _, size in batch}) == 1 for batch in batches)
 
 
 # Resizing

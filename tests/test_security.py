@@ -15,10 +15,8 @@ from PIL import Image
 
 from denseclip_hf.conversion.weights import CheckpointError, read_checkpoint
 from denseclip_hf.data import SampleReader, file_stem, load_segmentation_dataset, read_image
-from denseclip_hf.evaluation.measure import EvaluationArguments, measure
-from denseclip_hf.inference import load_model
-from denseclip_hf.inference.segmenter import predict_sources
-from denseclip_hf.inference.sources import find_sources
+from denseclip_hf.evaluation import EvaluationArguments, measure
+from denseclip_hf.inference import find_sources, load_model, predict_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from helpers.forked import run_script
 from helpers.models import segmenter, tiny_model

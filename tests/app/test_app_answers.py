@@ -1,7 +1,4 @@
-"""What the app's page asks for: words, pictures, masks, overlays and heat maps."""
-
-import base64
-from io import BytesIO
+"""What the app's page asks for: words, images, masks, overlays and heat maps."""
 
 import numpy as np
 import pytest
@@ -11,22 +8,18 @@ from PIL import Image
 from denseclip_hf.app.answers import (
     Answer,
     AppModels,
+    annotated,
     heat_maps,
     read_upload,
     read_words,
     save_mask,
     save_overlay,
     segment,
-    shown,
+    time_limit,
 )
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from helpers.images import photo
 from helpers.models import CLASSES, WORDS, tiny_model
-
-
-def opened(address):
-    """The picture in a data address."""
-    return Image.open(BytesIO(base64.b64decode(address.split(",")[1])))
 
 
 def test_models_have_the_shortest_names_that_tell_them_apart(tmp_path):
@@ -52,9 +45,9 @@ def test_words_are_the_lines():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "none of them empty"),
-        ("sky\n\nroad", "none of them empty"),
-        ("sky\nroad\nsky ", "'sky' is given twice"),
+        ("", "at least one"),
+        ("sky\n\nroad", "empty"),
+        ("sky\nroad\nsky ", "'sky' appears twice"),
         ("\n".join(map(str, range(201))), "201 classes are too many"),
     ],
 )
@@ -104,7 +97,7 @@ def test_heat_maps_share_their_colors(app_models):
 
 @pytest.mark.parametrize(
     ("chosen", "sentence"),
-    [([], "choose from 1 to 12"), (["x"] * 13, "choose from 1 to 12"), (["sky", "sky "], "'sky' is given twice")],
+    [([], "choose from 1 to 12"), (["x"] * 13, "choose from 1 to 12"), (["sky", "sky "], "'sky' appears twice")],
 )
 def test_bad_choices_of_heat_maps_are_refused(app_models, chosen, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -112,17 +105,17 @@ def test_bad_choices_of_heat_maps_are_refused(app_models, chosen, sentence):
 
 
 def test_heat_maps_of_what_is_no_number_are_refused(app_models, monkeypatch):
-    scores = torch.full((1, 20, 6, 8), float("nan"))
-    monkeypatch.setattr("denseclip_hf.app.answers.score_maps_of", lambda *_: scores)
+    embeds = torch.full((1, 64), float("nan"))
+    monkeypatch.setattr("denseclip_hf.inference.segmenter.Segmenter._encode", lambda *_: embeds)
     with pytest.raises(ValueError, match="scores are NaN or infinite"):
-        heat_maps(app_models, photo(), "random", ["tree"])
+        heat_maps(app_models, photo(), "random", ["a boat"])
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"GIF89a"])
 def test_what_is_no_picture_is_one_sentence_without_its_folder(tmp_path, content):
     file = tmp_path / "holiday.jpg"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="holiday.jpg cannot be read as a picture") as error:
+    with pytest.raises(ValueError, match="holiday.jpg cannot be read as an image") as error:
         read_upload(file)
     assert str(tmp_path) not in str(error.value) and "\n" not in str(error.value)
 
@@ -137,7 +130,7 @@ def test_too_many_pixels_are_refused(photo_file, monkeypatch, limit):
 
 @pytest.mark.parametrize("file", [None, "", "missing.png", "http://127.0.0.1:9/x.png", "file:///etc/hostname"])
 def test_only_files_are_read(file):
-    with pytest.raises(ValueError, match="choose a picture first"):
+    with pytest.raises(ValueError, match="choose an image first"):
         read_upload(file)
 
 
@@ -148,28 +141,52 @@ def test_photographs_are_upright(tmp_path):
     assert read_upload(tmp_path / "turned.jpg").size == (64, 96)
 
 
+def test_an_upload_has_a_bound_on_pixels_that_is_told_before_decoding(tmp_path, monkeypatch):
+    Image.new("1", (6001, 4000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr("denseclip_hf.app.answers.read_image_of", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match="bomb.png has 24 million pixels"):
+        read_upload(tmp_path / "bomb.png")
+
+
+def test_a_model_that_takes_too_long_is_stopped_and_works_again():
+    model, pixels = tiny_model(), torch.zeros(1, 3, 64, 64)
+    with torch.no_grad(), time_limit(model, 0), pytest.raises(ValueError, match="more than 0 seconds"):
+        model(pixels)
+    with torch.no_grad(), time_limit(model, 60):
+        model(pixels)
+        assert model(pixels).logits.shape[1] == 3
+
+
 @pytest.mark.parametrize("classes", [5, 300])
-def test_shown_mask_holds_the_classes(classes):
-    ids = np.random.default_rng(0).integers(0, classes, (40, 30))
-    sent = shown(Answer(photo((30, 40)), ids, [str(i) for i in range(classes)], [[0, 0, 0]] * classes))
-    mask = np.asarray(opened(sent["mask"])).astype(int)
-    assert (mask[..., 0] + 256 * mask[..., 1] == ids).all()
-    assert opened(sent["picture"]).size == (30, 40) and len(sent["names"]) == classes
+def test_each_class_has_a_mask_a_share_and_its_color(classes):
+    ids = np.minimum(np.random.default_rng(0).integers(0, classes + 1, (40, 30)), classes - 1)
+    ids[:20] = classes - 1
+    ids[0] = 65535  # void
+    palette = [[i % 256, 255 - i % 256, 7] for i in range(classes)]
+    (image, masks), colors = annotated(Answer(photo((30, 40)), ids, [f"c{i}" for i in range(classes)], palette))
+    assert image.size == (30, 40) and len(masks) == len(np.unique(ids)) - 1
+    assert masks[0][1].startswith(f"c{classes - 1} ")
+    for mask, label in masks:
+        index = int(label.split()[0][1:])
+        assert (mask == (ids == index)).all() and colors[label] == "#{:02x}{:02x}{:02x}".format(*palette[index])
 
 
-def test_large_pictures_are_shown_smaller():
+def test_large_images_are_shown_smaller():
     answer = Answer(photo((3200, 160)), np.zeros((160, 3200), int), ["sky"], [[0, 0, 0]])
-    sent = shown(answer)
-    assert opened(sent["picture"]).size == opened(sent["mask"]).size == (1024, 51)
+    (image, [(mask, label)]), _ = annotated(answer)
+    assert image.size == (1024, 51) and mask.shape == (51, 1024) and label == "sky 100 %"
+
+
+def test_uncertain_pixels_have_no_class(app_models, tmp_path):
+    answer = segment(app_models, photo(), "random", threshold=1.0)
+    assert (answer.segmentation == 255).all() and annotated(answer)[0][1] == []
+    assert (np.asarray(Image.open(save_mask(answer, tmp_path, "x.png"))) == 255).all()
 
 
 def test_downloads(app_models, tmp_path):
     answer = segment(app_models, photo(), "random")
     mask = save_mask(answer, tmp_path / "new", "holiday.x.png")
     assert mask == tmp_path / "new" / "holiday.x_mask.png"
-    picture = Image.open(mask)
-    assert picture.mode == "P" and (np.asarray(picture) == answer.segmentation).all()
-    overlay = np.asarray(Image.open(save_overlay(answer, tmp_path, "holiday", 0.0)))
-    assert (overlay[:64] == np.asarray(photo())).all() and len(overlay) > 64
-    overlay = Image.open(save_overlay(answer, tmp_path, "holiday", 7.0))
-    assert overlay.getpixel((0, 0)) == tuple(answer.palette[answer.segmentation[0, 0]])
+    image = Image.open(mask)
+    assert image.mode == "P" and (np.asarray(image) == answer.segmentation).all()
+    assert Image.open(save_overlay(answer, tmp_path, "holiday")).height > 64

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from denseclip_hf.cli.arguments import log_to_terminal, parse_arguments
-from denseclip_hf.evaluation.measure import EvaluationArguments
+from denseclip_hf.evaluation import EvaluationArguments
 from helpers.training import KINDS
 
 

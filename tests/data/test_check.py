@@ -9,7 +9,7 @@ from PIL import Image
 
 from denseclip_hf.cli.check_data import main
 from denseclip_hf.data import check_dataset, load_segmentation_dataset
-from denseclip_hf.evaluation.measure import EvaluationArguments
+from denseclip_hf.evaluation import EvaluationArguments
 from denseclip_hf.training.recipe import DataArguments
 from helpers.sample_data import NAMES, SIZE, hub_like, truncated, write_folder, write_pairs
 

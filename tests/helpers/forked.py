@@ -18,7 +18,7 @@ import torch
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["denseclip_hf.training.recipe", "denseclip_hf.evaluation.measure", "denseclip_hf.training.card"]
+    ["denseclip_hf.training.recipe", "denseclip_hf.evaluation.measurement", "denseclip_hf.training.card"]
 )
 
 PORTS = itertools.count(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))

@@ -4,7 +4,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
-from denseclip_hf.inference.segmenter import Segmenter
+from denseclip_hf.inference import Segmenter
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 
 

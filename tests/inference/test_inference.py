@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,15 @@ from denseclip_hf.inference import (
     colorize,
     comparison_picture,
     multi_scale_probabilities,
+    multi_scale_segmentation,
     overlay,
     sliding_window_logits,
 )
 from denseclip_hf.inference.views import scaled_views
+from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil, decode_image
 from helpers.golden import golden_case, golden_model
-from helpers.models import tiny_model
+from helpers.images import photo
+from helpers.models import tiny_model, varied
 
 
 CASES = ["seg_vit", "seg_resnet"]
@@ -119,6 +124,15 @@ def test_default_preprocessing_is_the_published_one(size):
     assert torch.equal(default, multi_scale_probabilities(model, image, (1.0,), False, image_processor=processor)[0])
 
 
+def test_scales_are_of_the_images_own_size_where_it_is_not_resized():
+    image = photo((96, 64))
+    processor = DenseCLIPImageProcessorPil(do_resize=False)
+    sizes = [
+        tuple(pixels.shape[-2:]) for pixels, _ in scaled_views(decode_image(image), processor, (0.5, 1, 2), False)
+    ]
+    assert sizes == [(32, 48), (64, 96), (128, 192)]
+
+
 def test_no_scale_is_refused(processor):
     with pytest.raises(ValueError, match="at least one factor"):
         multi_scale_probabilities(tiny_model(), Image.new("RGB", (50, 40)), (), image_processor=processor)
@@ -139,3 +153,16 @@ def test_comparison_has_every_picture_and_a_legend():
     sheet = comparison_picture([[red, blue]], ["left", "right"], {0: "sky", 1: "sea", 2: "sand"}, PALETTE, width=160)
     colors = {color: count for count, color in sheet.getcolors(100_000)}
     assert colors[(255, 0, 0)] >= 160 * 120 and colors[(0, 0, 255)] >= 160 * 120 and (0, 255, 0) in colors
+
+
+def test_multi_scale_stays_within_its_limit(monkeypatch):
+    model, processor = varied(tiny_model()), DenseCLIPImageProcessorPil(size={"shortest_edge": 64})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 150, 3)).astype(np.uint8))
+    options = {"scales": (1.0,), "flip": True, "image_processor": processor}
+    (probabilities,) = multi_scale_probabilities(model, image, **options)
+    assert torch.equal(multi_scale_segmentation(model, image, **options), probabilities.argmax(0))
+    zeros, sizes = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda *size, **kw: sizes.append(size) or zeros(*size, **kw))
+    small = multi_scale_segmentation(model, image, **options, max_probabilities=20_000)
+    assert small.shape == (120, 150) and max(math.prod(size) for size in sizes if len(size) == 3) <= 20_000
+    assert (small == probabilities.argmax(0)).float().mean() > 0.8

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from denseclip_hf.inference import overlay
-from denseclip_hf.inference.drawing import confusion_picture, heat_map, indexed_picture, overlay_with_legend
+from denseclip_hf.inference import confusion_picture, heat_map, indexed_picture, overlay, overlay_with_legend
 from helpers.images import photo
 
 

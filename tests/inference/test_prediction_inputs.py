@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from denseclip_hf.inference.segmenter import predict_sources
-from denseclip_hf.inference.sources import find_sources, read_frames, read_picture
+from denseclip_hf.inference import find_sources, predict_sources, read_image_of
+from denseclip_hf.inference.sources import read_frames
 from helpers.images import photo
 from helpers.models import segmenter
 
@@ -35,7 +35,7 @@ def test_sources_are_files_folders_patterns_and_addresses(tmp_path):
     sources, problems = find_sources(inputs)
     assert not problems
     names = [source.name for source in sources]
-    assert names[:5] == list("abcde") and sorted(names[5:7]) == ["A_2", "a_3"] and names[7:] == ["a_4", "picture"]
+    assert names[:5] == list("abcde") and sorted(names[5:7]) == ["A_2", "a_3"] and names[7:] == ["a_4", "image"]
     assert len({name.casefold() for name in names}) == len(names) == 9
 
 
@@ -51,7 +51,7 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
 def test_any_kind_of_picture_is_read(tmp_path, mode):
     file = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
     (Image.new("I;16", (40, 30)) if mode == "I;16" else photo((40, 30)).convert(mode)).save(file)
-    image = read_picture(find_sources([file])[0][0])
+    image = read_image_of(find_sources([file])[0][0])
     assert (image.mode, image.size) == ("RGB", (40, 30))
 
 
@@ -62,8 +62,8 @@ def test_photographs_are_upright_and_animations_show_their_first_frame(tmp_path)
     first, second = Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 20), "blue")
     first.save(tmp_path / "animated.gif", save_all=True, append_images=[second])
     animated, turned = find_sources([tmp_path])[0]
-    assert read_picture(turned).size == (30, 40)
-    assert read_picture(animated).getpixel((3, 3)) == (255, 0, 0)
+    assert read_image_of(turned).size == (30, 40)
+    assert read_image_of(animated).getpixel((3, 3)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("limit", [3000, 5000], ids=["bomb", "above the limit"])
@@ -113,11 +113,11 @@ def server(monkeypatch):
     ("path", "timeout", "sentence"),
     [
         ("photo.png", 60, None),
-        ("missing.png", 60, "can not be fetched (Not Found)"),
-        ("page.html", 60, "cannot be read as a picture"),
-        ("slow.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
-        ("dripping.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
-        ("endless.png", 0.5, "can not be fetched (it takes longer than 0.5 seconds)"),
+        ("missing.png", 60, "cannot be fetched (Not Found)"),
+        ("page.html", 60, "cannot be read as an image"),
+        ("slow.png", 0.5, "cannot be fetched (it takes longer than 0.5 seconds)"),
+        ("dripping.png", 0.5, "cannot be fetched (it takes longer than 0.5 seconds)"),
+        ("endless.png", 0.5, "cannot be fetched (it takes longer than 0.5 seconds)"),
     ],
 )
 def test_addresses(server, tmp_path, path, timeout, sentence):
@@ -136,7 +136,7 @@ def test_downloads_are_bounded(server, tmp_path, monkeypatch):
 
 def test_an_address_without_server_is_one_sentence(tmp_path):
     summary = predict_sources(segmenter(), find_sources(["http://127.0.0.1:9/x.png"])[0], tmp_path, progress=False)
-    assert summary.done == 0 and "http://127.0.0.1:9/x.png can not be fetched" in summary.problems[0]
+    assert summary.done == 0 and "http://127.0.0.1:9/x.png cannot be fetched" in summary.problems[0]
 
 
 # Videos
@@ -205,7 +205,7 @@ def test_a_video_that_this_ffmpeg_can_not_decode_is_one_sentence(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(content)
     photo((40, 30)).save(tmp_path / "photo.png")
     summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
-    assert summary.done == 1 and "clip.mp4 can not be read as a video" in summary.problems[0]
+    assert summary.done == 1 and "clip.mp4 cannot be read as a video" in summary.problems[0]
 
 
 @pytest.mark.parametrize("turn", MATRICES)
@@ -233,4 +233,4 @@ def test_a_broken_video_is_one_sentence(tmp_path):
     pytest.importorskip("av")
     (tmp_path / "clip.mp4").write_bytes(b"no film")
     summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
-    assert summary.done == 0 and "clip.mp4 can not be read as a video (" in summary.problems[0]
+    assert summary.done == 0 and "clip.mp4 cannot be read as a video (" in summary.problems[0]

@@ -1,35 +1,44 @@
-"""What the page of `app.py` asks for: a picture and words in; masks, overlays and heat maps out.
+"""What the page asks for: an image and words in; masks, overlays and heat maps out.
 
 Nothing here knows of Gradio. Shapes: K classes, H x W pixels.
 """
 
-import base64
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
 from ..data import file_stem
 from ..devices import device_of
-from ..inference.drawing import heat_map, indexed_picture, overlay_with_legend
-from ..inference.segmenter import Segmenter
-from ..inference.sources import Source, read_picture
-from ..inference.views import load_model
+from ..inference import (
+    Segmenter,
+    Source,
+    heat_map,
+    indexed_picture,
+    load_model,
+    overlay_with_legend,
+    read_image_of,
+)
 from ..model.class_names_denseclip import class_phrasings
 from ..model.loading_denseclip import load_pretrained
 from ..model.modeling_denseclip import ZERO_SHOT_TEMPLATES
-from ..model.resizing_denseclip import check_finite
 
 
 # What one visitor may ask for at a time.
 MAX_WORDS = 200
 MAX_HEAT_MAPS = 12
-# Longer side of the pictures on the page; what is downloaded has the size of the upload.
+# Pixels of an upload (6000 x 4000), and seconds that the model may work on it: others are waiting.
+MAX_PIXELS = 24_000_000
+MAX_SECONDS = 60.0
+# Longer side of the images on the page; what is downloaded has the size of the upload.
 SHOWN_SIDE = 1024
 
 
@@ -86,16 +95,23 @@ class AppModels:
         config = self.load(name)[0].config
         return [config.id2label[i] for i in range(config.num_labels)]
 
-    def segmenter(self, name: str, words: Sequence[str] = (), score_maps: Sequence[str] = (), sentences: bool = False):
-        """A [`Segmenter`] for `words` (the model's own classes if empty); `sentences` puts words into CLIP's."""
+    def segmenter(
+        self,
+        name: str,
+        words: Sequence[str] = (),
+        score_maps: Sequence[str] = (),
+        sentences: bool = False,
+        threshold: float = 0.0,
+    ) -> Segmenter:
+        """For `words` (the model's own classes if empty); `sentences` puts words into CLIP's."""
         model, image_processor, tokenizer = self.load(name)
         templates = ZERO_SHOT_TEMPLATES if sentences else None
-        return Segmenter(model, image_processor, tokenizer, words, score_maps, templates)
+        return Segmenter(model, image_processor, tokenizer, words, score_maps, templates, threshold=threshold)
 
 
 @dataclass
 class Answer:
-    """A segmented picture: RGB `image`, class ids `segmentation` `(H, W)`, K `names` and colours `palette`."""
+    """A segmented image: RGB `image`, class ids `segmentation` `(H, W)`, K `names` and colors `palette`."""
 
     image: Image.Image
     segmentation: np.ndarray
@@ -119,43 +135,99 @@ def read_words(text: str) -> list[str]:
 
 def read_upload(file: str | Path | None) -> Image.Image:
     """
-    The picture in a file, upright and RGB; messages call the file by its name only.
+    The image in a file, upright and RGB; messages call the file by its name only.
 
     Raises:
-        ValueError: with one sentence, for no file, what is no picture, or one of too many pixels.
+        ValueError: with one sentence, for no file, what is no image, or one of more than `MAX_PIXELS` pixels.
     """
     if not file or not Path(file).is_file():  # an address is not fetched
-        raise ValueError("choose a picture first.")
+        raise ValueError("choose an image first.")
+    source = Source(str(file), Path(file).name)
     try:
-        return read_picture(Source(str(file), Path(file).name))
+        pixels = _pixels(source.address)
+        if pixels > MAX_PIXELS:
+            raise ValueError(
+                f"{source.name} has {pixels / 1e6:.0f} million pixels: shrink it to {MAX_PIXELS / 1e6:.0f} million, "
+                "or use `denseclip predict`."
+            )
+        return read_image_of(source)
     except (OSError, ValueError) as error:
-        raise ValueError(str(error).replace(str(file), Path(file).name)) from error
+        raise ValueError(str(error).replace(source.address, source.name)) from error
 
 
-def segment(models: AppModels, image: Image.Image, name: str, words=(), sentences: bool = False) -> Answer:
-    """`image` segmented by the model `name` into its own classes, or from its score maps into `words`."""
-    segmenter = models.segmenter(name, words, sentences=sentences)
-    maps, _ = segmenter(segmenter.preprocess(image)[None], [(image.height, image.width)])
-    return Answer(image, maps[0].cpu().numpy(), segmenter.names, [list(color) for color in segmenter.palette])
+def _pixels(file: str) -> int:
+    """As the header says, before anything is decoded; 0 for what has none that can be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as header:
+                return header.width * header.height
+    except Exception:  # [`read_image_of`] says what is wrong
+        return 0
+
+
+@contextmanager
+def time_limit(model: torch.nn.Module, seconds: float) -> Iterator[None]:
+    """
+    Ends what `model` computes meanwhile once it has taken so long, between two of its modules.
+
+    Raises:
+        ValueError: with one sentence, when the time is over.
+    """
+    end = time.monotonic() + seconds
+
+    def check(module: torch.nn.Module, args: Any) -> None:
+        if time.monotonic() > end:
+            raise ValueError(f"this takes more than {seconds:g} seconds: try a smaller image, or fewer words.")
+
+    handles = [module.register_forward_pre_hook(check) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def segment(
+    models: AppModels,
+    image: Image.Image,
+    name: str,
+    words: Sequence[str] = (),
+    sentences: bool = False,
+    threshold: float = 0.0,
+) -> Answer:
+    """
+    `image` segmented by the model `name` into its own classes, or from its score maps into `words`.
+
+    Pixels whose best class has a probability below `threshold` have no class, see [`Segmenter`].
+    """
+    with time_limit(models.load(name)[0], MAX_SECONDS):
+        segmenter = models.segmenter(name, words, sentences=sentences, threshold=threshold)
+        (result,) = segmenter([image])
+    return Answer(image, result.ids.cpu().numpy(), segmenter.names, [list(color) for color in segmenter.palette])
 
 
 def heat_maps(
-    models: AppModels, image: Image.Image, name: str, chosen: Sequence[str], words=(), sentences: bool = False
+    models: AppModels,
+    image: Image.Image,
+    name: str,
+    chosen: Sequence[str],
+    words: Sequence[str] = (),
+    sentences: bool = False,
 ) -> list[tuple[Image.Image, str]]:
     """
     A heat map and its caption (word, lowest and highest cosine) for each of the `chosen` words.
 
-    The colours have one scale for all; the longer side is at most 1024 pixels.
+    The colors have one scale for all; the longer side is at most 1024 pixels.
 
     Raises:
         ValueError: for no word or too many, and as [`Segmenter`] does.
     """
     if not 0 < len(chosen) <= MAX_HEAT_MAPS:
         raise ValueError(f"choose from 1 to {MAX_HEAT_MAPS} classes or words for heat maps.")
-    segmenter = models.segmenter(name, words, [word.strip() for word in chosen], sentences)
-    pixel_values = segmenter.preprocess(image)[None]
-    scores = segmenter.model.score(pixel_values, segmenter.score_embeds)[0, segmenter.score_rows]
-    check_finite(scores)
+    with time_limit(models.load(name)[0], MAX_SECONDS):
+        segmenter = models.segmenter(name, words, [word.strip() for word in chosen], sentences)
+        scores = segmenter.scores(segmenter.preprocess(image)[None])[0]
     lowest, highest, small = scores.min().item(), scores.max().item(), _shrunk(image)
     return [
         (heat_map(small, score, lowest, highest), f"{word} {score.min():.2f} to {score.max():.2f}")
@@ -163,47 +235,43 @@ def heat_maps(
     ]
 
 
-def shown(answer: Answer) -> dict[str, Any]:
-    """What `overlay.js` draws: data addresses of picture and mask (ids in red + 256 green), names and colours."""
-    picture = _shrunk(answer.image)
-    ids = Image.fromarray(answer.segmentation.astype(np.int32)).resize(picture.size, Image.Resampling.NEAREST)
-    low, high = np.divmod(np.asarray(ids), 256)[::-1]
-    mask = Image.fromarray(np.stack([low, high, np.zeros_like(low)], -1).astype(np.uint8))
-    return {
-        "picture": _data_address(picture, "jpeg", quality=90),
-        "mask": _data_address(mask, "png"),
-        "names": answer.names,
-        "palette": answer.palette,
-    }
+def annotated(answer: Answer) -> tuple[Any, dict[str, str]]:
+    """
+    What Gradio's annotated image shows, and the color of each label: the image shrunk to the page, with a mask
+    `(h, w)` and a label (name and share) for each class that it shows, the largest first.
+    """
+    image = _shrunk(answer.image)
+    full = Image.fromarray(answer.segmentation.astype(np.int32))
+    ids = np.asarray(full.resize(image.size, Image.Resampling.NEAREST))
+    shown = [(np.count_nonzero(ids == index), index) for index in np.unique(ids) if index < len(answer.names)]
+    masks, colors = [], {}
+    for count, index in sorted(shown, reverse=True):
+        label = f"{answer.names[index]} {100 * count / ids.size:.0f} %"
+        masks.append(((ids == index).astype(np.float32), label))
+        colors[label] = "#{:02x}{:02x}{:02x}".format(*answer.palette[index])
+    return (image, masks), colors
 
 
 def save_mask(answer: Answer, folder: Path, name: str) -> Path:
-    """Write `NAME_mask.png`, whose pixels are class ids; `name` is the picture's file's."""
+    """Write `NAME_mask.png`, whose pixels are class ids; `name` is the image's file's."""
     return _save(indexed_picture(answer.segmentation, answer.palette), folder, name, "mask")
 
 
-def save_overlay(answer: Answer, folder: Path, name: str, opacity: float) -> Path:
-    """Write `NAME_overlay.png`: the classes over the picture, and a legend below; `opacity` from 0 to 1."""
-    names, opacity = dict(enumerate(answer.names)), min(max(opacity, 0.0), 1.0)
-    painted = overlay_with_legend(answer.image, answer.segmentation, names, answer.palette, opacity)
+def save_overlay(answer: Answer, folder: Path, name: str) -> Path:
+    """Write `NAME_overlay.png`: the classes over the image, and a legend below."""
+    painted = overlay_with_legend(answer.image, answer.segmentation, dict(enumerate(answer.names)), answer.palette)
     return _save(painted, folder, name, "overlay")
 
 
-def _save(picture: Image.Image, folder: Path, name: str, kind: str) -> Path:
+def _save(image: Image.Image, folder: Path, name: str, kind: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{file_stem(name) or 'picture'}_{kind}.png"
-    picture.save(file)
+    file = folder / f"{file_stem(name) or 'image'}_{kind}.png"
+    image.save(file)
     return file
 
 
 def _shrunk(image: Image.Image) -> Image.Image:
     return ImageOps.contain(image, (SHOWN_SIDE, SHOWN_SIDE)) if max(image.size) > SHOWN_SIDE else image
-
-
-def _data_address(picture: Image.Image, kind: str, **options: Any) -> str:
-    stream = BytesIO()
-    picture.save(stream, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _short_names(addresses: Sequence[str]) -> dict[str, str]:
@@ -214,13 +282,16 @@ def _short_names(addresses: Sequence[str]) -> dict[str, str]:
 
 
 __all__ = [
+    "MAX_HEAT_MAPS",
+    "MAX_WORDS",
     "Answer",
     "AppModels",
+    "annotated",
     "heat_maps",
     "read_upload",
     "read_words",
     "save_mask",
     "save_overlay",
     "segment",
-    "shown",
+    "time_limit",
 ]

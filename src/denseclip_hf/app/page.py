@@ -1,50 +1,46 @@
-"""The page of `app.py`, made with Gradio: a picture in; its classes, new words, score maps and downloads out."""
+"""The page, made with Gradio: an image in; its classes, words, score maps and downloads out. And its API."""
 
 import functools
 import html
 import logging
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from gradio_client import utils as client_utils
-from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from ..example import draw_scene
 from .answers import (
     MAX_HEAT_MAPS,
     MAX_WORDS,
-    Answer,
     AppModels,
+    annotated,
     heat_maps,
     read_upload,
     read_words,
     save_mask,
     save_overlay,
     segment,
-    shown,
 )
 
 
 logger = logging.getLogger(__name__)
 
 MAX_FILE_SIZE = "20mb"
+# Uploads at a time, and bytes of uploads and results that are kept: more are refused until some are cleared away.
+MAX_UPLOADS, MAX_KEPT_BYTES = 8, 2 << 30
 KEPT_SECONDS, CLEARING_SECONDS = 3600, 300  # how old a file becomes, and how often is looked
 OWN_CLASSES, NEW_WORDS = "the model's classes", "words of your own"
 LIMITS = (
-    "Every pixel goes to the word it matches best, however poorly, so give words for the rest of the scene too. Words "
-    "are read from score maps alone: the decoder knows only the classes it was trained with and takes no part, so "
-    "outlines are coarse, and words far from those classes match less well."
+    "Every pixel goes to the word it matches best, however poorly, so give words for the rest of the scene too, or "
+    "leave out what is uncertain. Words are read from score maps alone: the decoder knows only the classes it was "
+    "trained with and takes no part, so outlines are coarse, and words far from those classes match less well."
 )
-OVERLAY = """
-<p class="nothing">The segmented picture appears here.</p>
-<div class="stage" hidden><img class="photo" alt="the picture"><canvas class="paint"></canvas>
-<span class="tip" hidden></span></div><ul class="legend" hidden></ul>
-"""
-OPACITY_JS = "(value) => document.querySelector('#overlay').style.setProperty('--opacity', value)"
 
 
 class Page(gr.Blocks):
@@ -56,29 +52,58 @@ class Page(gr.Blocks):
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
+class UploadLimits:
+    """Refuses uploads (429) while too many arrive at once, or what is kept fills too much of the disk."""
+
+    def __init__(self, app):
+        self.app, self.in_flight = app, 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or not scope["path"].rstrip("/").endswith("/upload"):
+            return await self.app(scope, receive, send)
+        if self.in_flight >= MAX_UPLOADS or _kept_bytes() > MAX_KEPT_BYTES:
+            return await PlainTextResponse("too many uploads: try again later.", 429)(scope, receive, send)
+        self.in_flight += 1
+        try:
+            return await self.app(scope, receive, send)
+        finally:
+            self.in_flight -= 1
+
+
+def _kept_bytes() -> int:
+    total = 0
+    for folder, _, files in os.walk(gr.utils.get_upload_folder()):
+        for file in files:
+            try:
+                total += os.path.getsize(os.path.join(folder, file))
+            except OSError:  # it has just been cleared away
+                continue
+    return total
+
+
 def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blocks:
     """
     The page for `models`, the first of which is loaded at once.
 
+    Programs can ask it too, by `gradio_client`: the endpoints `/segment` and `/words` answer with a mask file and the
+    names of its ids.
+
     Args:
         models ([`AppModels`]): to choose from.
-        examples (`Sequence` of files): pictures to choose from; drawn scenes by default.
+        examples (`Sequence` of files): images to choose from; drawn scenes by default.
 
     Raises:
-        ValueError, OSError: with one sentence, if the first model can not be loaded.
+        ValueError, OSError: with one sentence, if the first model cannot be loaded.
     """
-    first, here = models.names[0], Path(__file__)
+    first = models.names[0]
     with Page(title="DenseCLIP", analytics_enabled=False, delete_cache=(CLEARING_SECONDS, KEPT_SECONDS)) as page:
-        gr.Markdown("# DenseCLIP\nEvery pixel is matched with the names of classes. Point at the result to read them.")
-        last = gr.State(time_to_live=KEPT_SECONDS)
+        gr.Markdown("# DenseCLIP\nEvery pixel is matched with the names of classes.")
         with gr.Row():
             with gr.Column(scale=2):
-                picture = gr.Image(
-                    label="Picture", type="filepath", sources=["upload", "clipboard"], elem_id="picture"
-                )
-                # Gradio would open the file itself, and fail without saying why on what is no picture or too large.
-                picture.preprocess = _path_of  # type: ignore
-                gr.Examples([str(file) for file in examples or drawn_examples()], picture, label="Examples")
+                image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image")
+                # Gradio would open the file itself, and fail without saying why on what is no image or too large.
+                image.preprocess = _path_of  # type: ignore
+                gr.Examples([str(file) for file in examples or drawn_examples()], image, label="Examples")
                 name = gr.Dropdown(models.names, value=first, label="Model", elem_id="model")
                 mode = gr.Radio([OWN_CLASSES, NEW_WORDS], value=OWN_CLASSES, label="Segment into", elem_id="mode")
                 with gr.Column(visible=False) as words_part:
@@ -94,16 +119,12 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
                         elem_id="sentences",
                     )
                     gr.Markdown(LIMITS)
+                threshold = gr.Slider(
+                    0, 1, 0, step=0.05, label="Leave out pixels whose class is less probable than", elem_id="threshold"
+                )
                 start = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column(scale=3):
-                overlay = gr.HTML(
-                    html_template=OVERLAY,
-                    css_template=here.with_name("overlay.css").read_text("utf-8"),
-                    js_on_load=here.with_name("overlay.js").read_text("utf-8"),
-                    apply_default_css=False,
-                    elem_id="overlay",
-                )
-                opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity of the colours", elem_id="opacity")
+                result = gr.AnnotatedImage(label="Point at a class to see it alone", format="png", elem_id="result")
                 with gr.Row():
                     mask_file = gr.DownloadButton("Mask (indexed PNG)", interactive=False, elem_id="mask")
                     overlay_file = gr.DownloadButton("Overlay (PNG)", interactive=False, elem_id="painted")
@@ -125,47 +146,48 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
                         format="png",
                         elem_id="maps",
                     )
-
-        question = [picture, name, mode, words, sentences]
-        # One at a time, of whatever kind; no part of an API.
-        work: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        # What the endpoints answer with, and the buttons that nobody sees but they need.
+        mask, classes = gr.File(visible=False, label="Mask"), gr.JSON(visible=False, label="Classes")
+        ask_segment, ask_words = gr.Button(visible=False), gr.Button(visible=False)
 
         @one_sentence
-        def on_segment(picture, name, mode, words, sentences, opacity):
-            image = read_upload(picture)
-            answer = segment(models, image, name, _words(mode, words), sentences)
-            folder, file = new_folder(), Path(picture).name
-            files = save_mask(answer, folder, file), save_overlay(answer, folder, file, opacity)
-            kept = {"picture": picture, "mask": str(files[0]), "names": answer.names, "palette": answer.palette}
+        def on_segment(image, name, mode, words, sentences, threshold):
+            wanted = read_words(words) if mode == NEW_WORDS else []
+            answer = segment(models, read_upload(image), name, wanted, sentences, threshold)
+            folder, file = new_folder(), Path(image).name
+            files = save_mask(answer, folder, file), save_overlay(answer, folder, file)
+            value, colors = annotated(answer)
             buttons = [gr.DownloadButton(value=str(file), interactive=True) for file in files]
-            return shown(answer), *buttons, gr.Dropdown(choices=answer.names), kept
+            return gr.AnnotatedImage(value=value, color_map=colors), *buttons, gr.Dropdown(choices=answer.names)
 
         @one_sentence
-        def on_opacity(kept, opacity):
-            if not kept:
-                return gr.skip()
-            segmentation = np.asarray(Image.open(kept["mask"]))
-            answer = Answer(read_upload(kept["picture"]), segmentation, kept["names"], kept["palette"])
-            return gr.DownloadButton(
-                value=str(save_overlay(answer, new_folder(), Path(kept["picture"]).name, opacity))
-            )
-
-        @one_sentence
-        def on_draw(picture, name, mode, words, sentences, chosen):
-            return heat_maps(models, read_upload(picture), name, chosen or (), _words(mode, words), sentences)
+        def on_draw(image, name, mode, words, sentences, chosen):
+            wanted = read_words(words) if mode == NEW_WORDS else []
+            return heat_maps(models, read_upload(image), name, chosen or (), wanted, sentences)
 
         @one_sentence
         def on_model(name):
             classes = models.classes(name)
             return "\n".join(classes), gr.Dropdown(choices=classes, value=[])
 
-        answers = [overlay, mask_file, overlay_file, chosen, last]
-        start.click(on_segment, [*question, opacity], answers, show_progress_on=overlay, **work)
-        draw.click(on_draw, [*question, chosen], maps, **work)
-        name.change(on_model, name, [words, chosen], show_progress_on=words, **work)
-        opacity.input(None, opacity, js=OPACITY_JS)
-        opacity.release(on_opacity, [last, opacity], overlay_file, show_progress="hidden", **work)
+        @one_sentence
+        def on_ask(image, name, threshold, words=None, sentences=False):
+            wanted = [] if words is None else read_words(words)
+            answer = segment(models, read_upload(image), name, wanted, sentences, threshold)
+            id2label = {str(index): label for index, label in enumerate(answer.names)}
+            return str(save_mask(answer, new_folder(), Path(image).name)), {"id2label": id2label}
+
+        # One at a time, of whatever kind.
+        work: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+        own: dict[str, Any] = {**work, "api_visibility": "private"}
+        question = [image, name, mode, words, sentences]
+        start.click(on_segment, [*question, threshold], [result, mask_file, overlay_file, chosen], **own)
+        draw.click(on_draw, [*question, chosen], maps, **own)
+        name.change(on_model, name, [words, chosen], show_progress_on=words, **own)
         mode.change(lambda mode: gr.Column(visible=mode == NEW_WORDS), mode, words_part, api_visibility="private")
+        asked = [image, name, threshold]
+        ask_segment.click(on_ask, asked, [mask, classes], api_name="segment", **work)
+        ask_words.click(on_ask, [*asked, words, sentences], [mask, classes], api_name="words", **work)
     return page.queue(max_size=20, default_concurrency_limit=1)
 
 
@@ -176,6 +198,7 @@ def launch(page: gr.Blocks, models: AppModels, host: str | None = None, port: in
         server_port=port,
         share=False,
         max_file_size=MAX_FILE_SIZE,
+        app_kwargs={"middleware": [Middleware(UploadLimits)]},
         allowed_paths=[],
         blocked_paths=[str(folder) for folder in models.directories],
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none from the network
@@ -206,7 +229,7 @@ def one_sentence(function: Callable) -> Callable:
 
 
 def new_folder() -> Path:
-    """A new folder, of a name that can not be guessed, among the files that Gradio serves and clears away."""
+    """A new folder, of a name that cannot be guessed, among the files that Gradio serves and clears away."""
     return Path(gr.utils.get_upload_folder()) / secrets.token_hex(20)
 
 
@@ -222,15 +245,11 @@ def drawn_examples(count: int = 4, size: tuple[int, int] = (384, 288)) -> list[P
 
 def _refuse_address(file: dict[str, Any]) -> None:
     if client_utils.is_http_url_like(file["path"]):
-        raise gr.Error("an address is not fetched: upload the picture.", print_exception=False)
+        raise gr.Error("an address is not fetched: upload the image.", print_exception=False)
 
 
 def _path_of(upload: Any) -> str | None:
     return upload and upload.path
 
 
-def _words(mode: str, words: str) -> list[str]:
-    return read_words(words) if mode == NEW_WORDS else []
-
-
-__all__ = ["build_page", "launch"]
+__all__ = ["UploadLimits", "build_page", "launch"]

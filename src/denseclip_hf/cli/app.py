@@ -11,10 +11,9 @@ import argparse
 import logging
 import os
 
-from ..app.answers import AppModels
+from ..app import AppModels
 from ..app.page import build_page, launch
-from ..inference import LOADING_DTYPES
-from ..inference.sources import find_sources
+from ..inference import LOADING_DTYPES, find_sources
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 

@@ -3,8 +3,9 @@
     denseclip predict photo.jpg folder "more/*.png" --model MODEL --output_dir OUT
 
 Writes for each image a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps. The exit
-code is 1 if something could not be segmented, such as an image of more than 89 million pixels or 256 MiB from an
-address. A video's frames are images too (needs `pip install av`); of an animation (GIF, WebP) the first is taken.
+code is 1 if something could not be segmented, such as an image of more than 89 million pixels (178 million with
+--native_resolution) or 256 MiB from an address. A video's frames are images too (needs `pip install av`); of an
+animation (GIF, WebP) the first is taken.
 """
 
 import argparse
@@ -14,24 +15,20 @@ from transformers import AutoTokenizer
 
 from ..data import parse_classes
 from ..devices import device_of
-from ..inference import LOADING_DTYPES, load_model
-from ..inference.segmenter import Segmenter, predict_sources
-from ..inference.sources import find_sources
+from ..inference import LOADING_DTYPES, Segmenter, find_sources, load_model, predict_sources
 from ..model.loading_denseclip import load_pretrained
 from ..model.modeling_denseclip import ZERO_SHOT_TEMPLATES
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 
 def names(text: str) -> list[str]:
-    """Names with commas between them, or those in a file, one a line (so that they may hold commas themselves)."""
-    if text.endswith(".txt"):
-        try:
-            return list(parse_classes(text).id2label.values())
-        except (OSError, ValueError) as error:
-            raise argparse.ArgumentTypeError(
-                f"{text} cannot be read as a file of names, one a line ({error})."
-            ) from error
-    return [name.strip() for name in text.split(",")]
+    """Names with commas between them, or those of a file that [`parse_classes`] reads (which may hold commas)."""
+    if "," in text:
+        return [name.strip() for name in text.split(",")]
+    try:
+        return list(parse_classes(text).id2label.values())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -43,21 +40,33 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--score_maps",
         type=names,
         default=[],
-        help="classes or words to draw heat maps of: car,tree, or FILE.txt with one a line",
+        help="classes or words to draw heat maps of: car,tree, or a file (text with one a line, JSON, YAML, CSV)",
     )
-    which = "segment these words, from score maps alone; given likewise; classes.json tells which id is which"
+    which = "segment these words, from score maps alone; given likewise; classes.json says which id is which"
     parser.add_argument("--words", type=names, default=[], help=which)
     parser.add_argument(
         "--templates", action="store_true", help="put words into CLIP-like sentences (untrained models)"
     )
     parser.add_argument("--tokenizer", help="CLIP's tokenizer; by default the model's own")
     parser.add_argument("--inference_mode", choices=["whole", "slide"], help="by default what the model's config says")
+    parser.add_argument(
+        "--native_resolution", action="store_true", help="segment large images in windows, without resizing them first"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.0,
+        help="pixels whose class is less probable (0 to 1) get id 255, none",
+    )
+    parser.add_argument(
+        "--certainty", action="store_true", help="write the probability of each pixel's class, as gray levels"
+    )
     parser.add_argument("--batch_size", type=int, default=1, help="images of one size run together")
     parser.add_argument("--dtype", choices=list(LOADING_DTYPES), default="auto", help="of the model")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--opacity", type=float, default=0.6, help="of the colors over images, 0 to 1")
     parser.add_argument("--every", type=int, default=1, help="of videos, take every Nth frame")
-    parser.add_argument("--max_frames", type=int, help="of videos, take at most so many frames")
+    parser.add_argument("--max_frames", type=int, help="of videos, take at most N frames")
     parser.add_argument(
         "--timeout", type=float, default=20.0, help="seconds that all of an image from an address may take"
     )
@@ -74,7 +83,17 @@ def load_segmenter(args: argparse.Namespace) -> Segmenter:
     new_words = set(args.words + args.score_maps) - (set() if args.words else set(model.config.label2id))
     tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or args.model) if new_words else None
     templates = ZERO_SHOT_TEMPLATES if args.templates else None
-    return Segmenter(model, image_processor, tokenizer, args.words, args.score_maps, templates)
+    return Segmenter(
+        model,
+        image_processor,
+        tokenizer,
+        args.words,
+        args.score_maps,
+        templates,
+        threshold=args.threshold,
+        certainty=args.certainty,
+        native_resolution=args.native_resolution,
+    )
 
 
 @one_sentence_errors

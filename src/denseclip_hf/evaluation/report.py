@@ -2,18 +2,19 @@
 
 The report, as `evaluation.json` holds it (shares from 0 to 1, `null` where a score is undefined):
 
-    {"model": directory or Hub id, "dataset": folder or Hub id, "split": name,
+    {"model": directory or Hub id, "dataset": folder or Hub id, "split": its own name,
      "protocol": {"inference_mode": "whole", "slide" or "slide_and_whole", "crop_size": [height, width],
                   "stride": [height, width], "scales": [1.0, ...], "flip": false,
                   "size": {"shortest_edge": 512, ...}, "dtype": "float32"},
-     "num_images": 101,
+     "num_images": 101, "classes_in_mean_iou": 18,
      "metrics": {"overall_accuracy", "mean_iou", "mean_accuracy", "mean_dice", "mean_fscore", "mean_precision",
                  optionally "mean_boundary_iou", "loss", "mean_iou_seen", "mean_iou_unseen", "harmonic_mean_iou"},
      "per_category": {name: {"iou", "accuracy", "dice", "fscore", "precision", optionally "boundary_iou"}},
      "absent_from_data": [names of the model's classes that the data does not know],
      "worst": [{"index": 7, "mean_iou": 0.31}, ...]}
 
-`crop_size` and `stride` are `null` when pictures are taken whole. Means are over the data's classes.
+`crop_size` and `stride` are `null` when images are taken whole, `size` when they are not resized. Means are over those
+of the data's classes whose score is defined.
 """
 
 import csv
@@ -29,6 +30,7 @@ import numpy as np
 
 from ..files import write_atomically
 from ..metrics import scores_from_confusion_matrix
+from ..model.configuration_denseclip import DenseCLIPConfig
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ SCORES = ("iou", "accuracy", "dice", "fscore", "precision")
 
 def match_classes(data: Mapping[int, str], model: Mapping[int, str]) -> list[int]:
     """
-    The model's id of each of the data's classes, by name (surrounding blanks do not count).
+    The model's id of each of the data's classes, by name (surrounding whitespace does not count).
 
     Raises:
         ValueError: if the data has a class that the model does not know, or a name stands for several classes.
@@ -56,7 +58,7 @@ def match_classes(data: Mapping[int, str], model: Mapping[int, str]) -> list[int
             "rename the data's (`--classes`)."
         )
     if len(set(names)) < len(names) or len(set(known)) < len(known):
-        raise ValueError("class names are given twice, so data and model can not be matched by name.")
+        raise ValueError("class names appear twice, so data and model cannot be matched by name.")
     if len(names) < len(known):
         absent = [name for name in known if name not in names]
         logger.warning(
@@ -127,7 +129,7 @@ def nan_mean(values: Sequence[float]) -> float:
 
 
 def protocol_of(
-    config: Any, size: Mapping[str, Any] | None, scales: Sequence[float] = (1.0,), flip: bool = False
+    config: DenseCLIPConfig, size: Mapping[str, Any] | None, scales: Sequence[float] = (1.0,), flip: bool = False
 ) -> dict[str, Any]:
     """
     How a model is measured, as reports and cards carry it; `None` is what does not apply or is not known.
@@ -139,10 +141,12 @@ def protocol_of(
         flip (`bool`): whether mirrored views are averaged too.
     """
     slides = config.inference_mode != "whole"
+    crop_size: Any = config.crop_size
+    stride: Any = config.stride
     return {
         "inference_mode": config.inference_mode,
-        "crop_size": list(config.crop_size) if slides else None,
-        "stride": list(config.stride) if slides else None,
+        "crop_size": list(crop_size) if slides else None,
+        "stride": list(stride) if slides else None,
         "scales": list(scales),
         "flip": flip,
         "size": {key: value for key, value in dict(size or {}).items() if value is not None} or None,
@@ -155,6 +159,7 @@ def build_report(scores: Mapping[str, Any], names: Sequence[str], **description:
     lists = {key.removeprefix(prefix): values for key, values in scores.items() if key.startswith(prefix)}
     return {
         **description,
+        "classes_in_mean_iou": sum(not math.isnan(value) for value in lists["iou"]),
         "metrics": {key: value for key, value in scores.items() if isinstance(value, float)},
         "per_category": {name: {score: values[i] for score, values in lists.items()} for i, name in enumerate(names)},
     }
@@ -183,7 +188,7 @@ def without_nan(value: Any) -> Any:
 
 
 def report_table(report: Mapping[str, Any]) -> str:
-    """The scores as lines of text, in per cent; a dash where undefined."""
+    """The scores as lines of text, in percent; a dash where undefined."""
     scores = {"iou": "IoU", "accuracy": "Acc", "fscore": "F", "boundary_iou": "Boundary"}
     per_category = report["per_category"]
     shown = {key: title for key, title in scores.items() if key in next(iter(per_category.values()))}
@@ -194,11 +199,13 @@ def report_table(report: Mapping[str, Any]) -> str:
     ]
     means = "".join(_percent(report["metrics"][f"mean_{key}"]) for key in shown)
     accuracy = _percent(report["metrics"]["overall_accuracy"]).strip()
+    counted = f"mean IoU over {report['classes_in_mean_iou']} of {len(per_category)} classes"
+    last = f"{report['num_images']} images of {report['split']}, pixel accuracy {accuracy}, {counted}"
     lines.append(f"{'mean':<{width}}{means}")
     for key, title in (("mean_iou_seen", "seen"), ("mean_iou_unseen", "unseen"), ("harmonic_mean_iou", "harmonic")):
         if key in report["metrics"]:
             lines.append(f"{title:<{width}}{_percent(report['metrics'][key])}")
-    return "\n".join([*lines, f"{report['num_images']} images, pixel accuracy {accuracy}"])
+    return "\n".join([*lines, last])
 
 
 def _percent(value: float) -> str:

@@ -1,28 +1,52 @@
-"""Files and videos in, masks and overlays out; multi-scale views."""
+"""
+A trained model at work: windows and views, files and videos, drawings of the result.
 
-from .drawing import overlay_with_legend
-from .views import (
-    LOADING_DTYPES,
+Images, paths or addresses go in; class ids, probabilities, masks and overlays come out.
+"""
+
+from .drawing import (
     colorize,
     comparison_picture,
+    confusion_picture,
+    heat_map,
+    indexed_picture,
+    overlay,
+    overlay_with_legend,
+)
+from .segmenter import Segmenter, Summary, predict_sources
+from .sources import Source, find_sources, read_image_of
+from .views import (
+    LOADING_DTYPES,
+    batches_of_one_size,
     load_model,
     multi_scale_probabilities,
     multi_scale_segmentation,
-    overlay,
     published_image_processor,
+    segment_in_windows,
     sliding_window_logits,
 )
 
 
 __all__ = [
     "LOADING_DTYPES",
+    "Segmenter",
+    "Source",
+    "Summary",
+    "batches_of_one_size",
     "colorize",
     "comparison_picture",
+    "confusion_picture",
+    "find_sources",
+    "heat_map",
+    "indexed_picture",
     "load_model",
     "multi_scale_probabilities",
     "multi_scale_segmentation",
     "overlay",
     "overlay_with_legend",
+    "predict_sources",
     "published_image_processor",
+    "read_image_of",
+    "segment_in_windows",
     "sliding_window_logits",
 ]

@@ -1,4 +1,4 @@
-"""Pictures of results: indexed masks, overlays with a legend, heat maps, confusion matrices; with Pillow alone.
+"""Drawings of results: indexed masks, overlays with a legend, heat maps, confusion matrices; with Pillow alone.
 
 Shapes: K classes, H x W pixels.
 """
@@ -9,38 +9,50 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..model.layers_denseclip import resize_bilinear
-from .views import overlay
-
 
 Palette = Sequence[Sequence[int]]
 
 MAX_INDEXED_CLASSES = 256
+VOID_COLOR = (0, 0, 0)
 # Cold to hot, evenly spaced.
 HEAT_COLORS = ((20, 20, 90), (0, 110, 200), (40, 190, 160), (250, 220, 60), (220, 40, 30))
-# Pixels that are coloured at a time.
+# Pixels that are colored at a time.
 STRIP_PIXELS = 2**20
 # Above this many classes a confusion matrix has numbers of classes beside it instead of their names.
 MAX_NAMED_CLASSES = 60
 
 
+def colorize(segmentation, palette: Palette) -> Image.Image:
+    """Class ids `(H, W)` in the colors of `palette`; ids without a color are black."""
+    table = np.array([*palette, VOID_COLOR], dtype=np.uint8)
+    ids = np.asarray(segmentation)
+    return Image.fromarray(table[np.where((ids < 0) | (ids >= len(palette)), len(palette), ids)])
+
+
+def overlay(image: Image.Image, segmentation, palette: Palette, opacity: float = 0.6) -> Image.Image:
+    """`image` with the classes of `segmentation` (`(H, W)` ids of the same size) painted over it."""
+    return Image.blend(image.convert("RGB"), colorize(segmentation, palette), opacity)
+
+
 def indexed_picture(segmentation, palette: Palette) -> Image.Image:
     """
-    Class ids `(H, W)` as a picture whose pixel values are the ids: 8 bit with `palette`, to be saved as PNG.
+    Class ids `(H, W)` as an image whose pixel values are the ids: 8 bit with `palette`, to be saved as PNG.
 
-    More than 256 classes do not fit a palette: they become a picture of 16-bit grey levels without colours.
+    Ids beyond the palette, such as 255 for no class, are black. More than 256 classes do not fit a palette: they
+    become 16-bit gray levels without colors.
 
     Raises:
         ValueError: for ids below 0 or above 65535.
     """
     ids = np.asarray(segmentation)
     if ids.size and not 0 <= ids.min() <= ids.max() <= 65535:
-        raise ValueError(f"class ids must lie in 0 … 65535 to be saved, got {ids.min()} … {ids.max()}.")
+        raise ValueError(f"class ids must be in 0 … 65535 to be saved, got {ids.min()} … {ids.max()}.")
     if len(palette) > MAX_INDEXED_CLASSES or (ids.size and ids.max() >= MAX_INDEXED_CLASSES):
         return Image.fromarray(ids.astype(np.uint16))
-    picture = Image.fromarray(ids.astype(np.uint8)).convert("P")
-    picture.putpalette([int(value) for color in palette for value in color])
-    return picture
+    image = Image.fromarray(ids.astype(np.uint8)).convert("P")
+    colors = [*palette, *[VOID_COLOR] * (int(ids.max(initial=0)) + 1 - len(palette))]
+    image.putpalette([int(value) for color in colors for value in color])
+    return image
 
 
 def overlay_with_legend(
@@ -80,19 +92,19 @@ def heat_map(
     """
     `image` with a score map `(h, w)` over it, resized bilinearly: dark blue at `lowest` and below, red at `highest`.
 
-    Give the maps of one picture the same bounds, so that their colours compare.
+    Give the maps of one image the same bounds, so that their colors compare.
     """
     stops = np.linspace(0, 255, len(HEAT_COLORS))
     colors = np.stack([np.interp(np.arange(256), stops, channel) for channel in zip(*HEAT_COLORS, strict=True)], -1)
     colors = colors.round().astype(np.uint8)
-    scores = resize_bilinear(score_map[None, None].float().cpu(), (image.height, image.width))[0, 0]
+    scores = score_map.float().cpu()
+    levels = ((scores - lowest) / max(highest - lowest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8)
+    resized = Image.fromarray(levels.numpy()).resize(image.size, Image.Resampling.BILINEAR)
     result = Image.new("RGB", image.size)
     for top, bottom in _strips(image):
-        levels = (
-            ((scores[top:bottom] - lowest) / max(highest - lowest, 1e-12)).clamp(0, 1).mul(255).round().to(torch.uint8)
-        )
-        strip = image.crop((0, top, image.width, bottom)).convert("RGB")
-        result.paste(Image.blend(strip, Image.fromarray(colors[levels.numpy()]), opacity), (0, top))
+        part = (0, top, image.width, bottom)
+        heat = Image.fromarray(colors[np.asarray(resized.crop(part))])
+        result.paste(Image.blend(image.crop(part).convert("RGB"), heat, opacity), (0, top))
     return result
 
 
@@ -102,13 +114,56 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:
     return ((top, min(top + rows, image.height)) for top in range(0, image.height, rows))
 
 
+def comparison_picture(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str],
+    id2label: dict[int, str],
+    palette: Palette,
+    width: int = 320,
+) -> Image.Image:
+    """
+    Images in a table with column titles, and a legend of class colors below.
+
+    Args:
+        rows (sequence of rows of images): each row as long as `titles`.
+        titles (`Sequence[str]`): one per column.
+        id2label (`dict[int, str]`): class names.
+        palette: K colors `(r, g, b)`.
+        width (`int`): of each image, in pixels; heights follow.
+    """
+    font, margin, line = ImageFont.load_default(size=max(width // 20, 11)), 8, max(width // 14, 16)
+    nearest = Image.Resampling.NEAREST
+    scaled = [
+        [image.resize((width, round(image.height * width / image.width)), nearest) for image in row] for row in rows
+    ]
+    legend_column = width // 2
+    per_line = max(width * len(titles) // legend_column, 1)
+    legend_height = line * -(-len(id2label) // per_line)
+    heights = [max(image.height for image in row) for row in scaled]
+    total_height = 2 * margin + line + legend_height + sum(height + margin for height in heights)
+    sheet = Image.new("RGB", (margin + len(titles) * (width + margin), total_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((margin + column * (width + margin), margin // 2), title, "black", font)
+    top = margin + line
+    for row, height in zip(scaled, heights, strict=True):
+        for column, image in enumerate(row):
+            sheet.paste(image, (margin + column * (width + margin), top))
+        top += height + margin
+    for index, label in id2label.items():
+        x, y = margin + index % per_line * legend_column, top + index // per_line * line
+        draw.rectangle((x, y + 2, x + line - 6, y + line - 4), tuple(palette[index]), "black")
+        draw.text((x + line, y), label, "black", font)
+    return sheet
+
+
 def confusion_picture(matrix, names: Sequence[str], columns: Sequence[str] | None = None) -> Image.Image:
     """
     A confusion matrix as a table of squares: rows are true classes, columns predicted ones.
 
     Args:
         matrix (counts of shape `(rows, columns)`): each row is divided by its sum; black is 0, white 100 %, and a row
-            without a count is grey.
+            without a count is gray.
         names (`Sequence[str]`): of the rows.
         columns (`Sequence[str]`, *optional*): names of the columns, those of the rows by default.
     """
@@ -129,7 +184,7 @@ def confusion_picture(matrix, names: Sequence[str], columns: Sequence[str] | Non
     draw = ImageDraw.Draw(sheet)
     for row in range(0, counts.shape[0], every):
         draw.text((margin - 6, margin + row * cell + cell // 2), labels[0][row], "black", font, anchor="rm")
-    # Columns' names read upwards: written as rows of another picture, which is turned to the left.
+    # Columns' names read upwards: written as rows of another image, which is turned to the left.
     above = Image.new("RGB", (margin, grid.width), (235, 240, 250))
     draw = ImageDraw.Draw(above)
     for column in range(0, counts.shape[1], every):
@@ -138,4 +193,12 @@ def confusion_picture(matrix, names: Sequence[str], columns: Sequence[str] | Non
     return sheet
 
 
-__all__ = ["confusion_picture", "heat_map", "indexed_picture", "overlay_with_legend"]
+__all__ = [
+    "colorize",
+    "comparison_picture",
+    "confusion_picture",
+    "heat_map",
+    "indexed_picture",
+    "overlay",
+    "overlay_with_legend",
+]

@@ -1,4 +1,4 @@
-"""Segmenting whatever somebody has: pictures in, masks, overlays and heat maps out.
+"""Segmenting whatever somebody has: images in, masks, overlays and heat maps out.
 
 Shapes: B images, K classes, D embedding size, H x W pixels.
 """
@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -17,27 +19,41 @@ from tqdm.auto import tqdm
 from ..data import default_palette, parse_classes
 from ..files import make_directory, write_atomically, writing_into
 from ..model.class_names_denseclip import class_phrasings
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..model.resizing_denseclip import check_finite, resize_argmax
 from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
-from .sources import Source, read_frames, read_picture
+from .sources import Source, read_frames, read_image_of
+from .views import batches_of_one_size, classes_and_certainty, segment_in_windows
 
 
 logger = logging.getLogger(__name__)
 
 Named = tuple[str, Image.Image]
-Prepared = tuple[str, Image.Image, torch.Tensor]  # with its pixel values
-# Pictures of sizes that fill no batch wait, but never more than this many batches' worth.
-WAITING_BATCHES = 4
-# Of a file's name without its suffix, so that any file system takes it; what tells files apart stands before.
+# Of a file's name without its suffix, so that any file system takes it; the distinguishing part comes first.
 MAX_STEM_BYTES = 240
 
 
 @dataclass
 class Summary:
-    """What came of it: how many pictures were segmented, and a sentence for each that was not."""
+    """What came of it: how many images were segmented, and a sentence for each that was not."""
 
     done: int = 0
     problems: list[str] = field(default_factory=list)
+
+
+class Segmented(NamedTuple):
+    """
+    One image's result.
+
+    Args:
+        ids (`torch.Tensor` of shape `(H, W)`): class ids, or [`Segmenter.void`] where no class is certain enough.
+        certainty (`torch.Tensor` of shape `(H, W)`, *optional*): probability of each pixel's best class, if wanted.
+        score_maps (`torch.Tensor` of shape `(S, h, w)`, *optional*): cosines of the S wanted names and words.
+    """
+
+    ids: torch.Tensor
+    certainty: torch.Tensor | None = None
+    score_maps: torch.Tensor | None = None
 
 
 class Segmenter:
@@ -52,21 +68,43 @@ class Segmenter:
             instead of the model's classes; a class of several phrasings is called by its first.
         score_maps (`Sequence[str]`): names or words whose score maps are wanted.
         templates (`Sequence[str]`, *optional*): sentences for words, see [`encode_texts`].
+        threshold (`float`): pixels whose best class has a lower probability (softmax of the logits, or for words of
+            score maps / temperature) become `void`: 255, or 65535 if there are more than 255 classes.
+        certainty (`bool`): whether each pixel's probability is wanted.
+        native_resolution (`bool`): segment in windows of the config's `crop_size` without resizing the image.
 
     Raises:
-        ValueError: for words without a tokenizer, given twice, empty or too long, or a model that reads none.
+        ValueError: for words without a tokenizer, given twice, empty or too long, a model that reads none, or a
+            `threshold` outside 0 … 1.
     """
 
-    def __init__(self, model, image_processor, tokenizer=None, words=(), score_maps=(), templates=None):
+    def __init__(
+        self,
+        model: DenseCLIPForSemanticSegmentation,
+        image_processor,
+        tokenizer=None,
+        words: Sequence[str | Sequence[str]] = (),
+        score_maps: Sequence[str] = (),
+        templates: Sequence[str] | None = None,
+        *,
+        threshold: float = 0.0,
+        certainty: bool = False,
+        native_resolution: bool = False,
+    ):
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"`threshold` must be from 0 to 1, got {threshold}.")
         self.model, self.image_processor = model.eval(), image_processor
-        own_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        self.threshold, self.certainty, self.native_resolution = threshold, certainty, native_resolution
+        own_names = [model.config.id2label[i] for i in range(len(model.config.id2label))]
         self.names = [phrasings[0] for phrasings in class_phrasings(words)] if words else own_names
         own_palette = None if words else model.config.palette
         self.palette = own_palette or default_palette(len(self.names))
-        self.score_names = list(score_maps)
-        self.words, self.embeds, self.score_embeds = bool(words), None, None
+        self.void = 255 if len(self.names) <= 255 else 65535
+        self.words, self.embeds = bool(words), None
         if words:
             self.embeds = self._encode(list(words), tokenizer, templates)
+        self.score_names, self.score_embeds = list(score_maps), None
+        self.score_rows: list[int] = []
         if score_maps:
             class_phrasings(score_maps)
             more = [name for name in score_maps if name not in self.names]
@@ -75,34 +113,70 @@ class Segmenter:
             known = [*self.names, *more]
             self.score_rows = [known.index(name) for name in score_maps]
         if len(self.names) > MAX_INDEXED_CLASSES:
-            logger.warning("%d classes do not fit a palette: masks are 16-bit grey PNG.", len(self.names))
+            logger.warning("%d classes do not fit a palette: masks are 16-bit gray PNG.", len(self.names))
 
-    def _encode(self, texts: list[str], tokenizer, templates) -> torch.Tensor:
+    def _encode(self, texts: list, tokenizer, templates: Sequence[str] | None) -> torch.Tensor:
         if tokenizer is None:
             raise ValueError(f"{texts[0]!r} is none of the model's classes, and other words need CLIP's tokenizer.")
         return self.model.encode_texts(texts, tokenizer, templates)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """`pixel_values` `(3, h, w)` of a picture."""
+        """`pixel_values` `(3, h, w)` of an image."""
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
-    def __call__(self, pixel_values: torch.Tensor, sizes: Sequence[tuple[int, int]]):
-        """Class ids, B maps `(H, W)` of `sizes`, and the wanted score maps `(B, S, h, w)` of S names, or `None`.
-
-        Raises `ValueError` for scores that are NaN or infinite, in any of the pictures.
+    def __call__(self, images: Sequence[Image.Image], pixel_values: torch.Tensor | None = None) -> list[Segmented]:
         """
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        scores = None
-        if self.words:
-            maps = self.model.predict_from_scores(pixel_values, self.embeds, sizes).segmentation
+        The results of B images.
+
+        Args:
+            images: as they are read; results have their sizes.
+            pixel_values (`torch.Tensor` of shape `(B, 3, h, w)`, *optional*): from [`preprocess`], if it was done.
+
+        Raises:
+            ValueError: for scores that are NaN or infinite, in any of the images.
+        """
+
+        def preprocessed() -> torch.Tensor:
+            return torch.stack([self.preprocess(i) for i in images]) if pixel_values is None else pixel_values
+
+        segmented: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+        if self.native_resolution:
+            segmented = [self._in_windows(image) for image in images]
         else:
-            logits = self.model(pixel_values).logits
-            maps = [resize_argmax(logits[i : i + 1], size)[0] for i, size in enumerate(sizes)]
-        if self.score_embeds is not None:
-            scores = self.model.score(pixel_values, self.score_embeds)[:, self.score_rows]
-            check_finite(scores)
-        return maps, scores
+            segmented = self._whole(preprocessed(), [(image.height, image.width) for image in images])
+        maps_of = self.scores(preprocessed()) if self.score_names else [None] * len(images)
+        results = []
+        for (ids, certainty), maps in zip(segmented, maps_of, strict=True):
+            if self.threshold and certainty is not None:
+                ids = ids.masked_fill(certainty < self.threshold, self.void)
+            results.append(Segmented(ids, certainty if self.certainty else None, maps))
+        return results
+
+    @torch.no_grad()
+    def scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The wanted score maps `(B, S, h, w)` of preprocessed images."""
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        maps = self.model.score(pixel_values, self.score_embeds)[:, self.score_rows]
+        check_finite(maps)
+        return maps
+
+    @property
+    def _scale(self) -> float:
+        return 1 / self.model.config.temperature if self.words else 1.0
+
+    def _whole(
+        self, pixel_values: torch.Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        scores = self.model.score(pixel_values, self.embeds) if self.words else self.model(pixel_values).logits
+        if not self.threshold and not self.certainty:
+            return [(resize_argmax(s[None], size)[0], None) for s, size in zip(scores, sizes, strict=True)]
+        return [classes_and_certainty(s, size, self._scale) for s, size in zip(scores, sizes, strict=True)]
+
+    def _in_windows(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        score = (lambda pixels: self.model.score(pixels, self.embeds)) if self.words else None
+        return segment_in_windows(self.model, image, self.image_processor, score=score, scale=self._scale)
 
 
 def predict_sources(
@@ -119,17 +193,18 @@ def predict_sources(
     progress: bool = True,
 ) -> Summary:
     """
-    Segment every source, and write `NAME_mask.png`, `NAME_overlay.png` and `NAME_score_WORD.png` into `output_dir`;
-    with words of the user's own, or where an earlier call had such, also which id is which, `classes.json`.
+    Segment every source, and write `NAME_mask.png`, `NAME_overlay.png` and, as `segmenter` was asked,
+    `NAME_certainty.png` (gray, 255 for a probability of 1) and `NAME_score_WORD.png` into `output_dir`; with words of
+    the user's own, or where an earlier call had such, also which id is which, `classes.json`.
 
-    What can not be read or segmented, or would overwrite a file, is left out with a sentence; the others go on.
+    What cannot be read or segmented, or would overwrite a file, is left out with a sentence; the others go on.
 
     Args:
         segmenter ([`Segmenter`]): model, classes and words.
         sources (`Sequence[Source]`): from [`find_sources`].
         output_dir: made if it is missing.
-        batch_size (`int`): most pictures that go through the model together; they have one size after preprocessing.
-        opacity (`float`): of the colours in overlays and heat maps, 0 … 1.
+        batch_size (`int`): most images that go through the model together; they have one size after preprocessing.
+        opacity (`float`): of the colors in overlays and heat maps, 0 … 1.
         overwrite (`bool`): replace files that are there.
         timeout (`float`): seconds to wait for an address.
         every, max_frames (`int`): of videos, take every Nth frame, and at most so many.
@@ -140,7 +215,7 @@ def predict_sources(
 
     Raises:
         ValueError: for a `batch_size` or `every` below 1, an `opacity` outside 0 … 1, or masks of other words there.
-        OutputError: if `output_dir` can't be written, or the disk is full.
+        OutputError: if `output_dir` cannot be written, or the disk is full.
     """
     if batch_size < 1 or every < 1:
         raise ValueError(f"`batch_size` and `every` must be at least 1, got {batch_size} and {every}.")
@@ -150,13 +225,17 @@ def predict_sources(
     make_directory(folder)
     if segmenter.words or (folder / "classes.json").exists():
         _name_classes(folder / "classes.json", segmenter.names, overwrite)
+    outputs = _Outputs(folder, segmenter, opacity, overwrite)
     bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)
-    named = _pictures(bar, summary, timeout, every, max_frames)
-    for batch in _same_size_batches(segmenter, named, batch_size, summary):
-        for name, image, ids, scores in _segmented(segmenter, batch, summary):
-            problem = _save(folder, name, _results(segmenter, image, ids, scores, opacity), overwrite)
-            summary.done += problem is None
-            summary.problems += [problem] if problem else []
+    read = _read(bar, summary, outputs, timeout, every, max_frames, segmenter.native_resolution)
+    prepared = _prepared(segmenter, read, summary)
+    for batch in batches_of_one_size(prepared, batch_size, lambda item: item[2] if item[2] is None else item[2].shape):
+        for name, image, result in _segmented(segmenter, batch, summary):
+            try:
+                outputs.write(name, image, result)
+                summary.done += 1
+            except FileExistsError:  # since it was read
+                summary.problems.append(outputs.problem(name) or f"{name}: its results are there already.")
     return summary
 
 
@@ -179,22 +258,67 @@ def _name_classes(file: Path, names: list[str], overwrite: bool) -> None:
         write_atomically(file, text)
 
 
-def _pictures(
-    sources: Iterable[Source], summary: Summary, timeout: float, every: int, max_frames: int | None
+class _Outputs:
+    """The files of each image, whose names are checked before any work is done for it."""
+
+    def __init__(self, folder: Path, segmenter: Segmenter, opacity: float, overwrite: bool):
+        self.folder, self.segmenter, self.opacity, self.overwrite = folder, segmenter, opacity, overwrite
+        self.kinds = ["mask", "overlay", *["certainty"] * segmenter.certainty]
+        for number, word in enumerate(segmenter.score_names):
+            simple = "".join(c if c.isalnum() else "-" for c in word)[:40]
+            self.kinds.append(f"score_{number}_{simple}")
+
+    def files(self, name: str) -> list[Path]:
+        stems = (f"{name}_{kind}".encode()[:MAX_STEM_BYTES].decode(errors="ignore") for kind in self.kinds)
+        return [self.folder / f"{stem}.png" for stem in stems]
+
+    def problem(self, name: str) -> str | None:
+        """A sentence if something of this name is there that may not be overwritten."""
+        there = [] if self.overwrite else [file for file in self.files(name) if file.exists() or file.is_symlink()]
+        return f"{there[0]} is there already: choose another folder, or allow to overwrite it." if there else None
+
+    def write(self, name: str, image: Image.Image, result: Segmented) -> None:
+        with writing_into(self.folder):
+            for file, drawing in zip(self.files(name), self._drawings(image, result), strict=True):
+                if self.overwrite:
+                    file.unlink(missing_ok=True)  # a link there would be followed
+                _write_new(file, drawing)
+
+    def _drawings(self, image: Image.Image, result: Segmented) -> Iterator[Image.Image]:
+        """In the order of `kinds`, made one at a time."""
+        ids, palette = result.ids.cpu().numpy(), self.segmenter.palette
+        yield indexed_picture(ids, palette)
+        yield overlay_with_legend(image, ids, dict(enumerate(self.segmenter.names)), palette, self.opacity)
+        if result.certainty is not None:
+            yield Image.fromarray((255 * result.certainty.float()).round().cpu().numpy().astype(np.uint8))
+        if (maps := result.score_maps) is not None:
+            lowest, highest = maps.min().item(), maps.max().item()
+            yield from (heat_map(image, score_map, lowest, highest, self.opacity) for score_map in maps)
+
+
+def _read(
+    sources: Iterable[Source],
+    summary: Summary,
+    outputs: _Outputs,
+    timeout: float,
+    every: int,
+    max_frames: int | None,
+    large: bool,
 ) -> Iterator[Named]:
-    """Pictures and frames, by name; what can not be read, or has the name of another, is noted."""
+    """Images and frames, by name; what cannot be read or written, or has the name of another, is noted."""
     taken: set[str] = set()
     for source in sources:
         try:
             if source.is_video:
                 named = read_frames(source, every, max_frames)
             else:
-                named = iter([(source.name, read_picture(source, timeout))])
+                named = iter([(source.name, read_image_of(source, timeout, large))])
             for name, image in named:
+                problem = outputs.problem(name)
                 if name.casefold() in taken:
-                    summary.problems.append(
-                        f"{source.shown}: results called {name} are another's already: rename one of both."
-                    )
+                    problem = f"{source.shown}: results called {name} are another's already: rename one of the two."
+                if problem:
+                    summary.problems.append(problem)
                     continue
                 taken.add(name.casefold())
                 yield name, image
@@ -202,79 +326,44 @@ def _pictures(
             summary.problems.append(str(error))
 
 
-def _same_size_batches(
-    segmenter: Segmenter, named: Iterable[Named], batch_size: int, summary: Summary
-) -> Iterator[list[Prepared]]:
-    """Pictures of one size each, as soon as they are full or too many wait."""
-    waiting: dict[tuple[int, ...], list[Prepared]] = {}
+Prepared = tuple[str, Image.Image, torch.Tensor | None]  # with its pixel values
+
+
+def _prepared(segmenter: Segmenter, named: Iterable[Named], summary: Summary) -> Iterator[Prepared]:
+    """Images with their pixel values, without those at their own resolution; what does not fit is noted."""
     for name, image in named:
         try:
-            pixel_values = segmenter.preprocess(image)
+            yield name, image, None if segmenter.native_resolution else segmenter.preprocess(image)
         except ValueError as error:
             summary.problems.append(f"{name}: {error}")
-            continue
-        size = tuple(pixel_values.shape)
-        waiting.setdefault(size, []).append((name, image, pixel_values))
-        if sum(map(len, waiting.values())) >= WAITING_BATCHES * batch_size:
-            size = max(waiting, key=lambda key: len(waiting[key]))
-        if len(waiting[size]) >= batch_size or sum(map(len, waiting.values())) >= WAITING_BATCHES * batch_size:
-            yield waiting.pop(size)
-    yield from waiting.values()
 
 
-def _segmented(segmenter: Segmenter, batch: list[Prepared], summary: Summary) -> Iterator[tuple]:
-    """(name, picture, class ids, score maps) of pictures of one size; those that can not be segmented are noted."""
-    sizes = [(image.height, image.width) for _, image, _ in batch]
+def _segmented(
+    segmenter: Segmenter, batch: Sequence[Prepared], summary: Summary
+) -> Iterator[tuple[str, Image.Image, Segmented]]:
+    """Images of one size with their results; those that cannot be segmented are noted."""
+    names, images, pixel_values = zip(*batch, strict=True)
     try:
-        maps, scores = segmenter(torch.stack([pixels for _, _, pixels in batch]), sizes)
+        results = segmenter(images, None if pixel_values[0] is None else torch.stack(pixel_values))
     except ValueError as error:
         if len(batch) == 1:
-            summary.problems.append(f"{batch[0][0]}: {error}")
-        else:  # of one of them, perhaps
+            summary.problems.append(f"{names[0]}: {error}")
+        else:  # it may be the fault of one of them
             for one in batch:
                 yield from _segmented(segmenter, [one], summary)
         return
-    for index, (name, image, _) in enumerate(batch):
-        yield name, image, maps[index], None if scores is None else scores[index]
+    yield from zip(names, images, results, strict=True)
 
 
-def _results(segmenter: Segmenter, image: Image.Image, segmentation, scores, opacity: float) -> Iterator[Named]:
-    """What is written of one picture, by the end of its name, made one at a time."""
-    ids = segmentation.cpu().numpy()
-    yield "mask", indexed_picture(ids, segmenter.palette)
-    names = dict(enumerate(segmenter.names))
-    yield "overlay", overlay_with_legend(image, ids, names, segmenter.palette, opacity)
-    if scores is not None:
-        lowest, highest = scores.min().item(), scores.max().item()
-        for number, (word, score_map) in enumerate(zip(segmenter.score_names, scores, strict=True)):
-            simple = "".join(c if c.isalnum() else "-" for c in word)[:40]
-            yield f"score_{number}_{simple}", heat_map(image, score_map, lowest, highest, opacity)
-
-
-def _save(folder: Path, name: str, results: Iterable[Named], overwrite: bool) -> str | None:
-    """Write pictures; instead of overwriting any, return a sentence."""
-    for kind, picture in results:
-        stem = f"{name}_{kind}".encode()[:MAX_STEM_BYTES].decode(errors="ignore")
-        file = folder / f"{stem}.png"
-        try:
-            with writing_into(folder):
-                if overwrite:
-                    file.unlink(missing_ok=True)  # a link there would be followed
-                _write_new(file, picture)
-        except FileExistsError:
-            return f"{file} is there already: choose another folder, or allow to overwrite it."
-    return None
-
-
-def _write_new(file: Path, picture: Image.Image) -> None:
-    """Write `picture` to a file that is not there yet, whole or not at all."""
+def _write_new(file: Path, image: Image.Image) -> None:
+    """Write `image` to a file that is not there yet, whole or not at all."""
     stream = file.open("xb")
     try:
         with stream:
-            picture.save(stream, format="PNG")
+            image.save(stream, format="PNG")
     except BaseException:
         file.unlink(missing_ok=True)
         raise
 
 
-__all__ = ["Segmenter", "Summary", "predict_sources"]
+__all__ = ["Segmented", "Segmenter", "Summary", "predict_sources"]

@@ -1,4 +1,4 @@
-"""What to segment: files, folders, patterns, addresses and videos as named pictures, one at a time."""
+"""What to segment: files, folders, patterns, addresses and videos as named images, one at a time."""
 
 import glob
 import importlib
@@ -53,7 +53,7 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
     Files of `inputs`, in their order, each once; and a sentence for each input that has none.
 
     Args:
-        inputs: files, folders (the pictures and videos directly inside), patterns such as `photos/**/*.jpg`, or
+        inputs: files, folders (the images and videos directly inside), patterns such as `photos/**/*.jpg`, or
             addresses that start with http:// or https://.
 
     Returns:
@@ -67,12 +67,15 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
         elif os.path.isdir(item):
             files = sorted(path for path in Path(item).iterdir() if path.is_file())
             found = [str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES | VIDEOS]
-            shown = {path.suffix.lower() or path.name for path in files if not path.name.startswith(".")}
-            if found and (others := shown - IMAGE_SUFFIXES - VIDEOS):
-                logger.info("Left out of %s: %s.", item, ", ".join(sorted(others)))
+            suffixes = {path.suffix.lower() or path.name for path in files if not path.name.startswith(".")}
+            others = ", ".join(sorted(suffixes - IMAGE_SUFFIXES - VIDEOS))
+            if found and others:
+                logger.warning("Left out of %s: %s.", item, others)
             if not found:
+                has = f", but {others}: convert those to JPEG or PNG" if others else ""
                 problems.append(
-                    f"{item} holds no pictures or videos: name files, or a pattern such as '{item}/**/*.jpg'."
+                    f"{item} holds no images or videos that are read{has}; or name files, or a pattern such as "
+                    f"'{item}/**/*.jpg'."
                 )
         else:
             found = [path for path in sorted(glob.glob(item, recursive=True)) if Path(path).is_file()]
@@ -82,7 +85,7 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
     sources: list[Source] = []
     taken: set[str] = set()
     for address in dict.fromkeys(addresses):
-        stem = file_stem(urlsplit(address).path if _is_url(address) else address) or "picture"
+        stem = file_stem(urlsplit(address).path if _is_url(address) else address) or "image"
         name, number = stem, 2
         while name.casefold() in taken:
             name, number = f"{stem}_{number}", number + 1
@@ -91,16 +94,21 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> tuple[list[Source], lis
     return sources, problems
 
 
-def read_picture(source: Source, timeout: float = 20.0) -> Image.Image:
+def read_image_of(source: Source, timeout: float = 20.0, large: bool = False) -> Image.Image:
     """
-    An upright RGB picture; of an animation the first frame.
+    An upright RGB image; of an animation the first frame.
+
+    Args:
+        source ([`Source`]): a file or an address.
+        timeout (`float`): seconds that all of an address may take.
+        large (`bool`): read up to 178 million pixels (or 1 GiB, decoded) instead of 89 million.
 
     Raises:
         ValueError, OSError: with one sentence, for what is missing, unreadable, takes longer than `timeout` seconds,
-            or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million, Pillow's guard against bombs).
+            or has more pixels than that (`PIL.Image.MAX_IMAGE_PIXELS`, Pillow's guard against bombs).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore" if large else "error", Image.DecompressionBombWarning)
         if not _is_url(source.address):
             return read_image(source.address)
         return read_image({"path": source.shown, "bytes": _fetched(source, timeout)})
@@ -125,7 +133,7 @@ def _fetched(source: Source, timeout: float) -> bytes:
             reason = "it is no valid address"
         reason = str(reason) or type(reason).__name__
         raise OSError(
-            f"{source.shown} can not be fetched ({reason}): check the address, or try again later."
+            f"{source.shown} cannot be fetched ({reason}): check the address, or try again later."
         ) from error
 
 
@@ -147,12 +155,12 @@ def _download(address: str, timeout: float, answer: Future[bytes]) -> None:
 
 def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Iterator[tuple[str, Image.Image]]:
     """
-    Every `every`-th frame of a video, at most `limit`, as `(name_000000, RGB picture)` with the frame's number.
+    Every `every`-th frame of a video, at most `limit`, as `(name_000000, RGB image)` with the frame's number.
 
     Frames are upright where the video says how it was held, as telephones' do.
 
     Raises:
-        ImportError, ValueError: with one sentence, without the library that reads videos or for a file it can't read.
+        ImportError, ValueError: with one sentence, without the library that reads videos or for a file it cannot read.
     """
     try:
         av: Any = importlib.import_module("av")
@@ -171,16 +179,16 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
                 yield f"{source.name}_{number:06d}", frame.to_image().convert("RGB").rotate(turn, expand=True)
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise ValueError(
-            f"{source.address} can not be read as a video ({error}): save it anew, or leave it out."
+            f"{source.address} cannot be read as a video ({error}): save it anew, or leave it out."
         ) from error
 
 
 def _check_frame(source: Source, frame: Any) -> None:
-    """Refuse what has more pixels than a picture may have."""
+    """Refuse what has more pixels than an image may have."""
     if Image.MAX_IMAGE_PIXELS is not None and frame.width * frame.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"{source.address} has frames of {frame.width}x{frame.height} pixels, more than the "
-            f"{Image.MAX_IMAGE_PIXELS} of a picture: shrink it, or leave it out."
+            f"{Image.MAX_IMAGE_PIXELS} of an image: shrink it, or leave it out."
         )
 
 
@@ -191,4 +199,4 @@ def _is_url(address: str) -> bool:
         return False
 
 
-__all__ = ["Source", "find_sources", "read_frames", "read_picture"]
+__all__ = ["Source", "find_sources", "read_frames", "read_image_of"]

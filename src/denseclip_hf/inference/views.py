@@ -1,15 +1,15 @@
-"""Inference beyond one forward pass: sliding windows, multi-scale with flips, pictures of the result.
+"""
+Inference beyond one forward pass: sliding windows, images at their own resolution, multi-scale views with flips.
 
 Shapes: B images, K classes, H x W pixels.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data import name_of
@@ -17,19 +17,24 @@ from ..devices import DTYPES
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil, decode_image, flatten_images
 from ..model.layers_denseclip import resize_bilinear
 from ..model.loading_denseclip import load_pretrained
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, eval_mode
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, eval_mode, window_starts
 from ..model.modeling_denseclip import sliding_window_logits as average_windows
-from ..model.resizing_denseclip import resize_argmax
+from ..model.resizing_denseclip import check_finite, resize_argmax
 
 
 # Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-VOID_COLOR = (0, 0, 0)
 # What `load_model` takes: a precision, or that of the file.
 LOADING_DTYPES = {"auto": "auto", **DTYPES}
-# Probabilities kept for one picture (2 GiB of float32), and those computed at a time (16 MiB).
+# Probabilities kept for one image (2 GiB of float32).
 MAX_PROBABILITIES = 2**29
+# Scores that [`segment_in_windows`] keeps (512 MiB of float32), and those that are resized at a time (64 MiB).
+MAX_SCORES = 2**27
+RESIZED_SCORES = 2**24
+# Items of sizes that fill no batch wait, but never more than this many batches' worth.
+WAITING_BATCHES = 4
 
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
@@ -48,8 +53,24 @@ def load_model(name: str, dtype: str = "auto"):
     return model, load_pretrained(AutoImageProcessor, name)
 
 
+def batches_of_one_size(
+    items: Iterable[Item], batch_size: int, size_of: Callable[[Item], Hashable]
+) -> Iterator[list[Item]]:
+    """Lists of at most `batch_size` items of one size, as soon as one is full or too many items wait."""
+    waiting: dict[Hashable, list[Item]] = {}
+    for item in items:
+        size = size_of(item)
+        waiting.setdefault(size, []).append(item)
+        if len(waiting[size]) < batch_size and sum(map(len, waiting.values())) >= WAITING_BATCHES * batch_size:
+            size = max(waiting, key=lambda key: len(waiting[key]))
+        elif len(waiting[size]) < batch_size:
+            continue
+        yield waiting.pop(size)
+    yield from waiting.values()
+
+
 def sliding_window_logits(
-    model,
+    model: DenseCLIPForSemanticSegmentation,
     pixel_values: torch.Tensor,
     crop_size: int | Sequence[int],
     stride: int | Sequence[int],
@@ -60,7 +81,7 @@ def sliding_window_logits(
 
     Args:
         model ([`DenseCLIPForSemanticSegmentation`]): in any mode, which it keeps; whatever its `inference_mode`.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalized images.
         crop_size, stride (`int` or (height, width)): window and step in pixels.
         batch_size (`int`, *optional*): windows that go through the model at a time; by default 4, on a CPU one.
 
@@ -72,8 +93,101 @@ def sliding_window_logits(
         return average_windows(model.window_logits, pixel_values, window, step, batch_size)
 
 
+@torch.no_grad()
+def segment_in_windows(
+    model: DenseCLIPForSemanticSegmentation,
+    image,
+    image_processor,
+    *,
+    score: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scale: float = 1.0,
+    max_scores: int = MAX_SCORES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    An image segmented at its own resolution, in memory that grows with its pixels but not with their classes.
+
+    Windows of the config's `crop_size` and `stride` are averaged as [`sliding_window_logits`] does. The image is
+    neither shrunk nor preprocessed whole: each window is, when its turn comes.
+
+    Args:
+        model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode for it, and back.
+        image: of any kind the image processor takes.
+        image_processor ([`DenseCLIPImageProcessor`]): whose normalization is used.
+        score (`Callable`, *optional*): maps windows `(1, 3, h, w)` to scores `(1, K, h', w')`; logits by default.
+        scale (`float`): what scores are multiplied by for the softmax that gives probabilities.
+        max_scores (`int`): most numbers that are averaged at a time; a wider image is done in bands of columns.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: class ids `(H, W)`, int32, and the probability of each pixel's class
+        `(H, W)`, float16; both on the CPU.
+
+    Raises:
+        ValueError: for scores that are NaN or infinite.
+    """
+    pixels = decode_image(image)
+    height, width = pixels.shape[-2:]
+    crop_size: Any = model.config.crop_size
+    stride: Any = model.config.stride
+    h, w = (min(side, window) for side, window in zip((height, width), crop_size, strict=True))
+    tops, lefts = (window_starts(*sides) for sides in zip((height, width), (h, w), stride, strict=True))
+    ids, certainty = torch.empty(height, width, dtype=torch.int32), torch.empty(height, width, dtype=torch.float16)
+
+    def scores_of(top: int, left: int) -> torch.Tensor:
+        window = pixels[:, top : top + h, left : left + w]
+        pixel_values = image_processor(
+            window, do_resize=False, input_data_format="channels_first", return_tensors="pt"
+        )["pixel_values"]
+        scores = (score or model.window_logits)(pixel_values.to(model.device, model.dtype))
+        check_finite(scores, name_of(image))
+        return resize_bilinear(scores.float(), (h, w))[0]
+
+    with eval_mode(model):
+        num_labels = len(first := scores_of(0, 0))
+        band = max(w, max_scores // (num_labels * h))
+        for start in range(0, width, band):
+            end = min(start + band, width)
+            columns = [left for left in lefts if left < end and left + w > start]
+            total = first.new_zeros(num_labels, h, columns[-1] + w - columns[0])
+            count = first.new_zeros(h, total.shape[-1])
+            shown = slice(start - columns[0], end - columns[0])
+            for top, following in zip(tops, [*tops[1:], height], strict=True):
+                for left in columns:
+                    covered = slice(left - columns[0], left - columns[0] + w)
+                    total[:, :, covered] += scores_of(top, left)
+                    count[:, covered] += 1
+                done = following - top  # rows that no window further down covers
+                part = total[:, :done, shown] / count[:done, shown]
+                ids[top:following, start:end] = part.argmax(0)
+                certainty[top:following, start:end] = (part * scale).softmax(0).amax(0)
+                total, count = (
+                    torch.cat([x[..., done:, :], torch.zeros_like(x[..., :done, :])], -2) for x in (total, count)
+                )
+    return ids, certainty
+
+
+@torch.no_grad()
+def classes_and_certainty(
+    scores: torch.Tensor, size: tuple[int, int], scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Class ids `(H, W)` of an image's scores `(K, h, w)` resized to `size`, and the probability of each pixel's class.
+
+    As [`resize_argmax`], a few classes are resized at a time. `scale` multiplies the scores before the softmax.
+    """
+    check_finite(scores)
+    ids = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    best = total = torch.full(size, -math.inf, device=scores.device)
+    step = max(1, RESIZED_SCORES // math.prod(size))
+    for first in range(0, len(scores), step):
+        part = resize_bilinear(scores[None, first : first + step].float(), size)[0] * scale
+        value, index = part.max(0)
+        ids = torch.where(value > best, index + first, ids)
+        best, total = torch.maximum(best, value), torch.logaddexp(total, part.logsumexp(0))
+    return ids, (best - total).exp()
+
+
 def multi_scale_probabilities(
-    model,
+    model: DenseCLIPForSemanticSegmentation,
     images,
     scales: Sequence[float] = PUBLISHED_SCALES,
     flip: bool = True,
@@ -88,8 +202,8 @@ def multi_scale_probabilities(
 
     Args:
         model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode for it, and back.
-        images: a picture or a list of them, of any kind and size the image processor takes; a batch counts as a list.
-        scales (`Sequence[float]`): factors on the processor's `size`.
+        images: an image or a list of them, of any kind and size the image processor takes; a batch counts as a list.
+        scales (`Sequence[float]`): factors on the processor's `size`, or on the image's where it does not resize.
         flip (`bool`): also use each view mirrored left to right.
         image_processor ([`DenseCLIPImageProcessor`], *optional*): with a `shortest_edge` or a fixed `size`; by default
             the published preprocessing, see [`published_image_processor`].
@@ -98,17 +212,16 @@ def multi_scale_probabilities(
         `list[torch.Tensor]`: one `(K, H, W)` float32 tensor per image, on the model's device; sums to 1 over K.
 
     Raises:
-        ValueError: if `scales` is empty, or the image processor has no size that can be scaled.
+        ValueError: if `scales` is empty.
     """
-    pictures = [decode_image(image) for image in flatten_images(images, 3)]
+    decoded = [decode_image(image) for image in flatten_images(images, 3)]
     return [
-        _averaged_probabilities(model, picture, picture.shape[-2:], scales, flip, image_processor)
-        for picture in pictures
+        _averaged_probabilities(model, pixels, pixels.shape[-2:], scales, flip, image_processor) for pixels in decoded
     ]
 
 
 def multi_scale_segmentation(
-    model,
+    model: DenseCLIPForSemanticSegmentation,
     image,
     scales: Sequence[float] = PUBLISHED_SCALES,
     flip: bool = True,
@@ -120,8 +233,8 @@ def multi_scale_segmentation(
     Class ids `(H, W)` of highest averaged probability, see [`multi_scale_probabilities`], in bounded memory.
 
     Args:
-        model, image, scales, flip, image_processor: as there, with one picture.
-        max_probabilities (`int`): most numbers K * height * width that are kept. A picture that needs more (with 150
+        model, image, scales, flip, image_processor: as there, with one image.
+        max_probabilities (`int`): most numbers K * height * width that are kept. An image that needs more (with 150
             classes and the default, one above 3.5 megapixels) is averaged at a smaller size and resized from there.
 
     Returns:
@@ -130,33 +243,32 @@ def multi_scale_segmentation(
     Raises:
         ValueError: if a probability is no number.
     """
-    picture = decode_image(image)
-    height, width = picture.shape[-2:]
-    shrink = math.sqrt(min(1.0, max_probabilities / (model.config.num_labels * height * width)))
+    pixels = decode_image(image)
+    height, width = pixels.shape[-2:]
+    shrink = math.sqrt(min(1.0, max_probabilities / (len(model.config.id2label) * height * width)))
     if shrink < 1:
-        logger.info("A picture of %d x %d pixels is averaged at %.2f of its size.", width, height, shrink)
+        logger.info("An image of %d x %d pixels is averaged at %.2f of its size.", width, height, shrink)
     size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
-    probabilities = _averaged_probabilities(model, picture, size, scales, flip, image_processor)
+    probabilities = _averaged_probabilities(model, pixels, size, scales, flip, image_processor)
     return resize_argmax(probabilities[None], (height, width), name_of(image))[0]
 
 
 @torch.no_grad()
 def _averaged_probabilities(
-    model, picture: torch.Tensor, size: Sequence[int], scales: Sequence[float], flip: bool, image_processor
+    model, pixels: torch.Tensor, size: Sequence[int], scales: Sequence[float], flip: bool, image_processor
 ) -> torch.Tensor:
-    """`(K, *size)` probabilities, averaged over the views of one picture `(3, H, W)`."""
+    """`(K, *size)` probabilities, averaged over the views of one image `(3, H, W)`."""
     if not scales:
         raise ValueError("`scales` is empty: give at least one factor.")
-    height, width = size
-    total = torch.zeros(model.config.num_labels, height, width, device=model.device)
+    total = torch.zeros(model.config.num_labels, *size, device=model.device)
     count = 0
     image_processor = image_processor or published_image_processor(model.config)
-    for pixel_values, flipped in scaled_views(picture, image_processor, scales, flip):
+    for pixel_values, flipped in scaled_views(pixels, image_processor, scales, flip):
         with eval_mode(model):
             logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
         # By way of the view's own size, as the original goes; a sliding window is there already.
         logits = resize_bilinear(logits, (pixel_values.shape[-2], pixel_values.shape[-1]))[0]
-        probabilities = resize_bilinear(logits[None], size)[0].softmax(0)
+        probabilities = resize_bilinear(logits[None], (size[0], size[1]))[0].softmax(0)
         total += probabilities.flip(-1) if flipped else probabilities
         count += 1
     return total.div_(count)
@@ -168,77 +280,33 @@ def published_image_processor(config, **options) -> DenseCLIPImageProcessorPil:
     return DenseCLIPImageProcessorPil(size=size, **options)
 
 
-def scaled_views(image, image_processor, scales: Sequence[float], flip: bool) -> Iterator[tuple[torch.Tensor, bool]]:
-    """`(pixel_values (1, 3, h, w), whether mirrored)` for every scale, plain first."""
+def scaled_views(
+    image: torch.Tensor, image_processor, scales: Sequence[float], flip: bool
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """
+    `(pixel_values (1, 3, h, w), whether mirrored)` for every scale of an image `(3, H, W)`, plain first.
+
+    Scales are factors on the processor's `size`, or where it does not resize, on the image's own.
+    """
     size = {key: value for key, value in dict(image_processor.size).items() if value is not None}
+    if not image_processor.do_resize:
+        size = dict(zip(("height", "width"), image.shape[-2:], strict=True))
     for scale in scales:
-        scaled = {key: int(value * scale) for key, value in size.items()}
-        pixel_values = image_processor(image, size=scaled, return_tensors="pt")["pixel_values"]
+        scaled = {key: max(1, int(value * scale)) for key, value in size.items()}
+        pixel_values = image_processor(image, size=scaled, do_resize=True, return_tensors="pt")["pixel_values"]
         yield pixel_values, False
         if flip:
             yield pixel_values.flip(-1), True
 
 
-def colorize(segmentation, palette: Sequence[Sequence[int]]) -> Image.Image:
-    """A picture of class ids `(H, W)` in their `palette` colours; ids without a colour are black."""
-    table = np.array([*palette, VOID_COLOR], dtype=np.uint8)
-    ids = np.asarray(segmentation)
-    return Image.fromarray(table[np.where((ids < 0) | (ids >= len(palette)), len(palette), ids)])
-
-
-def overlay(image: Image.Image, segmentation, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> Image.Image:
-    """`image` with the classes of `segmentation` (`(H, W)` ids of the same size) painted over it."""
-    return Image.blend(image.convert("RGB"), colorize(segmentation, palette), opacity)
-
-
-def comparison_picture(
-    rows: Sequence[Sequence[Image.Image]],
-    titles: Sequence[str],
-    id2label: dict[int, str],
-    palette: Sequence[Sequence[int]],
-    width: int = 320,
-) -> Image.Image:
-    """
-    Pictures in a table with column titles, and a legend of class colours below.
-
-    Args:
-        rows (sequence of rows of pictures): each row as long as `titles`.
-        titles (`Sequence[str]`): one per column.
-        id2label (`dict[int, str]`): class names.
-        palette: K colours `(r, g, b)`.
-        width (`int`): of each picture, in pixels; heights follow.
-    """
-    font, margin, line = ImageFont.load_default(size=max(width // 20, 11)), 8, max(width // 14, 16)
-    nearest = Image.Resampling.NEAREST
-    scaled = [[p.resize((width, round(p.height * width / p.width)), nearest) for p in row] for row in rows]
-    legend_column = width // 2
-    per_line = max(width * len(titles) // legend_column, 1)
-    legend_height = line * -(-len(id2label) // per_line)
-    heights = [max(picture.height for picture in row) for row in scaled]
-    total_height = 2 * margin + line + legend_height + sum(height + margin for height in heights)
-    sheet = Image.new("RGB", (margin + len(titles) * (width + margin), total_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((margin + column * (width + margin), margin // 2), title, "black", font)
-    top = margin + line
-    for row, height in zip(scaled, heights, strict=True):
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (margin + column * (width + margin), top))
-        top += height + margin
-    for index, label in id2label.items():
-        x, y = margin + index % per_line * legend_column, top + index // per_line * line
-        draw.rectangle((x, y + 2, x + line - 6, y + line - 4), tuple(palette[index]), "black")
-        draw.text((x + line, y), label, "black", font)
-    return sheet
-
-
 __all__ = [
     "LOADING_DTYPES",
-    "colorize",
-    "comparison_picture",
+    "batches_of_one_size",
+    "classes_and_certainty",
     "load_model",
     "multi_scale_probabilities",
     "multi_scale_segmentation",
-    "overlay",
+    "published_image_processor",
+    "segment_in_windows",
     "sliding_window_logits",
 ]

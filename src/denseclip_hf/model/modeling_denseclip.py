@@ -426,9 +426,12 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         wanted = None
         if name is not None:
             if not isinstance(config, DenseCLIPConfig):
+                # A dtype is for the weights: "auto" means nothing to a config.
+                dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
                 config, kwargs = cls.config_class.from_pretrained(
                     name if config is None else config, return_unused_kwargs=True, **kwargs
                 )
+                kwargs |= dtype
             named = not all(label.startswith("LABEL_") for label in config.id2label.values())
             if named and config.class_token_ids is None and config.use_text_guidance and not config.frozen_classes:
                 saved = cls.config_class.from_pretrained(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..data import SegmentationData, default_palette
-from ..evaluation.report import protocol_of
+from ..evaluation import protocol_of
 from ..inference import overlay_with_legend
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..evaluation.report import without_nan
+from ..evaluation import without_nan
 from ..files import asked_by_pickle, complete_or_gone, make_directory, sync, write_atomically
 from ..model.loading_denseclip import reason_of
 from .arguments import DenseCLIPTrainingArguments

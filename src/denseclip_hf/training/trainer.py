@@ -11,8 +11,9 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
-from ..evaluation.loop import evaluate_segmentation
+from ..evaluation import evaluate_segmentation
 from ..metrics import scores_from_confusion_matrix
 from ..transforms import AugmentedDataset, AugmentedStream, EpochCallback
 from .arguments import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
@@ -21,7 +22,7 @@ from .callbacks import TrainingLog
 from .checkpoints import CheckpointingTrainer
 from .run_directory import check_whole, newest_whole_checkpoint
 from .sampling import GlobalBatches, collate, training_loader
-from .stopping import OutlivesSignals, StopCallback, TrainingStopped
+from .stopping import OutlivesSignals, StopCallback, TrainingStopped, sigterm_blocked
 
 
 logger = logging.getLogger(__name__)
@@ -359,6 +360,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             progress=not self.args.disable_tqdm,
+            start_loading=_start_loading,
         )
         scalars = {f"{metric_key_prefix}_{k}": v for k, v in scores.items() if isinstance(v, (int, float))}
         self.log(dict(scalars))
@@ -376,6 +378,13 @@ def _prepared(rows: Any) -> bool:
     if isinstance(rows, dict):
         return bool(rows) and all(_prepared(part) for part in rows.values())
     return hasattr(rows, "__getitem__") and len(rows) > 0 and "pixel_values" in rows[0]
+
+
+def _start_loading(loader: DataLoader) -> Iterator:
+    """Workers that outlive the signals on which training saves a checkpoint."""
+    loader.worker_init_fn = OutlivesSignals()
+    with sigterm_blocked():
+        return iter(loader)
 
 
 __all__ = ["DenseCLIPTrainer", "NonFiniteLossError"]

@@ -1,10 +1,9 @@
-"""One evaluation from flags to files: model, data set and protocol in, report and pictures out."""
+"""One evaluation from arguments to files: model, data set and protocol in, report and drawings out."""
 
 import heapq
-import json
-import logging
-import re
-from dataclasses import dataclass, field, fields, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,25 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
+from huggingface_hub.errors import StrictDataclassError
 
 from ..data import NAMELESS, DatasetArguments, SegmentationData, default_palette, file_stem, name_of
+from ..devices import device_of
 from ..files import make_directory, writing_into
-from ..inference.drawing import confusion_picture, indexed_picture
-from ..inference.views import (
+from ..inference import (
     LOADING_DTYPES,
     colorize,
     comparison_picture,
+    confusion_picture,
+    indexed_picture,
     load_model,
     multi_scale_segmentation,
     overlay,
+    segment_in_windows,
 )
 from ..metrics import boundary_counts, confusion_matrix
-from ..sharing import CARD, add_results
-from ..training.run_directory import RECIPE_FILE
+from ..model.configuration_denseclip import DenseCLIPConfig
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .loop import evaluate_segmentation
 from .report import (
     MatchedSamples,
@@ -40,12 +42,6 @@ from .report import (
     scores_of_classes,
     seen_and_unseen,
 )
-
-
-logger = logging.getLogger(__name__)
-
-# Options that are by default those of training on the same data, and what that calls them.
-AS_TRAINED = {"split": "validation_split"} | {k.name: k.name for k in fields(DatasetArguments) if k.name != "dataset"}
 
 
 @dataclass
@@ -63,7 +59,7 @@ class EvaluationArguments(DatasetArguments):
     unseen: list[str] = field(
         default_factory=list, metadata={"help": "Classes that training did not know: scored apart from the others."}
     )
-    max_images: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
+    max_images: int | None = field(default=None, metadata={"help": "Evaluate on at most N images, the first."})
     inference_mode: str | None = field(
         default=None, metadata={"help": "whole or slide; by default what the model's config says."}
     )
@@ -71,14 +67,17 @@ class EvaluationArguments(DatasetArguments):
     stride: list[int] | None = field(default=None, metadata={"help": "Window step: one, or down and right."})
     scales: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Factors on the image size."})
     flip: bool = field(default=False, metadata={"help": "Average with mirrored views."})
+    native_resolution: bool = field(
+        default=False, metadata={"help": "Segment in windows of the images as they are, without resizing them first."}
+    )
     boundary_iou: bool = field(default=False, metadata={"help": "Also measure boundary IoU."})
     batch_size: int = field(default=1, metadata={"help": "Images of one size run together (one process, one scale)."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read and preprocess."})
     dtype: str = field(default="float32", metadata={"help": f"Of the model: {', '.join(LOADING_DTYPES)}."})
-    device: str = field(default="auto", metadata={"help": "auto (an accelerator if there is one) or cpu."})
+    device: str = field(default="auto", metadata={"help": "auto (an accelerator if there is one), cpu, or torch's."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where results are written."})
     save_predictions: bool = field(default=False, metadata={"help": "Write predictions as indexed PNG."})
-    worst: int = field(default=0, metadata={"help": "Draw so many images with the lowest mean IoU."})
+    worst: int = field(default=0, metadata={"help": "Draw the N images with the lowest mean IoU."})
     confusion_matrix: bool = field(default=False, metadata={"help": "Draw the confusion matrix."})
     update_card: bool = field(
         default=True,
@@ -88,28 +87,31 @@ class EvaluationArguments(DatasetArguments):
 
 def measure(args: EvaluationArguments) -> dict[str, Any]:
     """
-    Evaluate as `args` say and write the results into `output_dir` and the model's card.
+    Evaluate as `args` say and write the results into `output_dir`.
 
-    On several processes each picture is counted once; the main process writes `evaluation.json`, `evaluation.csv` and,
+    On several processes each image is counted once; the main process writes `evaluation.json`, `evaluation.csv` and,
     as asked, `predictions/`, `worst.png`, `confusion_matrix.png`.
 
     Returns:
         `dict`: the report that [`denseclip_hf.evaluation.report`] describes.
 
     Raises:
-        ValueError, OSError: with one sentence, for a model, data set or protocol that can not be used.
+        ValueError, OSError: with one sentence, for a model, data set or protocol that cannot be used.
     """
     _check(args)
-    args = _as_trained(args)
     accelerator = Accelerator(cpu=args.device == "cpu")
+    own_device = args.device not in ("auto", "cpu")
+    if own_device and accelerator.num_processes > 1:
+        raise ValueError(f"`--device` {args.device} is for one process; several share the devices: leave it out.")
+    device = device_of(args.device) if own_device else accelerator.device
     model, image_processor = load_model(args.model, args.dtype)
-    model.to(accelerator.device)
+    model.to(device)
     protocol = _set_protocol(model, image_processor, args)
     with accelerator.main_process_first():
         data = _load_data(args)
     if model.config.decode_head == "cost_aggregation" and data.id2label != model.config.id2label:
         model.set_classes(data.id2label, args.model)  # it takes any
-    names: Any = model.config.id2label
+    names = model.config.id2label
     ids = match_classes(data.id2label, names)
     ignore_index = model.config.semantic_loss_ignore_index
     make_directory(args.output_dir)
@@ -130,12 +132,13 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     if args.unseen:
         chosen |= seen_and_unseen(chosen["per_category_iou"], list(data.id2label.values()), args.unseen)
     worst = collector.gathered_worst()
+    held_out = "held out of " + data.split_names.get("train", "the data")
     report = build_report(
         chosen | {name: scores[name] for name in ("loss",) if name in scores},
         list(data.id2label.values()),
         model=args.model,
         dataset=args.dataset,
-        split=args.split or "validation",
+        split=data.split_names.get("validation", held_out),
         protocol=protocol,
         num_images=len(samples),
         absent_from_data=[name for i, name in names.items() if i not in ids],
@@ -145,32 +148,21 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
         with writing_into(args.output_dir):
             save_report(report, Path(args.output_dir))
             collector.draw(Path(args.output_dir), scores["confusion_matrix"], worst)
-        _add_to_card(args, report)
     accelerator.wait_for_everyone()
     return report
 
 
-def _add_to_card(args: EvaluationArguments, report: dict[str, Any]) -> None:
-    """Put a measurement of the whole split into the card of a local model that has one."""
-    card = Path(args.model) / CARD
-    if not args.update_card or args.max_images is not None or not card.is_file():
-        return
-    try:
-        add_results(args.model, report)
-        logger.info("The result is in the model's card %s.", card)
-    except OSError as error:
-        logger.warning("The model's card %s stays as it is: it can not be written (%s).", card, error.strerror)
-    except ValueError as error:  # a card that somebody broke
-        logger.warning("The model's card stays as it is: %s", error)
-
-
-def _prediction_function(model, image_processor, args: EvaluationArguments):
-    """Class ids from several views, if `args` ask for more than one plain view."""
-    if not args.flip and args.scales == [1.0]:
-        return None
-    return partial(
-        multi_scale_segmentation, model, scales=args.scales, flip=args.flip, image_processor=image_processor
-    )
+def _prediction_function(
+    model: DenseCLIPForSemanticSegmentation, image_processor, args: EvaluationArguments
+) -> Callable[[Any], torch.Tensor] | None:
+    """Class ids of an image by other means than one pass of the model, if `args` ask for such."""
+    if args.flip or args.scales != [1.0]:
+        return partial(
+            multi_scale_segmentation, model, scales=args.scales, flip=args.flip, image_processor=image_processor
+        )
+    if args.native_resolution:
+        return lambda image: segment_in_windows(model, image, image_processor)[0].long()
+    return None
 
 
 def _check(args: EvaluationArguments) -> None:
@@ -179,51 +171,39 @@ def _check(args: EvaluationArguments) -> None:
             raise ValueError(f"name a {'data set' if name == 'dataset' else name}: `--{name} FOLDER_OR_HUB_NAME`.")
     if args.dtype not in LOADING_DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(LOADING_DTYPES)}, got {args.dtype!r}.")
-    if args.device not in ("auto", "cpu"):
-        raise ValueError(f"`--device` must be auto or cpu, got {args.device!r}.")
     if not args.scales or min(args.scales) <= 0:
         raise ValueError(f"`--scales` must be positive factors, got {args.scales}.")
     if args.batch_size < 1 or args.worst < 0 or (args.max_images is not None and args.max_images < 1):
         raise ValueError("`--batch_size` and `--max_images` must be at least 1, and `--worst` at least 0.")
 
 
-def _as_trained(args: EvaluationArguments) -> EvaluationArguments:
-    """`args`; what of `AS_TRAINED` they leave open is from the recipe of a model trained on the same data."""
-    folder = Path(args.model).resolve()
-    if re.fullmatch(r"checkpoint-\d+", folder.name) and not (folder / RECIPE_FILE).exists():
-        folder = folder.parent  # the run's
-    try:
-        recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-        here, there = Path(args.dataset or "").resolve(), Path(recipe["dataset"]).resolve()
-        if here != there:
-            if here.name == there.name:
-                logger.warning("The model was trained on %s, so flags alone say how %s is read.", there, here)
-            return args
-    except (OSError, ValueError, TypeError, KeyError):  # no recipe, or not one of ours
-        return args
-    taken = {name: recipe.get(trained) for name, trained in AS_TRAINED.items() if getattr(args, name) is None}
-    taken = {name: value for name, value in taken.items() if value is not None}
-    logger.info("As the model was trained on this data: %s.", taken)
-    return replace(args, **taken)
-
-
-def _set_protocol(model, image_processor, args: EvaluationArguments) -> dict[str, Any]:
-    """Give the model's config what `args` ask for, checked as at its construction, and say what that is."""
+def _set_protocol(
+    model: DenseCLIPForSemanticSegmentation, image_processor, args: EvaluationArguments
+) -> dict[str, Any]:
+    """Give config and image processor what `args` ask for, checked as at construction, and say what that is."""
     asked = {name: getattr(args, name) for name in ("inference_mode", "crop_size", "stride")}
+    if args.native_resolution:
+        if args.inference_mode == "whole":
+            raise ValueError("`--native_resolution` works in windows: leave out `--inference_mode whole`.")
+        asked["inference_mode"], image_processor.do_resize = "slide", False
     options = {name: value for name, value in asked.items() if value is not None}
     options = {k: v * 2 if isinstance(v, list) and len(v) == 1 else v for k, v in options.items()}
     if "crop_size" in options and "stride" not in options:
         options["stride"] = None
-    checked = type(model.config)(**{**model.config.to_dict(), **options})
+    try:
+        checked = type(model.config)(**{**model.config.to_dict(), **options})
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
     if checked.inference_mode == "whole" and (args.crop_size or args.stride):
         raise ValueError(
-            "`--crop_size` and `--stride` are a sliding window's, but this model takes whole pictures: add "
+            "`--crop_size` and `--stride` are a sliding window's, but this model takes whole images: add "
             "`--inference_mode slide`, or leave them out."
         )
     for name in asked:
         setattr(model.config, name, getattr(checked, name))
+    size = image_processor.size if image_processor.do_resize else None
     dtype = str(model.dtype).removeprefix("torch.")
-    return protocol_of(checked, image_processor.size, args.scales, args.flip) | {"dtype": dtype}
+    return protocol_of(checked, size, args.scales, args.flip) | {"dtype": dtype}
 
 
 def _load_data(args: EvaluationArguments) -> SegmentationData:
@@ -237,11 +217,11 @@ def _load_data(args: EvaluationArguments) -> SegmentationData:
 
 
 class _Collector:
-    """Looks at every prediction: contours, the worst pictures so far, files of predictions."""
+    """Looks at every prediction: contours, the worst images so far, files of predictions."""
 
-    def __init__(self, args: EvaluationArguments, config, samples: MatchedSamples, ids: list[int]):
+    def __init__(self, args: EvaluationArguments, config: DenseCLIPConfig, samples: MatchedSamples, ids: list[int]):
         self.args, self.config, self.samples, self.ids = args, config, samples, ids
-        self.palette = config.palette or default_palette(config.num_labels)
+        self.palette = config.palette or default_palette(len(config.id2label))
         self.boundary: torch.Tensor | None = None
         self.worst: list[tuple[float, int, np.ndarray]] = []  # a heap of (-mean IoU, index, prediction)
         self.folder = Path(args.output_dir) / "predictions"
@@ -249,14 +229,15 @@ class _Collector:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, prediction: torch.Tensor, reference: torch.Tensor) -> None:
-        labels, ignore = self.config.num_labels, self.config.semantic_loss_ignore_index
+        labels = len(self.config.id2label)
+        ignore: Any = self.config.semantic_loss_ignore_index
         if self.args.boundary_iou:
             counts = boundary_counts(prediction, reference, labels, ignore)
             self.boundary = counts if self.boundary is None else self.boundary + counts
         if self.args.worst:
             matrix = confusion_matrix(prediction, reference, labels, ignore)
             score = scores_of_classes(matrix, self.ids)["mean_iou"]
-            if score == score:
+            if not math.isnan(score):
                 kept = prediction.cpu().numpy().astype(np.uint16)
                 heapq.heappush(self.worst, (-score, index, kept))
                 if len(self.worst) > self.args.worst:
@@ -271,7 +252,7 @@ class _Collector:
     def boundary_scores(self, accelerator: Accelerator) -> dict[str, Any]:
         if not self.args.boundary_iou:
             return {}
-        labels = self.config.num_labels
+        labels = len(self.config.id2label)
         counts = torch.zeros(3, labels, dtype=torch.int64) if self.boundary is None else self.boundary
         counts = counts.to(accelerator.device)
         both, predicted, labelled = accelerator.reduce(counts, "sum").cpu().double()
@@ -279,7 +260,7 @@ class _Collector:
         return {"mean_boundary_iou": nan_mean(iou), "per_category_boundary_iou": iou}
 
     def gathered_worst(self) -> list[tuple[float, int, np.ndarray]]:
-        """The worst pictures of all processes, the worst first."""
+        """The worst images of all processes, the worst first."""
         if not self.args.worst:
             return []
         return sorted(gather_object(self.worst), key=lambda entry: (-entry[0], entry[1]))[: self.args.worst]
@@ -288,7 +269,7 @@ class _Collector:
         names, rows = self.config.id2label, []
         for _, index, prediction in worst:
             sample = self.samples[index]
-            image: Image.Image = sample["image"]
+            image = sample["image"]
             truth = colorize(sample["mask"], self.palette)
             rows.append([image, overlay(image, prediction, self.palette), colorize(prediction, self.palette), truth])
         if rows:
