@@ -233,3 +233,9 @@ def test_a_model_of_another_kind_is_refused():
     vision = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION, intermediate_size=32))
     with pytest.raises(ValueError, match="image-text model"):
         DenseCLIPModel.from_clip(vision)
+
+
+@pytest.mark.parametrize("family", ["Siglip", "Tipsv2"])
+def test_a_last_block_that_the_tower_does_not_have_is_refused(family):
+    with pytest.raises(ValueError, match="last_block"):
+        DenseCLIPModel.from_clip(image_text_model(family), last_block="class_token")
