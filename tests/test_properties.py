@@ -63,7 +63,7 @@ def test_any_size_any_classes_any_prompts(kind, count, prompts, height, width, b
     model = tiny_model(kind, num_labels=count, **options)
     pixel_values = noise(batch, 3, height, width)
     if min(height, width) < 32:
-        with pytest.raises(ValueError, match=f"images of {height} x {width} pixels are too small"):
+        with pytest.raises(ValueError, match=f"{height} x {width} pixels"):
             model(pixel_values)
         return
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_any_picture_gets_a_class_for_each_pixel_or_one_sentence(height, width, 
         with torch.no_grad():
             outputs = model(**inputs)
     except ValueError as error:
-        assert "too small" in str(error) and max(height, width) > 4 * min(height, width)
+        assert "pixels" in str(error) and max(height, width) > 4 * min(height, width)
         return
     (segmentation,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
     assert segmentation.shape == (height, width) and 0 <= segmentation.min() <= segmentation.max() < 3
