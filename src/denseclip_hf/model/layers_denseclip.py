@@ -7,6 +7,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
+def is_transformed() -> bool:
+    """Whether torch.func is at work, under which neither values can be looked at nor checkpoints be made."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def resize_bilinear(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """Resize `x` `(B, C, h, w)` to `size` (rows, columns), align_corners False; returned as it is if it fits."""
     if tuple(x.shape[-2:]) == tuple(size):
@@ -87,4 +92,4 @@ class StochasticDepth:
         return (branch, *output[1:]) if isinstance(output, tuple) else branch
 
 
-__all__ = ["MultiHeadAttention", "StochasticDepth", "resize_bilinear", "resize_position_grid"]
+__all__ = ["MultiHeadAttention", "StochasticDepth", "is_transformed", "resize_bilinear", "resize_position_grid"]

@@ -26,7 +26,7 @@ from .class_names_denseclip import class_names, class_phrasings
 from .configuration_denseclip import COST_AGGREGATION_OPTIONS, DenseCLIPConfig
 from .cost_aggregation_denseclip import ClassBlock, CostAggregationHead, Linear
 from .decoder_denseclip import ContextDecoder, FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, cosine_score_maps
-from .layers_denseclip import resize_bilinear
+from .layers_denseclip import is_transformed, resize_bilinear
 from .loading_denseclip import clip_report, load_clip, load_clip_weights, load_pretrained, resized_convolution
 from .modeling_clip_resnet import choose_hidden_states
 from .resizing_denseclip import resize_argmax
@@ -216,7 +216,7 @@ def checked_labels(
         )
     labels = labels.long()
     # On an accelerator this would make the host wait; cross entropy refuses such labels there too.
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_transformed():
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
         known = labels[labels != config.semantic_loss_ignore_index]
         num_labels = config.num_labels if num_labels is None else num_labels
         if known.numel() and (known.min() < 0 or known.max() >= num_labels):
@@ -262,7 +262,7 @@ def pixel_cross_entropy(
     scale = height // rows
     step = max(1, _CHUNK_ELEMENTS // max(logits.shape[0] * logits.shape[1] * width * max(scale, 1), 1))
     # A compiler fuses the steps by itself. Strips need rows of logits that make a whole number of label rows.
-    if height % rows or step >= rows or torch.compiler.is_compiling() or _is_transformed():
+    if height % rows or step >= rows or torch.compiler.is_compiling() or is_transformed():
         return summed(logits, 0, height, height, labels) / decisions
     total, logits = torch.zeros((), device=logits.device), logits.float()  # gradients of strips add up in float32
     for top in range(0, rows, step):
@@ -272,11 +272,6 @@ def pixel_cross_entropy(
         strip = (logits[:, :, first:last], above, below, count, labels[:, top * scale : bottom * scale])
         total = total + checkpoint(summed, *strip, use_reentrant=False, preserve_rng_state=False)
     return total / decisions
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func is at work, under which neither values can be looked at nor checkpoints be made."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_denseclip import DenseCLIPConfig
+from .layers_denseclip import is_transformed
 
 
 # Own tokens per packed sequence: the mask grows with the square, so thousands of classes are spread over sequences.
@@ -222,10 +223,9 @@ class ContextPrompts(nn.Module):
         """Lay the prompts out anew, for `class_token_ids` (`None`: no class names are known yet)."""
         layout: tuple[torch.Tensor | None, ...] = (None,) * 4
         if class_token_ids is not None:
-            device = None if self.context_vectors is None else self.context_vectors.device
             for ids in class_token_ids:
                 self.tower.check_token_ids(ids, self.config)
-            layout = tuple(t.to(device) for t in self.tower.lay_out(class_token_ids, self.config.num_context_tokens))
+            layout = self.tower.lay_out(class_token_ids, self.config.num_context_tokens)
         for name, tensor in zip(PackedPrompts._fields, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -251,10 +251,10 @@ class ContextPrompts(nn.Module):
                 "this model has no class names yet that its text tower could read: call "
                 "`model.set_classes(names, tokenizer)`, or give `class_token_ids` in its config."
             )
-        if self.token_ids.is_meta and device.type != "meta":  # a program has filled in the saved weights only
-            layout = self.tower.lay_out(self.config.class_token_ids, self.config.num_context_tokens)
-            return PackedPrompts(*(tensor.to(device) for tensor in layout))
-        return PackedPrompts(self.token_ids, self.position_ids, self.owners, self.last_index)
+        layout = PackedPrompts(self.token_ids, self.position_ids, self.owners, self.last_index)
+        if device.type == "meta":  # so are offloaded weights, until they are used
+            return layout
+        return PackedPrompts(*(tensor.to(device) for tensor in layout))
 
     def forward(self, token_embeds: torch.Tensor) -> torch.Tensor:
         """`token_embeds` `(G, L, C)` with the contexts in place of the N tokens after SOS, or of the first N."""
@@ -322,7 +322,7 @@ class ClassEmbeddingCache:
             parts (`list[nn.Module]`): all that `compute` runs.
             training (`bool`): whether the model is in training mode.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return compute()
         modules = [module for part in parts for module in part.modules()]
         tensors = [t for part in parts for t in chain(part.parameters(), part.buffers())]
