@@ -230,7 +230,7 @@ def convert_catseg(
         CheckpointError, ValueError: if the checkpoint or the class names do not fit, naming what does not.
         OutputError: if the directory cannot be written.
     """
-    weights = without_module_prefix(state_dict_of(read_checkpoint(checkpoint), checkpoint))
+    weights = state_dict_of(read_checkpoint(checkpoint), checkpoint)
     table = ade20k_classes() if classes is None else parse_classes(classes)
     config = config_from_catseg(weights, table.id2label)
     tokenizer = load_tokenizer(tokenizer, config.clip_config.text_config.vocab_size)
