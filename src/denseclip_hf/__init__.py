@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.utils import is_torchvision_available
 
-from .inference.pipelines import register_pipelines
 from .model.configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
 from .model.configuration_denseclip import DenseCLIPConfig
 from .model.image_processing_denseclip import DenseCLIPImageProcessorPil
@@ -21,6 +20,7 @@ from .model.modeling_denseclip import (
     DenseCLIPModel,
     DenseCLIPSemanticSegmenterOutput,
 )
+from .pipelines import register_pipelines
 
 
 if TYPE_CHECKING:

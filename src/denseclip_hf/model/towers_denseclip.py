@@ -85,7 +85,7 @@ def drop(model: nn.Module, names: Sequence[str]) -> None:
         setattr(owner, child, None)
         if isinstance(old, nn.Parameter):
             delattr(owner, child)
-            owner.register_buffer(child, old.detach(), persistent=False)
+            owner.register_buffer(child, torch.zeros(old.shape, dtype=old.dtype), persistent=False)
 
 
 class ViTTower(TextTower):

@@ -5,7 +5,7 @@ from typing import Any
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 
 
 class DenseCLIPImageSegmentationPipeline(ImageSegmentationPipeline):
