@@ -34,6 +34,7 @@ from denseclip_hf.model.words_denseclip import (
     color_affinity,
     color_std,
     encode_queries,
+    encode_words,
     refine_scores,
     window_scores,
     word_scores,
@@ -245,3 +246,38 @@ def test_images_without_good_neighbors_stay_finite():
     outliers[0, [0, 1, 4, 5]] = True  # the corner of a 3 x 4 grid, all of whose neighbors are outliers
     patches = purify(torch.ones(1, 12, 5), outliers, (3, 4))
     assert patches[0, 0].eq(0).all() and similarity(patches).isfinite().all()
+
+
+class Scores(torch.nn.Module):
+    def __init__(self, model: CLIPModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        return word_scores(self.model, pixel_values, queries)
+
+
+@torch.no_grad()
+def test_an_exported_model_takes_other_words():
+    _, tensors = case("words_vit")
+    queries, images = tensors["out/text/queries"], tensors["in/image_b"].repeat(2, 1, 1, 1)
+    model = Scores(clip("words_vit"))
+    shapes = {"pixel_values": {0: torch.export.Dim("images")}, "queries": {0: torch.export.Dim("queries")}}
+    exported = torch.export.export(model, (images, queries), dynamic_shapes=shapes).module()
+    images, queries = images.repeat(2, 1, 1, 1)[:3], queries[:4]
+    torch.testing.assert_close(exported(images, queries), model(images, queries))
+
+
+@pytest.mark.parametrize(
+    ("classes", "keyword"),
+    [
+        ([], "empty"),
+        ([""], "empty"),
+        (["cat", ["dog", " "]], "empty"),
+        (["cat", []], "empty"),
+        (["cat", "cat"], "twice"),
+    ],
+)
+def test_words_that_ask_nothing_are_refused(classes, keyword):
+    with pytest.raises(ValueError, match=keyword):
+        encode_words(clip("words_vit"), None, classes)

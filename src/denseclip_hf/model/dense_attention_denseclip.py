@@ -81,7 +81,7 @@ def embed_patches(clip: CLIPModel, pixel_values: torch.Tensor) -> tuple[torch.Te
     tower = clip.vision_model
     patches = tower.embeddings.patch_embedding(pixel_values.to(tower.embeddings.patch_embedding.weight.dtype))
     grid = (patches.shape[2], patches.shape[3])
-    class_token = tower.embeddings.class_embedding.expand(len(patches), 1, -1)
+    class_token = tower.embeddings.class_embedding.expand(patches.shape[0], 1, -1)
     x = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], 1)
     return tower.pre_layrnorm(x + word_positions(tower.embeddings.position_embedding.weight, grid)), grid
 
