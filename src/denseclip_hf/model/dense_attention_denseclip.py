@@ -224,7 +224,7 @@ def patch_attention(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def find_outliers(cls_attention: torch.Tensor, self_attention: torch.Tensor) -> torch.Tensor:
-    """Which patches are outliers, `(B, n)` bool: those the class token looks at most, themselves less."""
+    """Outliers `(B, n)` bool: patches that the class token attends to most, and more than they do themselves."""
     suspects = OUTLIER_FACTOR * cls_attention > self_attention
     ranked = cls_attention.masked_fill(~suspects, -1)
     chosen = ranked.topk(min(OUTLIER_COUNT, ranked.shape[1]), dim=1).indices
