@@ -41,12 +41,8 @@ conformance: $(STAMP)  ## run transformers' own common tests on our classes; pip
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/conformance:tests $(PY) -m pytest -n 2 -o addopts=-q -p transformers_suite \
 	    tests/conformance/check_*.py
 
-# Not the app's page nor the torchvision processor, which need packages that may be missing.
-MODULES = $(filter-out %__init__ %app/page %_torchvision,$(basename $(wildcard src/denseclip_hf/*.py src/denseclip_hf/*/*.py)))
-
-docs: $(STAMP)  ## write the reference of all modules, from their docstrings, into outputs/api
-	PYTHONWARNINGS=ignore $(VENV)/bin/pdoc --docformat google --template-directory docs/pdoc --no-show-source \
-	    --output-directory outputs/api denseclip_hf $(subst /,.,$(MODULES:src/%=%))
+docs: $(STAMP)  ## build the documentation as a site into outputs/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 EXAMPLES ?= 1000
 fuzz: $(STAMP)  ## try EXAMPLES damaged and invented inputs per reader and per property
