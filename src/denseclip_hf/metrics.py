@@ -55,8 +55,8 @@ def scores_from_confusion_matrix(matrix: torch.Tensor | np.ndarray, leave_out: S
 
     Returns:
         `dict` with the floats `overall_accuracy`, `mean_iou`, `mean_accuracy`, `mean_dice`, `mean_fscore`,
-        `mean_precision`, for each mean a list of K floats (`per_category_iou` and so on), and `classes_in_mean_iou`, the
-        number of classes that `mean_iou` is over.
+        `mean_precision`, for each mean a list of K floats (`per_category_iou` and so on), and `classes_in_mean_iou`,
+        the number of classes that `mean_iou` is over.
     """
     counts = torch.as_tensor(matrix).cpu().double()
     correct, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)

@@ -16,13 +16,13 @@ class DenseCLIPImageSegmentationPipeline(ImageSegmentationPipeline):
     predictions. Our models take lists, and run the images of one size together. Other models are served as ever.
     """
 
-    def preprocess(self, image: Any, *args, **kwargs):
+    def preprocess(self, image: Any, *args, **kwargs):  # type: ignore[override]  # as the base class names it
         inputs = super().preprocess(image, *args, **kwargs)
         if isinstance(self.model, DenseCLIPForSemanticSegmentation):
             inputs["pixel_values"] = list(inputs["pixel_values"])
         return inputs
 
-    def _forward(self, model_inputs: Any):
+    def _forward(self, model_inputs: Any):  # type: ignore[override]
         images = model_inputs["pixel_values"]
         if isinstance(images, list) and isinstance(images[0], list):
             model_inputs["pixel_values"] = [image for one in images for image in one]

@@ -4,17 +4,11 @@ import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, CLIPConfig, CLIPTextConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, CLIPConfig, CLIPTextConfig, PreTrainedConfig, configuration_utils
 
 
-try:
-    from transformers.configuration_utils import SubConfigSpec
-except ImportError:  # before transformers 5.20, which reads `sub_configs` alone
-
-    def SubConfigSpec(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:  # type: ignore[no-redef]
-        """The class itself."""
-        return config_class
-
+# Before transformers 5.20, which reads `sub_configs` alone, the class itself will do.
+SubConfigSpec = getattr(configuration_utils, "SubConfigSpec", lambda config_class: config_class)
 
 # What PreTrainedConfig itself understands beside the declared fields; everything else is a misspelt option.
 _BASE_OPTIONS = {

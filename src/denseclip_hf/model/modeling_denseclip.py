@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
@@ -410,7 +410,9 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         """What a model has beside the matching."""
 
     @classmethod
-    def from_pretrained(cls, name, *args, config=None, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(  # type: ignore[override]  # the options that are passed on are not repeated
+        cls, pretrained_model_name_or_path, *args, config=None, output_loading_info: bool = False, **kwargs
+    ):
         """
         [`PreTrainedModel.from_pretrained`]. With other `id2label` than the saved one, as an argument or in `config`,
         the model is loaded as it was saved and given these classes by [`set_classes`], with the tokenizer beside it.
@@ -418,9 +420,9 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         Raises:
             OSError, ValueError: as there, and if the weights are not those of such a model.
         """
-        wanted = None
+        name, wanted = pretrained_model_name_or_path, None
         if name is not None:
-            if not isinstance(config, DenseCLIPConfig):
+            if not isinstance(config, PreTrainedConfig):
                 # A dtype is for the weights: "auto" means nothing to a config.
                 dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
                 config, kwargs = cls.config_class.from_pretrained(
@@ -578,7 +580,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         self._refuse_without_text("encode texts")
         refuse_if_frozen(self.config, "encode texts")
         use_contexts = templates is None if use_contexts is None else use_contexts
-        templates = [self.config.prompt_template] if templates is None else list(templates)
+        templates = [str(self.config.prompt_template)] if templates is None else list(templates)
         if not templates or any(template.count("{}") != 1 for template in templates):
             raise ValueError(f"`templates` must be sentences with one {{}} each, got {templates}.")
         classes = class_phrasings(texts)
@@ -963,7 +965,9 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         return decode_loss, self.config.auxiliary_loss_weight * auxiliary_loss
 
     @classmethod
-    def from_clip(cls, clip, id2label, tokenizer=None, image_size: int | None = None, **config):
+    def from_clip(  # type: ignore[override]  # a segmenter needs classes
+        cls, clip, id2label, tokenizer=None, image_size: int | None = None, **config
+    ):
         """
         A segmenter around a pretrained CLIP, everything else freshly initialized.
 
