@@ -18,6 +18,7 @@ from denseclip_hf.data import SampleReader, file_stem, load_segmentation_dataset
 from denseclip_hf.evaluation import EvaluationArguments, measure
 from denseclip_hf.inference import find_sources, load_model, predict_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
+from denseclip_hf.training.run_directory import write_manifest
 from helpers.forked import run_script
 from helpers.models import segmenter, tiny_model
 from helpers.sample_data import save_data
@@ -65,10 +66,10 @@ def test_code_in_a_model_directory_is_not_run(tmp_path, marker):
     (folder / "model.safetensors").unlink()
     torch.save({"x": Payload(marker)}, folder / "pytorch_model.bin")
     DenseCLIPImageProcessorPil().save_pretrained(folder)
-    with pytest.raises(ValueError, match="model .*can not be loaded"):
+    with pytest.raises(ValueError, match="model .*cannot be loaded"):
         load_model(str(folder))
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(marker)))
-    with pytest.raises(ValueError, match="model .*can not be loaded"):
+    with pytest.raises(ValueError, match="model .*cannot be loaded"):
         load_model(str(folder))
 
 
@@ -77,6 +78,8 @@ def test_code_in_a_checkpoint_to_resume_from_is_not_run(tmp_path, marker, file):
     trainer_for(tmp_path / "run", save_strategy="steps", save_steps=2, evaluate=False).train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
     torch.save({"x": Payload(marker)}, checkpoint / file)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)  # as whoever made the file would
     try:
         trainer_for(tmp_path / "run", evaluate=False).train(resume_from_checkpoint=str(checkpoint))
     except Exception as error:

@@ -8,7 +8,7 @@ from transformers import AutoModelForSemanticSegmentation
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.model import modeling_denseclip
 from denseclip_hf.model.decoder_denseclip import cosine_score_maps
-from helpers.models import EOS, SOS, calls_in_checkpointed_layers, forward, tiny_config, tiny_model
+from helpers.models import COST_AGGREGATION, EOS, SOS, calls_in_checkpointed_layers, forward, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (75, 101), (32, 32)])
@@ -201,7 +201,7 @@ def test_what_a_checkpoint_lacks_starts_anew(kind):
 
 
 def test_what_transformers_asks_of_the_class():
-    models = [tiny_model("vit"), tiny_model("resnet")]
+    models = [tiny_model("vit"), tiny_model("resnet"), tiny_model("vit", **COST_AGGREGATION)]
     assert all(model.base_model is model.clip for model in models)
     assert DenseCLIPForSemanticSegmentation.input_modalities == ("image",)
     parts = {type(module).__name__ for model in models for module in model.modules()}

@@ -194,7 +194,7 @@ def test_a_frozen_model_is_refused_when_it_is_loaded(trained, folder, tmp_path):
     model = DenseCLIPForSemanticSegmentation.from_pretrained(trained)
     model.freeze_classes()
     model.save_pretrained(shutil.copytree(trained, tmp_path / "frozen"))
-    with pytest.raises(ValueError, match="classes are frozen, so it can not be trained"):
+    with pytest.raises(ValueError, match="classes are frozen, so it cannot be trained"):
         model_to_train(ModelArguments(model=str(tmp_path / "frozen")), load_data(DataArguments(str(folder))), 64)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
-from denseclip_hf.evaluation import loop as evaluation
-from denseclip_hf.training import sampling as batches
+from denseclip_hf.training import sampling
+from denseclip_hf.training import trainer as training
 from denseclip_hf.training.stopping import OutlivesSignals, StopCallback, TrainingStopped
 from helpers.models import tiny_model
 from helpers.training import trainer_for
@@ -100,7 +100,7 @@ class SignalledAtItsStart(OutlivesSignals):
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on macOS")
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_are_born_with_sigterm_blocked(tmp_path, monkeypatch, persistent):
-    for module in (batches, evaluation):
+    for module in (sampling, training):
         monkeypatch.setattr(module, "OutlivesSignals", SignalledAtItsStart)
     options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent, "max_steps": 5}
     trainer = trainer_for(tmp_path, **options)

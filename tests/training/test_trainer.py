@@ -338,7 +338,7 @@ def test_evaluation_counts_every_picture_once_at_its_own_size(tmp_path):
     hook = trainer.model.register_forward_pre_hook(lambda module, args: together.append(len(args[0])))
     matrix = trainer.evaluate()["eval_confusion_matrix"]
     hook.remove()
-    assert together == [2, 1, 2] and (matrix.sum(0) > 0).all()
+    assert sorted(together) == [1, 2, 2] and (matrix.sum(0) > 0).all()
     labelled = sum(int((sample["mask"] != 255).sum()) for sample in samples)
     assert matrix.sum() == labelled
     one_by_one = trainer_for(tmp_path, trainer.model, samples, per_device_eval_batch_size=1).evaluate()
@@ -356,7 +356,7 @@ def test_a_stream_is_evaluated_as_a_sequence_is(tmp_path):
 
 @pytest.mark.parametrize("nothing", [[], iter([])])
 def test_nothing_to_evaluate_is_refused(tmp_path, nothing):
-    with pytest.raises(ValueError, match="no picture to evaluate on"):
+    with pytest.raises(ValueError, match="no image to evaluate on"):
         trainer_for(tmp_path).evaluate(nothing)
 
 

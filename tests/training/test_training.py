@@ -30,7 +30,7 @@ def test_groups_are_the_originals(name):
         for our_key in rename({key: state[key]}, ORIGINAL_KEY_TABLE):
             assert ours[id(parameters[our_key])] == (pytest.approx(lr), decay), our_key
             compared += 1
-    assert compared == len(parameters) - 1  # CLIP's temperature is not part of the original
+    assert compared == len(parameters)
 
 
 def test_every_parameter_is_in_one_group(kind):
