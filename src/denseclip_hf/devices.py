@@ -21,7 +21,7 @@ def device_of(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except Exception as error:  # an AssertionError where torch was built without that kind
-        raise ValueError(f"`--device` {name!r} can not be used ({reason_of(error)}): give auto or cpu.") from error
+        raise ValueError(f"`--device` {name!r} cannot be used ({reason_of(error)}): give auto or cpu.") from error
     return name
 
 

@@ -28,7 +28,7 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         `Path`: a new directory beside `target`.
 
     Raises:
-        OutputError: if `target` is taken, or can't be written (permissions, a full disk).
+        OutputError: if `target` is taken, or cannot be written (permissions, a full disk).
     """
     target = Path(target).absolute()
     partial: Path | None = None

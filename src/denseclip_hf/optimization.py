@@ -100,7 +100,7 @@ def _convolve_instead_of_multiplying(encoder: nn.Module) -> None:
 
 def _refuse(action: str):
     def refuse(*args, **kwargs):
-        raise ValueError(f"a model optimized for inference can not {action}: use the model it was made from.")
+        raise ValueError(f"a model optimized for inference cannot {action}: use the model it was made from.")
 
     return refuse
 

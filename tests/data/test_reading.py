@@ -184,7 +184,7 @@ def save_mask(array, path):
         (lambda p: Image.new("L", SIZE).save(p, "JPEG"), "mask.png is a JPEG"),
         (lambda p: None, "mask.png is missing"),
     ],
-    ids=["ids", "colour", "size", "smoothed", "mode", "truncated", "no image", "jpeg", "missing"],
+    ids=["ids", "color", "size", "smoothed", "mode", "truncated", "no image", "jpeg", "missing"],
 )
 def test_masks_that_are_refused(tmp_path, make, words):
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"

@@ -31,7 +31,7 @@ BOXES = GOLDEN["random_crop"]["boxes"]
 
 
 def whole_only(**options):
-    """A transform that leaves size and colours alone and never flips: the crop is the whole picture."""
+    """A transform that leaves size and colors alone and never flips: the crop is the whole picture."""
     defaults = {"crop_size": (60, 80), "scale": (80, 60), "ratio_range": (1, 1), "cat_max_ratio": 1}
     return TrainTransform(**{**defaults, "flip_probability": 0, "photometric": False, **options})
 
@@ -216,7 +216,7 @@ def test_saturation_and_hue_agree_with_opencv_arithmetic(saturation, hue):
     hsv[:, 1] = np.clip(np.floor(hsv[:, 1] * saturation), 0, 255)
     hsv[:, 0] = (hsv[:, 0] + hue) % 180
     difference = np.abs(result - rgb_of(hsv))
-    # Both round hue, OpenCV to 2 degrees, PIL to 1.4: up to 9 of 255 on a saturated colour.
+    # Both round hue, OpenCV to 2 degrees, PIL to 1.4: up to 9 of 255 on a saturated color.
     assert difference.mean() < 3 and difference.max() < 16
 
 

@@ -5,13 +5,13 @@ from PIL import Image
 
 
 def photo(size=(96, 64), seed: int = 0) -> Image.Image:
-    """A smooth picture of random colours, of (width, height) pixels."""
+    """A smooth picture of random colors, of (width, height) pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 16, size[0] // 16, 3)).astype(np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
 def pictures(count=8, size=(80, 72)):
-    """Three horizontal bands whose colours tell their classes, with noise."""
+    """Three horizontal bands whose colors tell their classes, with noise."""
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(count):

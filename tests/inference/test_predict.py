@@ -131,7 +131,7 @@ def test_script_goes_on_after_what_it_can_not_read(script, word_model_dir, photo
         (["--words", "cat,,dog"], "empty"),
         (["--score_maps", "sky,sky"], "'sky' appears twice"),
         (["--words", "word " * 90], "tokens with SOS and EOS"),
-        (["--device", "nonsense"], "`--device` 'nonsense' can not be used"),
+        (["--device", "nonsense"], "`--device` 'nonsense' cannot be used"),
     ],
 )
 def test_script_refuses_bad_flags(script, word_model_dir, photos, tmp_path, capsys, flags, sentence):

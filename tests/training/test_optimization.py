@@ -58,9 +58,9 @@ def test_optimizing_folds_every_batch_norm_and_leaves_the_model_alone(kind):
 
 def test_optimized_models_refuse_to_be_saved_or_trained(kind, tmp_path):
     optimized = optimize_for_inference(tiny_model(kind))
-    with pytest.raises(ValueError, match="can not be saved: use the model it was made from"):
+    with pytest.raises(ValueError, match="cannot be saved: use the model it was made from"):
         optimized.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="can not be trained"):
+    with pytest.raises(ValueError, match="cannot be trained"):
         optimized.train()
     assert not optimized.eval().training and not (tmp_path / "model").exists()
 
@@ -69,7 +69,7 @@ def test_a_copy_of_an_optimized_model_is_a_model_of_its_own(kind):
     optimized = optimize_for_inference(tiny_model(kind))
     half = copy.deepcopy(optimized).to(torch.bfloat16).eval()
     assert half is not optimized and half.dtype == torch.bfloat16 and optimized.dtype == torch.float32
-    with pytest.raises(ValueError, match="can not be trained"):
+    with pytest.raises(ValueError, match="cannot be trained"):
         half.train()
 
 

@@ -194,7 +194,7 @@ def make_trainer(
     Data, model, augmentation and image processor of a recipe, put together.
 
     Raises:
-        OSError, ValueError: with one sentence, for a model, data or options that can't be used.
+        OSError, ValueError: with one sentence, for a model, data or options that cannot be used.
     """
     set_seed(args.seed)
     known, given = DenseCLIPConfig(), _options(model_args.config, "config")  # before the data, which may take long

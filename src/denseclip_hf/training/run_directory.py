@@ -79,7 +79,7 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
         Path of the last complete checkpoint, or `None` for a new run.
 
     Raises:
-        OutputError: if the directory can't be written.
+        OutputError: if the directory cannot be written.
         ValueError: if it holds other things than this run's, or a run of another recipe.
     """
     folder = Path(output_dir)
@@ -261,10 +261,10 @@ def changes_of_recipe(folder: Path, recipe: dict[str, Any]) -> str:
         before = dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is damaged ({error}), so whether that run is of this recipe can't be told: name a new output "
+            f"{file} is damaged ({error}), so whether that run is of this recipe cannot be told: name a new output "
             "directory."
         ) from error
-    # An option that an earlier version did not write down can't be compared.
+    # An option that an earlier version did not write down cannot be compared.
     different = [name for name in recipe if name in before and before[name] != recipe[name]]
     return ", ".join(f"{name} {before[name]!r} -> {recipe[name]!r}" for name in different[:5])
 
@@ -282,7 +282,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
     check_whole(checkpoint)
     if not (folder.parent / RECIPE_FILE).is_file():
         raise ValueError(
-            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so whether it is of this recipe can't be told: start "
+            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so whether it is of this recipe cannot be told: start "
             f"from its weights with `--model {checkpoint}`."
         )
     if changes := changes_of_recipe(folder.parent, recipe):
@@ -301,8 +301,7 @@ def reading_checkpoint(checkpoint: str | os.PathLike) -> Iterator[None]:
         wanted = asked_by_pickle(error)
         reason = f"its pickle asks for {wanted}" if wanted else reason_of(error)
         raise ValueError(
-            f"{checkpoint} can not be gone on from ({reason}): if it is damaged, remove it, and go on from "
-            "the one before."
+            f"{checkpoint} cannot be resumed ({reason}): if it is damaged, remove it, and go on from the one before."
         ) from error
 
 
@@ -316,7 +315,7 @@ def finish_run(trainer: Any, complete: Callable[[Path], Any] | None = None) -> N
             results and card beside the weights.
 
     Raises:
-        OSError: if it can't be written.
+        OSError: if it cannot be written.
     """
     folder = Path(trainer.args.output_dir)
     writing = folder / WRITING_DIR
