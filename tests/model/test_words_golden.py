@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
+from denseclip_hf import DenseCLIPModel
 from denseclip_hf.model.dense_attention_denseclip import (
     LAST_BLOCKS,
     _heads,
@@ -281,3 +282,31 @@ def test_an_exported_model_takes_other_words():
 def test_words_that_ask_nothing_are_refused(classes, keyword):
     with pytest.raises(ValueError, match=keyword):
         encode_words(clip("words_vit"), None, classes)
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in outputs("words_vit") if key.rpartition("/")[2] in (*LAST_BLOCKS, "plain_class")]
+)
+@torch.no_grad()
+def test_the_models_dense_features_are_those_of_its_last_block(key):
+    _, image, method = key.split("/")
+    # by default an untrained CLIP's last block attends as NACLIP's
+    options = {} if method == "naclip" else {"last_block": method.removesuffix("_class")}
+    model = DenseCLIPModel.from_clip(clip("words_vit"), **options).eval()
+    pixel_values = case("words_vit")[1][f"in/image_{image}"]
+    if method == "plain_class":
+        check("words_vit", key, model.get_image_features(pixel_values).pooler_output)
+    else:
+        check("words_vit", key, model.get_dense_features(pixel_values).flatten(2).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_whole_images_keep_clips_own_embedding(tmp_path):
+    model, pixel_values = clip("words_vit"), case("words_vit")[1]["in/image_a"]
+    DenseCLIPModel.from_clip(model).save_pretrained(tmp_path)
+    loaded = DenseCLIPModel.from_pretrained(tmp_path).eval()
+    assert loaded.config.last_block == "naclip"
+    ours = loaded.get_image_features(pixel_values).pooler_output
+    torch.testing.assert_close(ours, model.get_image_features(pixel_values).pooler_output)
+    naclip = dense_features(model, pixel_values)
+    torch.testing.assert_close(loaded.get_dense_features(pixel_values), naclip)

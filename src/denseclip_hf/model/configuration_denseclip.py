@@ -65,6 +65,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# How a ViT's last block attends: CAT-Seg's way, and those of `LAST_BLOCKS` in dense_attention_denseclip.py.
+LastBlockName = Literal[
+    "plain", "class_token", "plain_bare", "maskclip", "maskclip_bare", "sclip", "sclip_bare", "qq_full", "clearclip",
+    "kk", "kk_full", "naclip", "naclip_full",
+]  # fmt: skip
 # What a model with cost aggregation starts from where nothing else is asked for: CAT-Seg's choices (Cho et al. 2024).
 COST_AGGREGATION_OPTIONS: dict[str, Any] = {
     "decode_head": "cost_aggregation",
@@ -107,8 +112,12 @@ class DenseCLIPConfig(PreTrainedConfig):
             those after a third, a half, two thirds and all of the blocks, for `"cost_aggregation"` after a third and
             two thirds. Must be `None` for a ResNet.
         last_block (`str`, defaults to `"plain"`): `"class_token"` takes only the values of the ViT's last attention
-            and adds the class token in place of each token's own residual, as CAT-Seg does.
-        position_interpolation (`str`, defaults to `"bilinear"`): how a ViT's positions are resized, or `"bicubic"`.
+            and adds the class token in place of each token's own residual, as CAT-Seg does. The others make the
+            places of an untrained CLIP comparable with words: `"naclip"` (keys that match, and are near), `"kk"`,
+            `"clearclip"` (queries that match), `"sclip"` (both), `"maskclip"` (each token's own value); `_bare` is
+            without residual and MLP, `_full` with them.
+        position_interpolation (`str`, defaults to `"bilinear"`): how a ViT's positions are resized, or `"bicubic"`, or
+            `"bicubic_by_factor"`, slightly closer together, as results of words on an untrained CLIP are published.
         tower_image_size (`int`, *optional*): side in pixels of the square that images and windows are resized to
             before the image tower; with cost aggregation by default `image_size`, otherwise they are not.
         drop_path_rate (`float`, defaults to 0.1): stochastic depth of the ViT's last block, rising linearly from 0.
@@ -176,8 +185,8 @@ class DenseCLIPConfig(PreTrainedConfig):
     score_map_level: int | None = between(0, 3)(default=None)
     out_indices: list[int] | tuple[int, ...] | None = None
     drop_path_rate: float | int = fraction(default=0.1)
-    last_block: Literal["plain", "class_token"] = "plain"
-    position_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    last_block: LastBlockName = "plain"
+    position_interpolation: Literal["bilinear", "bicubic", "bicubic_by_factor"] = "bilinear"
     tower_image_size: int | None = positive(default=None)
     decode_head: Literal["semantic_fpn", "cost_aggregation"] = "semantic_fpn"
     aggregator: dict | None = None

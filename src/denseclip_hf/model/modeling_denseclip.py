@@ -455,15 +455,15 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.clip.vision_model.get_input_embeddings()
 
-    def encode_image(self, pixel_values: torch.Tensor) -> ImageFeatures:
+    def encode_image(self, pixel_values: torch.Tensor, plain: bool = False) -> ImageFeatures:
         """
-        Feature maps and image context of `pixel_values` `(B, 3, H, W)`.
+        Feature maps and image context of `pixel_values` `(B, 3, H, W)`; `plain` whatever `config.last_block` says.
 
         Raises:
             ValueError: if there is no batch of images, or one is smaller than a position of the coarsest map.
         """
         check_images(pixel_values, self.config)
-        return self.tower.encode(self.clip, pixel_values, self.config)
+        return self.tower.encode(self.clip, pixel_values, self.config, plain)
 
     def get_dense_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """One embedding in the space of texts per place of images `(B, 3, H, W)`, not normalized: `(B, D, h, w)`."""
@@ -474,7 +474,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         """CLIP's embedding of whole images `(B, 3, H, W)`, not normalized: `pooler_output` `(B, D)`."""
         self._refuse_without_text("embed images")
-        context = self.encode_image(pixel_values).context
+        context = self.encode_image(pixel_values, plain=True).context  # of whole images, CLIP's own says most
         return BaseModelOutputWithPooling(last_hidden_state=context, pooler_output=context[:, 0])
 
     def get_text_features(
@@ -682,7 +682,10 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
     @classmethod
     def from_clip(cls, clip, id2label=None, tokenizer=None, image_size: int | None = None, **config):
         """
-        CLIP as it is, ready for words: no learned contexts, no context decoder, nothing to be trained.
+        CLIP, ready for words: no learned contexts, no context decoder, nothing to be trained.
+
+        The last block of a ViT attends as NACLIP's ([`DenseCLIPConfig`], `last_block`), with which an untrained CLIP
+        tells best where things are.
 
         Args:
             clip (`str`, `os.PathLike` or `CLIPModel`): Hub name, directory or model.
@@ -696,7 +699,8 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             ValueError: if `clip` is no CLIP, or a class name does not fit the text tower.
         """
         clip, tokenizer = load_clip(clip, tokenizer)
-        options = {"num_context_tokens": 0, "context_decoder_num_layers": 0, **config}
+        words_options = tower_of(clip.config).words_options
+        options = {"num_context_tokens": 0, "context_decoder_num_layers": 0, **words_options, **config}
         size = image_size or clip.config.vision_config.image_size
         return cls._around(clip, None if id2label is None else class_names(id2label), tokenizer, size, options)
 

@@ -18,6 +18,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from .configuration_denseclip import DenseCLIPConfig
+from .dense_attention_denseclip import LAST_BLOCKS, last_block, word_positions
 from .layers_denseclip import StochasticDepth, resize_position_grid
 from .modeling_clip_resnet import CLIPResNetModel
 from .text_encoder_denseclip import BidirectionalTextTower, PackedPrompts, TextTower
@@ -34,7 +35,7 @@ class ImageFeatures(NamedTuple):
 
 
 class ResizedPositionEmbeddings(CLIPVisionEmbeddings):
-    """CLIP's patch embeddings with positions for images of any size: bilinear, as DenseCLIP trains it, or bicubic."""
+    """CLIP's patch embeddings with positions for images of any size, resized as `position_interpolation` says."""
 
     def __init__(self, config, mode: str):
         super().__init__(config)
@@ -43,7 +44,10 @@ class ResizedPositionEmbeddings(CLIPVisionEmbeddings):
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         grid = (height // self.patch_size, width // self.patch_size)
         # The module is called, rather than its weight read, so that accelerate's offload hooks run.
-        return resize_position_grid(self.position_embedding(self.position_ids)[0], grid, self.mode)
+        positions = self.position_embedding(self.position_ids)[0]
+        if self.mode == "bicubic_by_factor":
+            return word_positions(positions, grid)
+        return resize_position_grid(positions, grid, self.mode)
 
 
 class ViTPyramid(nn.Module):
@@ -88,6 +92,18 @@ def drop(model: nn.Module, names: Sequence[str]) -> None:
             owner.register_buffer(child, torch.zeros(old.shape, dtype=old.dtype), persistent=False)
 
 
+def refuse_other_last_blocks(config: DenseCLIPConfig) -> None:
+    """
+    Raises:
+        ValueError: for a `last_block` that only vision transformers like CLIP's have.
+    """
+    if config.last_block != "plain":
+        raise ValueError(
+            f'`last_block="{config.last_block}"` needs a tower like CLIP\'s ViT, not '
+            f"{config.clip_config.model_type!r}: leave it out."
+        )
+
+
 class ViTTower(TextTower):
     """A vision transformer built like CLIP's: a class token; the last norm and the projection of all tokens."""
 
@@ -101,6 +117,7 @@ class ViTTower(TextTower):
     is_like_clip = True  # blocks, and a class token and nothing else before the grid's tokens
     position_key = "vision_model.embeddings.position_embedding.weight"
     position_options: dict[str, Any] = {}  # of `resize_position_grid`
+    words_options: dict[str, Any] = {}  # of the config, for words without training
 
     @staticmethod
     def model_class() -> type[PreTrainedModel]:
@@ -115,11 +132,8 @@ class ViTTower(TextTower):
         Raises:
             ValueError: for a `last_block` that only towers like CLIP's have.
         """
-        if config.last_block == "class_token" and not cls.is_like_clip:
-            raise ValueError(
-                f'`last_block="class_token"` needs a tower like CLIP\'s, not {config.clip_config.model_type!r}: '
-                "leave it out."
-            )
+        if not cls.is_like_clip:
+            refuse_other_last_blocks(config)
         blocks = clip.get_submodule(cls.blocks)
         for index, block in enumerate(blocks):
             rate = config.drop_path_rate * index / max(len(blocks) - 1, 1)
@@ -143,8 +157,10 @@ class ViTTower(TextTower):
         return ViTPyramid(config.feature_channels[0], config.batch_norm_eps)
 
     @classmethod
-    def encode(cls, clip: Any, pixel_values: torch.Tensor, config: DenseCLIPConfig) -> ImageFeatures:
-        """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]."""
+    def encode(
+        cls, clip: Any, pixel_values: torch.Tensor, config: DenseCLIPConfig, plain: bool = False
+    ) -> ImageFeatures:
+        """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]; `plain` whatever `config.last_block` says."""
         if config.tower_image_size is not None:
             # Images of that size too, which stay as they are: exported programs take any without a question.
             pixel_values = F.interpolate(pixel_values, size=[config.tower_image_size] * 2, mode="bilinear")
@@ -155,10 +171,12 @@ class ViTTower(TextTower):
         taps = {}
         blocks = clip.get_submodule(cls.blocks)
         for index, block in enumerate(blocks):
-            if config.last_block == "class_token" and index == len(blocks) - 1:
+            if index < len(blocks) - 1 or config.last_block == "plain" or plain:
+                hidden = block(hidden, None)
+            elif config.last_block == "class_token":
                 hidden = values_beside_class_token(block, hidden)
             else:
-                hidden = block(hidden, None)
+                hidden = last_block(block, hidden, grid, LAST_BLOCKS[config.last_block])
             if index in config.out_indices:
                 taps[index] = hidden[:, first:].transpose(1, 2).unflatten(2, grid)  # B, h*w, C -> B, C, h, w
         context = cls.embed_places(clip, hidden) if config.use_text_guidance else None
@@ -190,6 +208,8 @@ def values_beside_class_token(layer: CLIPEncoderLayer, hidden: torch.Tensor) -> 
 class CLIPTower(ViTTower):
     """CLIP, with positions for any size as DenseCLIP or the config has them."""
 
+    words_options = {"last_block": "naclip", "position_interpolation": "bicubic_by_factor"}
+
     @staticmethod
     def model_class():
         return CLIPModel
@@ -209,6 +229,7 @@ class ResNetTower(TextTower):
     position_key = "vision_model.attention_pool.position_embedding"
     resize_positions = ViTTower.resize_positions
     position_options: dict[str, Any] = {}
+    words_options: dict[str, Any] = {}
 
     @staticmethod
     def model_class() -> type[PreTrainedModel]:
@@ -217,7 +238,13 @@ class ResNetTower(TextTower):
 
     @staticmethod
     def adapt(clip: CLIPResNetModel, config: DenseCLIPConfig) -> None:
-        """Drop what nothing uses."""
+        """
+        Drop what nothing uses.
+
+        Raises:
+            ValueError: for a `last_block`, which only vision transformers have.
+        """
+        refuse_other_last_blocks(config)
         drop(clip, ["logit_scale"])
         if not config.use_text_guidance:
             drop(clip, ["visual_projection", "vision_model.attention_pool"])
@@ -227,7 +254,9 @@ class ResNetTower(TextTower):
         """The stages have strides 4 to 32 themselves."""
 
     @staticmethod
-    def encode(clip: CLIPResNetModel, pixel_values: torch.Tensor, config: DenseCLIPConfig) -> ImageFeatures:
+    def encode(
+        clip: CLIPResNetModel, pixel_values: torch.Tensor, config: DenseCLIPConfig, plain: bool = False
+    ) -> ImageFeatures:
         """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]."""
         outputs = clip.vision_model(pixel_values)
         maps = list(outputs.feature_maps)
@@ -238,6 +267,7 @@ class MetaClip2Tower(ViTTower):
     """MetaCLIP 2: CLIP with a multilingual vocabulary."""
 
     position_options = {"mode": "bicubic"}
+    words_options = {"last_block": "naclip"}
 
     @staticmethod
     def model_class():
