@@ -98,8 +98,17 @@ def test_start_page_and_readme(clone, example):
 def test_new_words(clone, example):
     shutil.copytree(example / "model", clone / "path" / "to" / "model")
     shutil.copy(example / "data" / "val" / "images" / "0000.jpg", clone / "photo.jpg")
-    (code,) = blocks("docs/new_words.md", "python")
-    run([sys.executable, "-c", code], clone)
+    shutil.copytree(example / "clip", clone / CLIP)  # in place of the Hub's
+    untrained, trained, decoder = blocks("docs/new_words.md", "python")
+    build = f"""
+import torch
+from transformers import AutoTokenizer
+from denseclip_hf import DenseCLIPForSemanticSegmentation
+model = DenseCLIPForSemanticSegmentation.from_clip({CLIP!r}, ["sky"], decode_head="cost_aggregation").eval()
+tokenizer, pixel_values = AutoTokenizer.from_pretrained({CLIP!r}), torch.zeros(1, 3, 384, 384)
+"""
+    for code in (untrained, trained, build + decoder):
+        run([sys.executable, "-c", code], clone)
 
 
 @pytest.mark.slow
