@@ -4,8 +4,9 @@ import json
 import unittest
 
 import pytest
-from conftest import tiny_config
 from tests.test_configuration_common import ConfigTester
+
+from helpers.models import tiny_config
 
 
 VIT, RESNET = tiny_config("vit"), tiny_config("resnet")

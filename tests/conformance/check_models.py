@@ -3,11 +3,11 @@
 import unittest
 
 import torch
-from conftest import tiny_config
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from tests.test_training_mixin import TrainingTesterMixin
 
 from denseclip_hf import CLIPResNetModel, CLIPResNetVisionModel, DenseCLIPForSemanticSegmentation
+from helpers.models import tiny_config
 
 
 class ImageModelTester:

@@ -80,14 +80,14 @@ def drop(model: nn.Module, names: Sequence[str]) -> None:
     """
     Take out the modules and parameters `names`, such as `"vision_model.head"`.
 
-    In a parameter's place stays a buffer that is not saved, because the families' own initialization fills it.
+    Where a family's own initialization fills a parameter, as CLIP's does not, an unsaved buffer stays in its place.
     """
     for name in names:
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         old = getattr(owner, child)
         setattr(owner, child, None)
-        if isinstance(old, nn.Parameter):
+        if isinstance(old, nn.Parameter) and not isinstance(model, CLIPModel):
             delattr(owner, child)
             owner.register_buffer(child, torch.zeros(old.shape, dtype=old.dtype), persistent=False)
 
