@@ -67,7 +67,7 @@ def in_checkpoint():
 
 def in_evaluation():
     """Killed when the first prediction is compared."""
-    evaluation.confusion_matrix = lambda *args: die()
+    evaluation.resize_argmax = lambda *args: die()
 
 
 def worker():

@@ -72,7 +72,7 @@ def test_a_file_that_turns_corrupt_is_named(whole, tmp_path):
         picture.write_bytes(content[:100])
     said = one_sentence(process.communicate(timeout=100)[0])
     assert process.returncode == 1
-    assert re.fullmatch(r"error: \S+/images/\d.png cannot be read as a picture .*", said)
+    assert re.fullmatch(r"error: \S+/images/\d.png cannot be read as an image .*", said)
     assert 2 in run.checkpoints()
     for picture, content in pictures.items():
         picture.write_bytes(content)

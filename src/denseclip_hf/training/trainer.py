@@ -377,7 +377,8 @@ def _prepared(rows: Any) -> bool:
     """Whether `rows` are samples as plain `Trainer` takes them, `{"pixel_values", "labels"}`."""
     if isinstance(rows, dict):
         return bool(rows) and all(_prepared(part) for part in rows.values())
-    return hasattr(rows, "__getitem__") and len(rows) > 0 and "pixel_values" in rows[0]
+    is_sequence = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+    return is_sequence and len(rows) > 0 and "pixel_values" in rows[0]
 
 
 def _start_loading(loader: DataLoader) -> Iterator:
