@@ -854,6 +854,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         text_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> DenseCLIPSemanticSegmenterOutput:
         """
         Args:
@@ -866,6 +867,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
                 maps, or those at some indices.
             text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): classes from [`encode_texts`] in place of the
                 model's own, for `config.decode_head="cost_aggregation"`.
+            output_attentions (`bool`, *optional*): accepted as by every model of transformers; none are returned.
 
         Returns:
             [`DenseCLIPSemanticSegmenterOutput`]
