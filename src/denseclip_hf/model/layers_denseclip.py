@@ -12,6 +12,16 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def choose_hidden_states(
+    hidden_states: tuple[torch.Tensor, ...] | None, choice: bool | int | list[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
+    """All of `hidden_states`, none, or those at the indices `choice` names, with `None` in place of the others."""
+    if hidden_states is None or isinstance(choice, bool) or choice is None:
+        return hidden_states if choice else None
+    kept = {index % len(hidden_states) for index in ([choice] if isinstance(choice, int) else choice)}
+    return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
+
+
 def resize_bilinear(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """Resize `x` `(B, C, h, w)` to `size` (rows, columns), align_corners False; returned as it is if it fits."""
     if tuple(x.shape[-2:]) == tuple(size):
@@ -92,4 +102,11 @@ class StochasticDepth:
         return (branch, *output[1:]) if isinstance(output, tuple) else branch
 
 
-__all__ = ["MultiHeadAttention", "StochasticDepth", "is_transformed", "resize_bilinear", "resize_position_grid"]
+__all__ = [
+    "MultiHeadAttention",
+    "StochasticDepth",
+    "choose_hidden_states",
+    "is_transformed",
+    "resize_bilinear",
+    "resize_position_grid",
+]

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
-from .layers_denseclip import MultiHeadAttention, resize_position_grid
+from .layers_denseclip import MultiHeadAttention, choose_hidden_states, resize_position_grid
 
 
 @dataclass
@@ -38,16 +38,6 @@ class CLIPResNetVisionModelOutput(ModelOutput):
     pooler_output: torch.Tensor | None = None
     feature_maps: tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-def choose_hidden_states(
-    hidden_states: tuple[torch.Tensor, ...] | None, choice: bool | int | list[int] | None
-) -> tuple[torch.Tensor | None, ...] | None:
-    """All of `hidden_states`, none, or those at the indices `choice` names, with `None` in place of the others."""
-    if hidden_states is None or isinstance(choice, bool) or choice is None:
-        return hidden_states if choice else None
-    kept = {index % len(hidden_states) for index in ([choice] if isinstance(choice, int) else choice)}
-    return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
 
 
 class CLIPResNetConvLayer(nn.Module):

@@ -26,9 +26,8 @@ from .class_names_denseclip import class_names, class_phrasings
 from .configuration_denseclip import COST_AGGREGATION_OPTIONS, DenseCLIPConfig
 from .cost_aggregation_denseclip import ClassBlock, CostAggregationHead, Linear
 from .decoder_denseclip import ContextDecoder, FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, cosine_score_maps
-from .layers_denseclip import is_transformed, resize_bilinear
+from .layers_denseclip import choose_hidden_states, is_transformed, resize_bilinear
 from .loading_denseclip import clip_report, load_clip, load_clip_weights, load_pretrained, resized_convolution
-from .modeling_clip_resnet import choose_hidden_states
 from .resizing_denseclip import resize_argmax
 from .text_encoder_denseclip import (
     ClassEmbeddingCache,
