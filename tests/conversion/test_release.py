@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from denseclip_hf.conversion import CheckpointError, config_from_original, convert_original_state_dict, convert_release
+from denseclip_hf.conversion import config_from_original, convert_original_state_dict, convert_release
 from denseclip_hf.conversion.options import model_options
 from denseclip_hf.conversion.release import class_table, model_kwargs_from_weights
 from denseclip_hf.files import OutputError
@@ -65,28 +65,18 @@ def test_what_no_weight_shows_comes_from_the_config_inside_or_is_given(tmp_path,
 
 
 def test_a_config_is_read_and_never_run(tmp_path):
-    text = (
-        f"import os\nos.system('touch {tmp_path / 'mark'}')\nwork = os.getcwd()\nmodel = dict(a=[1, dict(b=(2, -1))])"
-    )
+    mark = tmp_path / "mark"
+    text = f"import os\nos.system('touch {mark}')\nwork = os.getcwd()\nmodel = dict(a=[1, dict(b=(2, -1))])"
     assert model_options(text) == {"a": [1, {"b": (2, -1)}]}
-    assert not (tmp_path / "mark").exists()
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "x = 1",
-        "model = (",
-        "model = 5",
-        "model = dict(a=open('x'))",
-        "model = dict(**{'a': 1})",
-        "model = " + "-" * 90_000 + "1",
-        "a = 1\n" * 30_000 + "model = dict()",  # too long for a config
-    ],
+    "text", ["x = 1", "model = (", "model = dict(a=open('x'))", "model = dict(**{'a': 1})", "model = " + "-" * 90_000]
 )
-def test_a_config_that_is_not_plain_data_is_refused(tmp_path, text):
+def test_a_config_that_is_not_plain_data_is_refused(text):
     with pytest.raises(ValueError, match="--options"):
-        convert_release(save(tmp_path, release(config=text)), tmp_path / "model", tokenizer())
+        model_options(text)
 
 
 @pytest.mark.slow
@@ -151,11 +141,6 @@ class _Evil:
         return os.system, (f"touch {self.mark}",)
 
 
-def _html(tmp_path):
-    (tmp_path / "x.pth").write_text("<html>404 Not Found</html>")
-    return tmp_path / "x.pth"
-
-
 def _truncated(**options):
     def build(tmp_path):
         path = save(tmp_path, release(), **options)
@@ -170,15 +155,6 @@ def _plain_pickle(tmp_path):
     return tmp_path / "x.pth"
 
 
-def _without(key):
-    def build(tmp_path):
-        content = release()
-        del content["state_dict"][key]
-        return save(tmp_path, content)
-
-    return build
-
-
 def _with(**weights):
     def build(tmp_path):
         content = release()
@@ -188,41 +164,32 @@ def _with(**weights):
     return build
 
 
-def _head():
-    return golden_case("seg_vit")[0]["model_cfg"]["decode_head"]
-
-
+# How a file is made, and what its refusal names.
 BAD = {
-    "a web page": (_html, "no checkpoint"),
     "truncated zip": (_truncated(), "cut off"),
     "truncated legacy": (_truncated(_use_new_zipfile_serialization=False), "cut off"),
-    "code in the pickle": (lambda p: save(p, {**release(), "hook": _Evil(p / "mark")}), "asks for .*system"),
-    "code in a plain pickle": (_plain_pickle, "asks for .*system|no checkpoint"),
-    "a type of its own": (lambda p: save(p, release(env_info=Path("x"))), "asks for pathlib"),
-    "no mapping": (lambda p: save(p, torch.zeros(3)), "holds a Tensor"),
-    "no weights": (lambda p: save(p, {"meta": {}, "epoch": 3}), "top level holds meta, epoch"),
+    "code in the pickle": (lambda p: save(p, {**release(), "hook": _Evil(p / "mark")}), "system"),
+    "code in a plain pickle": (_plain_pickle, "system|no checkpoint"),
+    "a type of its own": (lambda p: save(p, release(env_info=Path("x"))), "pathlib"),
+    "no mapping": (lambda p: save(p, torch.zeros(3)), "Tensor"),
+    "no weights": (lambda p: save(p, {"meta": {}, "epoch": 3}), "meta, epoch"),
     "a classifier": (lambda p: save(p, {"state_dict": {"fc.weight": torch.zeros(2, 2)}}), "decode_head"),
-    "missing key": (_without("context_decoder.out_proj.1.bias"), "lacks the weights of context_decoder"),
-    "missing lateral": (_without("neck.lateral_convs.2.conv.weight"), "neck.lateral_convs.2.conv.weight"),
+    "a few numbers repeated": (_with(gamma=torch.zeros(1).expand(10**12)), "state_dict"),
     "wrong axes": (_with(contexts=torch.zeros(3)), "contexts"),
-    "odd class names": (lambda p: save(p, release(CLASSES=5)), "`meta`"),
+    "odd class names": (lambda p: save(p, release(CLASSES=5)), "meta"),
     "unused key": (_with(surprise=torch.zeros(1)), "surprise"),
-    "misshapen key": (_with(gamma=torch.zeros(3)), "gamma has shape"),
-    "not finite": (
-        _with(decode_head__conv_seg__bias=torch.full((5,), torch.nan)), "decode_head.classifier.bias .*not finite"
-    ),
-    "class list of the wrong length": (
-        lambda p: save(p, release(CLASSES=tuple(NAMES[:4]), PALETTE=PALETTE[:4])), "names 4 classes.* on 5"
-    ),
-    "another number of classes": (
-        lambda p: save(p, release(options={"decode_head": {**_head(), "num_classes": 19}})), "19, for 5 classes"
-    ),
-    "one weight twice": (_with(module__gamma=torch.ones(20)), "both gamma and module.gamma"),
-    "too few colors": (lambda p: save(p, release(PALETTE=PALETTE[:3])), "3 palette"),
-    "odd colors": (lambda p: save(p, release(PALETTE=[[0, 0, 300], *PALETTE[1:]])), "0…255"),
+    "not finite": (_with(decode_head__conv_seg__bias=torch.full((5,), torch.nan)), "decode_head.classifier.bias"),
+    "too few class names": (lambda p: save(p, release(CLASSES=tuple(NAMES[:4]), PALETTE=PALETTE[:4])), "4 .* 5"),
+    "another number of classes": (lambda p: save(p, release(options={"decode_head": _head(num_classes=19)})), "19"),
+    "one weight twice": (_with(module__gamma=torch.ones(20)), "module.gamma"),
+    "too few colors": (lambda p: save(p, release(PALETTE=PALETTE[:3])), "palette"),
     "no class names": (lambda p: save(p, release(CLASSES=None)), "--classes"),
-    "a name too long": (lambda p: save(p, release(CLASSES=("xylophone quartz jumping", *NAMES[1:]))), "shorten it"),
+    "a name too long": (lambda p: save(p, release(CLASSES=("xylophone quartz jumping", *NAMES[1:]))), "xylophone"),
 }  # fmt: skip
+
+
+def _head(**changes):
+    return {**golden_case("seg_vit")[0]["model_cfg"]["decode_head"], **changes}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -235,30 +202,17 @@ def test_bad_checkpoint_is_refused_in_one_sentence(tmp_path, case):
     assert not (tmp_path / "out").exists() and not (tmp_path / "mark").exists()
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(OSError, match="no.pth"):
-        convert_release(tmp_path / "no.pth", tmp_path / "model", tokenizer())
-
-
-def test_tensors_that_repeat_a_few_numbers_are_refused(tmp_path):
-    content = release()
-    content["state_dict"]["gamma"] = torch.zeros(1).expand(10**12)
-    with pytest.raises(CheckpointError, match="state_dict"):
-        convert_release(save(tmp_path, content), tmp_path / "model", tokenizer())
-
-
 def test_another_models_tokenizer_is_refused(tmp_path):
     other = learn_tokenizer(NAMES, vocab_size=530)
-    with pytest.raises(ValueError, match=f"{len(other)} tokens"):
-        convert_release(save(tmp_path, release()), tmp_path / "model", other)
-    with pytest.raises(ValueError, match="tokenizer"):
-        convert_release(save(tmp_path, release()), tmp_path / "model", tmp_path)
+    for tokenizer_ in (other, tmp_path):
+        with pytest.raises(ValueError, match="tokenizer"):
+            convert_release(save(tmp_path, release()), tmp_path / "model", tokenizer_)
     assert not (tmp_path / "model").exists()
 
 
 def test_class_file_of_the_wrong_length_is_refused(tmp_path):
     (tmp_path / "names.json").write_text('["sky", "road"]')
-    with pytest.raises(ValueError, match="names 2 classes"):
+    with pytest.raises(ValueError, match="names.json"):
         convert_release(save(tmp_path, release()), tmp_path / "model", tokenizer(), classes=tmp_path / "names.json")
 
 

@@ -1,23 +1,22 @@
 """Other people's checkpoints: files of weights in, complete model directories out.
 
 [`convert_release`] takes the authors' DenseCLIP checkpoints, [`convert_catseg`] those of CAT-Seg, [`convert_clip`]
-OpenAI's and open_clip's CLIPs. [`rename`] applies a table of key patterns strictly, [`check_keys`] sees that nothing
-is missing or left over.
+OpenAI's and open_clip's CLIPs. [`rename`] applies a table of key patterns.
 """
 
 from .catseg import config_from_catseg, convert_catseg, convert_catseg_state_dict
 from .clip import ACTIVATIONS, convert_clip
-from .keys import check_keys, clip_key_table, convert_original_state_dict, rename
+from .directory import DEFAULT_TOKENIZER
+from .keys import clip_key_table, convert_original_state_dict, rename
 from .options import config_from_original
 from .release import convert_release
-from .weights import DEFAULT_TOKENIZER, CheckpointError, read_checkpoint, sha256_of, state_dict_of
+from .weights import CheckpointError, read_checkpoint, sha256_of, state_dict_of
 
 
 __all__ = [
     "ACTIVATIONS",
     "DEFAULT_TOKENIZER",
     "CheckpointError",
-    "check_keys",
     "clip_key_table",
     "config_from_catseg",
     "config_from_original",

@@ -1,38 +1,35 @@
 """OpenAI's and open_clip's CLIP checkpoints as transformers directories."""
 
 import os
-import re
 from typing import Any
 
-import torch
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..devices import DTYPES
-from ..files import new_directory
 from ..model.configuration_clip_resnet import CLIPResNetConfig
 from ..model.modeling_clip_resnet import CLIPResNetModel
-from .keys import check_keys, clip_key_table, rename
+from .directory import DEFAULT_TOKENIZER, load_tokenizer, write_directory
+from .keys import clip_key_table, convert_keys, left_out
 from .weights import (
-    DEFAULT_TOKENIZER,
     CheckpointError,
     StateDict,
     check_axes,
-    check_finite,
     count_layers,
     grid_side,
-    load_tokenizer,
     looking_into,
     read_checkpoint,
     state_dict_of,
 )
 
 
-CLIP_KEY_TABLE = [*clip_key_table(r"visual\.", ""), (r"logit_scale", "logit_scale")]
 # Settings that OpenAI's archives, and nobody else's files, hold as tensors beside the weights.
 OPENAI_SETTINGS = ("input_resolution", "context_length", "vocab_size")
-NOT_WEIGHTS = rf"{'|'.join(OPENAI_SETTINGS)}|(.*\.)?attn_mask"
+CLIP_KEY_TABLE = [
+    *clip_key_table(r"visual\.", ""),
+    (r"logit_scale", "logit_scale"),
+    (rf"{'|'.join(OPENAI_SETTINGS)}|(.*\.)?attn_mask", left_out),
+]
 # A head has 64 channels in every CLIP up to this width; wider are open_clip's ViT-H, g, bigG and e, with their heads.
 HEAD_SIZE, MOST_WIDTH = 64, 1024
 HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
@@ -71,26 +68,18 @@ def convert_clip(
     weights = state_dict_of(read_checkpoint(checkpoint), checkpoint)
     if hidden_act is None and all(name in weights for name in OPENAI_SETTINGS):
         hidden_act = "quick_gelu"
-    weights = {key: value for key, value in weights.items() if not re.fullmatch(NOT_WEIGHTS, key)}
-    config: Any = clip_config_from_weights(weights, hidden_act or ACTIVATIONS[0], num_attention_heads)
+    config = clip_config_from_weights(weights, hidden_act or ACTIVATIONS[0], num_attention_heads)
     if hidden_act is None:  # after the config: a file that is no CLIP is refused as such
         raise ValueError(
             f"{checkpoint} does not say what its activation is: give `--hidden_act quick_gelu` for OpenAI's weights "
             "and open_clip's models with -quickgelu in their name, `--hidden_act gelu` for open_clip's others."
         )
-    converted = convert_clip_state_dict(weights, config)
-    model_class: type[CLIPModel] = CLIPResNetModel if isinstance(config, CLIPResNetConfig) else CLIPModel
-    with no_init_weights():
-        model: Any = model_class(config)
-    model.load_state_dict(converted, strict=True)
-    check_finite(model.to(DTYPES[dtype]))
+    model_class = CLIPResNetModel if isinstance(config, CLIPResNetConfig) else CLIPModel
+    converted = convert_keys(weights, CLIP_KEY_TABLE, model_class, config)
     tokenizer = load_tokenizer(tokenizer, config.text_config.vocab_size)
     side = config.vision_config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    with new_directory(output_dir) as directory:
-        for part in (model.eval(), processor, tokenizer):
-            part.save_pretrained(directory)
-    return model
+    return write_directory(output_dir, model_class, config, converted, processor, tokenizer, dtype=DTYPES[dtype])
 
 
 @looking_into("the checkpoint")
@@ -129,7 +118,7 @@ def clip_config_from_weights(
         "hidden_size": width,
         "intermediate_size": len(weights["transformer.resblocks.0.mlp.c_fc.weight"]),
         "num_hidden_layers": count_layers(weights, r"transformer\.resblocks\.(\d+)\."),
-        "num_attention_heads": _text_heads(width),
+        "num_attention_heads": _heads(width),
         "max_position_embeddings": positions,
         "projection_dim": projection,
         "hidden_act": hidden_act,
@@ -141,45 +130,16 @@ def clip_config_from_weights(
     return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=projection)
 
 
-@looking_into("the checkpoint")
-def convert_clip_state_dict(weights: StateDict, config: Any) -> StateDict:
-    """
-    OpenAI's `weights` with transformers' keys, in float32; loads into the model of `config` with `strict=True`.
-
-    Raises:
-        ValueError: naming keys that are unknown, missing or of another shape than `config` says.
-    """
-    converted = rename(weights, CLIP_KEY_TABLE)
-    converted = {key: value.float() if value.is_floating_point() else value for key, value in converted.items()}
-    with torch.device("meta"):
-        model = (CLIPResNetModel if isinstance(config, CLIPResNetConfig) else CLIPModel)(config)
-    expected = model.state_dict()
-    for key in expected:  # counts batches, only for averages that CLIP does not take; old archives lack it
-        if key.endswith("num_batches_tracked"):
-            converted.setdefault(key, torch.tensor(0))
-    check_keys(converted, expected)
-    return converted
-
-
-def _text_heads(width: int) -> int:
-    if width % HEAD_SIZE:
-        raise ValueError(
-            f"the text tower is {width} wide, which is no multiple of the {HEAD_SIZE} channels of a head."
-        )
-    return width // HEAD_SIZE
-
-
-def _vit_heads(width: int, given: int | None) -> int:
-    if given:
-        return given
+def _heads(width: int) -> int:
+    """Attention heads of a transformer, see [`clip_config_from_weights`]; a tiny one has a single head."""
     if width in HEADS_OF_WIDTH:
         return HEADS_OF_WIDTH[width]
-    if width % HEAD_SIZE or width > MOST_WIDTH:
+    if width > HEAD_SIZE and (width % HEAD_SIZE or width > MOST_WIDTH):
         raise ValueError(
-            f"the weights do not show how many attention heads an image tower of width {width} has: give "
-            "`--num_attention_heads` (its width divided by `head_width` of the model's config in open_clip)."
+            f"the weights do not show how many attention heads a transformer of width {width} has: give those of an "
+            "image tower as `--num_attention_heads` (its width divided by `head_width` of its config in open_clip)."
         )
-    return width // HEAD_SIZE
+    return max(width // HEAD_SIZE, 1)
 
 
 def _resnet(weights: StateDict, num_attention_heads: int | None) -> dict[str, Any]:
@@ -199,10 +159,7 @@ def _vit(weights: StateDict, num_attention_heads: int | None) -> dict[str, Any]:
         "hidden_size": width,
         "intermediate_size": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
         "num_hidden_layers": count_layers(weights, r"visual\.transformer\.resblocks\.(\d+)\."),
-        "num_attention_heads": _vit_heads(width, num_attention_heads),
+        "num_attention_heads": num_attention_heads or _heads(width),
         "patch_size": patch,
         "image_size": patch * grid_side(weights["visual.positional_embedding"]),
     }
-
-
-__all__ = ["clip_config_from_weights", "convert_clip", "convert_clip_state_dict"]

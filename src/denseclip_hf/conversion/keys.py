@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
@@ -39,27 +40,41 @@ def rename(state_dict: Mapping[str, torch.Tensor], table: KeyTable) -> StateDict
             raise ValueError(f"two weights of the checkpoint become {min(twice)}, {key} is one of them.")
         converted |= new
     if unknown:
-        raise ValueError(f"the checkpoint has keys this conversion does not know: {_list(unknown)}.")
+        raise ValueError(f"the checkpoint has keys this conversion does not know: {_first(unknown)}.")
     return converted
 
 
-def check_keys(converted: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ValueError` naming what is missing, too much or misshapen in `converted`."""
+@looking_into("the checkpoint")
+def convert_keys(
+    state_dict: StateDict, table: KeyTable, model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> StateDict:
+    """
+    A checkpoint's `state_dict` with our keys; loads into the model of `config` with `strict=True`.
+
+    Raises:
+        ValueError: naming keys that are unknown, missing or of another shape than `config` says.
+    """
+    converted = rename(without_module_prefix(state_dict), table)
+    with torch.device("meta"):
+        expected = model_class(config).state_dict()
+    for key in expected:  # the number of batches matters only to averages that no model here takes; old files lack it
+        if key.endswith("num_batches_tracked"):
+            converted.setdefault(key, torch.tensor(0))
     if missing := sorted(expected.keys() - converted.keys()):
-        raise ValueError(f"the checkpoint lacks the weights of {_list(missing)}.")
+        raise ValueError(f"the checkpoint lacks the weights of {_first(missing)}.")
     if surplus := sorted(converted.keys() - expected.keys()):
-        raise ValueError(f"the checkpoint has weights this model has no place for: {_list(surplus)}.")
+        raise ValueError(f"the checkpoint has weights this model has no place for: {_first(surplus)}.")
     for key, value in converted.items():
         if value.shape != expected[key].shape:
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)} in the checkpoint, but its config asks for "
                 f"{tuple(expected[key].shape)}: is this the config it was trained with?"
             )
+    return converted
 
 
-def _list(keys: list[str], most: int = 5) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+def _first(keys: list[str], most: int = 5) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def split_qkv(target: str) -> Target:
@@ -76,6 +91,16 @@ def split_qkv(target: str) -> Target:
 def transposed(target: str) -> Target:
     """A matrix that CLIP multiplies from the right, as a linear layer has it."""
     return lambda groups, value: {target.format(*groups): value.T.contiguous()}
+
+
+def flattened(target: str) -> Target:
+    """A row `(1, 1, C)` as `(C,)`."""
+    return lambda groups, value: {target.format(*groups): value.flatten()}
+
+
+def left_out(groups: tuple[str, ...], value: torch.Tensor) -> StateDict:
+    """What our model computes, or never uses."""
+    return {}
 
 
 def from_zero(target: str) -> Target:
@@ -174,7 +199,6 @@ ORIGINAL_KEY_TABLE: list[tuple[str, Target]] = [
 ]  # fmt: skip
 
 
-@looking_into("the checkpoint")
 def convert_original_state_dict(state_dict: StateDict, config: DenseCLIPConfig) -> StateDict:
     """
     The authors' `state_dict` with our keys; loads into the model of `config` with `strict=True`.
@@ -189,25 +213,10 @@ def convert_original_state_dict(state_dict: StateDict, config: DenseCLIPConfig) 
     Raises:
         ValueError: naming keys that are unknown, missing or of another shape than `config` says.
     """
-    converted = rename(without_module_prefix(state_dict), ORIGINAL_KEY_TABLE)
-    positions = converted.get("clip.vision_model.embeddings.position_embedding.weight")
+    converted = convert_keys(state_dict, ORIGINAL_KEY_TABLE, DenseCLIPForSemanticSegmentation, config)
+    embeddings = "clip.vision_model.embeddings."
+    positions = converted.get(f"{embeddings}position_embedding.weight")
     if positions is not None:
-        first = positions[:1] + converted["clip.vision_model.embeddings.class_embedding"]
-        converted["clip.vision_model.embeddings.position_embedding.weight"] = torch.cat([first, positions[1:]])
-    with torch.device("meta"):
-        expected = DenseCLIPForSemanticSegmentation(config).state_dict()
-    check_keys(converted, expected)
+        first = positions[:1] + converted[f"{embeddings}class_embedding"]
+        converted[f"{embeddings}position_embedding.weight"] = torch.cat([first, positions[1:]])
     return converted
-
-
-__all__ = [
-    "ORIGINAL_KEY_TABLE",
-    "KeyTable",
-    "check_keys",
-    "clip_key_table",
-    "convert_original_state_dict",
-    "from_zero",
-    "rename",
-    "split_qkv",
-    "transposed",
-]

@@ -11,9 +11,8 @@ MAX_CHARACTERS = 100_000  # of a config, whose syntax tree takes hundreds of byt
 
 
 # Options of the original's parts that are converted, or change nothing here.
-_KNOWN_OPTIONS = {
-    "": "pretrained context_length score_concat_index tau token_embed_dim text_dim class_names backbone text_encoder "
-    "context_decoder neck decode_head identity_head train_cfg test_cfg",
+_CONVERTED = {
+    "": "pretrained context_length score_concat_index tau token_embed_dim text_dim class_names train_cfg",
     "backbone": "layers style output_dim input_resolution width heads patch_size out_indices drop_path_rate "
     "get_embeddings pretrained "
     # Of mmsegmentation's ResNet, which the baselines inherit and CLIP's towers take without a use.
@@ -23,41 +22,40 @@ _KNOWN_OPTIONS = {
     "context_decoder": "context_length transformer_width transformer_heads transformer_layers visual_dim outdim style "
     "dropout",
     "neck": "in_channels out_channels",
-    "decode_head": "in_channels channels dropout_ratio num_classes norm_cfg loss_decode",
+    "decode_head": "in_channels channels dropout_ratio num_classes",
     "decode_head.norm_cfg": "requires_grad",
     "decode_head.loss_decode": "",
-    "identity_head": "in_channels channels num_classes dropout_ratio loss_decode",
+    "identity_head": "in_channels channels num_classes dropout_ratio",
     "identity_head.loss_decode": "loss_weight",
     "test_cfg": "mode crop_size stride",
 }
-_LOSS: dict[str, list[Any]] = {
-    "type": ["CrossEntropyLoss"], "use_sigmoid": [False], "use_mask": [False], "reduction": ["mean"],
-    "class_weight": [None],
-}  # fmt: skip
-# Options that have a counterpart here for these values only; the first is the original's default.
-_SUPPORTED_VALUES: dict[str, dict[str, list[Any]]] = {
-    "": {
-        "type": ["DenseCLIP", "EncoderDecoder"], "context_feature": ["attention"], "text_head": [False],
-        "auxiliary_head": [None], "init_cfg": [None],
-    },
-    "backbone": {"type": ["CLIPResNetWithAttention", "CLIPResNet", "CLIPVisionTransformer"]},
-    "text_encoder": {"type": ["CLIPTextContextEncoder"]},
-    "context_decoder": {"type": ["ContextDecoder"]},
-    "neck": {
-        "type": ["FPN"], "num_outs": [4], "start_level": [0], "end_level": [-1, 3], "add_extra_convs": [False],
-        "relu_before_extra_convs": [False], "no_norm_on_lateral": [False], "conv_cfg": [None], "norm_cfg": [None],
-        "act_cfg": [None], "upsample_cfg": [{"mode": "nearest"}], "init_cfg": [None],
-    },
-    "decode_head": {
-        "type": ["FPNHead"], "align_corners": [False], "in_index": [[0, 1, 2, 3]], "ignore_index": [255],
-        "feature_strides": [[4, 8, 16, 32]], "conv_cfg": [None], "act_cfg": [{"type": "ReLU"}], "sampler": [None],
-        "input_transform": ["multiple_select"], "init_cfg": [None],
-    },
-    "decode_head.norm_cfg": {"type": ["SyncBN", "BN"], "eps": [1e-5]},
-    "decode_head.loss_decode": {**_LOSS, "loss_weight": [1.0]},
-    "identity_head": {"type": ["IdentityHead"], "align_corners": [False], "ignore_index": [255]},
-    "identity_head.loss_decode": _LOSS,
-}  # fmt: skip
+# Options that have a counterpart here for these values only.
+_SUPPORTED: dict[str, list[Any]] = {
+    "type": ["DenseCLIP", "EncoderDecoder"],
+    "context_feature": ["attention"],
+    "backbone.type": ["CLIPResNetWithAttention", "CLIPResNet", "CLIPVisionTransformer"],
+    "text_encoder.type": ["CLIPTextContextEncoder"],
+    "context_decoder.type": ["ContextDecoder"],
+    "neck.type": ["FPN"],
+    "neck.num_outs": [4],
+    "neck.end_level": [-1, 3],
+    "neck.upsample_cfg": [{"mode": "nearest"}],
+    "decode_head.type": ["FPNHead"],
+    "decode_head.in_index": [[0, 1, 2, 3]],
+    "decode_head.input_transform": ["multiple_select"],
+    "decode_head.feature_strides": [[4, 8, 16, 32]],
+    "decode_head.act_cfg": [{"type": "ReLU"}],
+    "decode_head.ignore_index": [255],
+    "decode_head.norm_cfg.type": ["SyncBN", "BN"],
+    "decode_head.norm_cfg.eps": [1e-5],
+    "decode_head.loss_decode.type": ["CrossEntropyLoss"],
+    "decode_head.loss_decode.reduction": ["mean"],
+    "decode_head.loss_decode.loss_weight": [1.0],
+    "identity_head.type": ["IdentityHead"],
+    "identity_head.ignore_index": [255],
+    "identity_head.loss_decode.type": ["CrossEntropyLoss"],
+    "identity_head.loss_decode.reduction": ["mean"],
+}
 
 
 @looking_into("the original config")
@@ -195,24 +193,20 @@ def merge_options(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     return merged
 
 
-def _refuse_unsupported(model_kwargs: dict[str, Any]) -> None:
-    """Raise `ValueError` for options of an original `model = dict(...)` whose meaning would be lost."""
-    for part, known in _KNOWN_OPTIONS.items():
-        options: Any = model_kwargs
-        for name in filter(None, part.split(".")):
-            options = (options or {}).get(name)
-        if options is not None and not isinstance(options, dict):
-            raise ValueError(f"`{part}` of the original must be a dict of options, got {options!r}.")
-        for option, value in (options or {}).items():
-            place = f"{part}.{option}".lstrip(".")
-            supported = _SUPPORTED_VALUES.get(part, {}).get(option)
-            if supported is None and option not in known.split():
-                raise ValueError(
-                    f"`{place}={value!r}` of the original is not known here, so its meaning would be lost."
-                )
-            if supported is not None and (list(value) if isinstance(value, tuple) else value) not in supported:
-                choices = " or ".join(map(repr, supported))
-                raise ValueError(f"`{place}={value!r}` of the original is not supported here, only {choices}.")
+def _refuse_unsupported(options: dict[str, Any], part: str = "") -> None:
+    """
+    Raise `ValueError` for options in `part` of an original `model = dict(...)` whose meaning would be lost.
 
-
-__all__ = ["config_from_original", "merge_options", "model_options"]
+    Unknown ones that are off (`None`, `False`, 0) have none.
+    """
+    for option, value in options.items():
+        place, plain = f"{part}.{option}".lstrip("."), list(value) if isinstance(value, tuple) else value
+        if place in _CONVERTED and value is not None:
+            if not isinstance(value, dict):
+                raise ValueError(f"`{place}` of the original must be a dict of options, got {value!r}.")
+            _refuse_unsupported(value, place)
+        elif place in _SUPPORTED and plain not in _SUPPORTED[place]:
+            choices = " or ".join(map(repr, _SUPPORTED[place]))
+            raise ValueError(f"`{place}={value!r}` of the original is not supported here, only {choices}.")
+        elif place not in _SUPPORTED and option not in _CONVERTED[part].split() and plain not in (None, False):
+            raise ValueError(f"`{place}={value!r}` of the original is not known here, so its meaning would be lost.")

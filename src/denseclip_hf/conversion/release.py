@@ -5,27 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 
 from ..data import ClassTable, ade20k_classes, parse_classes
-from ..files import new_directory
 from ..inference import published_image_processor
-from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
-from ..model.text_encoder_denseclip import tokenize_classes
-from ..model.towers_denseclip import tower_of
-from ..sharing import write_card
+from .directory import DEFAULT_TOKENIZER, load_tokenizer, with_classes, write_directory
 from .keys import convert_original_state_dict
 from .options import config_from_original, merge_options, model_options
 from .weights import (
-    DEFAULT_TOKENIZER,
     CheckpointError,
     StateDict,
     check_axes,
-    check_finite,
     count_layers,
     grid_side,
-    load_tokenizer,
     looking_into,
     read_checkpoint,
     state_dict_of,
@@ -69,32 +61,18 @@ def convert_release(
     with looking_into("the given options"):
         model_kwargs = merge_options(model_kwargs, options or {})
     table = class_table(weights, meta, classes)
-    config, tokenizer = _config(model_kwargs, table, tokenizer)
-    converted = convert_original_state_dict(weights, config)  # compares shapes before anything of that size is made
-    with no_init_weights():
-        model = DenseCLIPForSemanticSegmentation(config)
-    model.load_state_dict(converted, strict=True)
-    check_finite(model)
-    processor = published_image_processor(config, do_reduce_labels=bool(table.do_reduce_labels))
-    with new_directory(output_dir) as directory:
-        for part in (model.eval(), processor, tokenizer):
-            part.save_pretrained(directory)
-        source = f"the authors' released checkpoint `{Path(checkpoint).name}`"
-        write_card(directory, name=Path(output_dir).name, source=source)
-    return model
-
-
-def _config(
-    model_kwargs: dict[str, Any], table: ClassTable, tokenizer: str | os.PathLike | PreTrainedTokenizerBase
-) -> tuple[DenseCLIPConfig, PreTrainedTokenizerBase]:
     config = config_from_original(model_kwargs, table.id2label, None)
-    config.palette = [list(color) for color in table.palette] if table.palette else None
     tokenizer = load_tokenizer(tokenizer, config.clip_config.text_config.vocab_size)
-    if config.use_text_guidance:
-        config.class_token_ids = tokenize_classes(
-            list(table.id2label.values()), tokenizer, tower_of(config.clip_config), config
-        )
-    return DenseCLIPConfig.from_dict(config.to_dict()), tokenizer  # checked once more, with the token ids
+    config = with_classes(config, table, list(table.id2label.values()), tokenizer)
+    return write_directory(
+        output_dir,
+        DenseCLIPForSemanticSegmentation,
+        config,
+        convert_original_state_dict(weights, config),  # compares shapes before anything of that size is made
+        published_image_processor(config, do_reduce_labels=bool(table.do_reduce_labels)),
+        tokenizer,
+        source=f"the authors' released checkpoint `{Path(checkpoint).name}`",
+    )
 
 
 @looking_into("the checkpoint's `meta`")
@@ -219,6 +197,3 @@ def _score_map_level(weights: StateDict) -> int:
         if channels == (width if vit else 8 * width * 2**level) + classes:
             return level
     raise CheckpointError(f"no level of the neck takes the score maps of the {classes} classes the classifier has.")
-
-
-__all__ = ["convert_release", "model_kwargs_from_weights"]

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..files import asked_by_pickle
-from ..model.loading_denseclip import load_pretrained, reason_of
+from ..model.loading_denseclip import reason_of
 
 
 StateDict = dict[str, torch.Tensor]
 
-DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
 # SHA-256 of the TorchScript archives in openai/CLIP. Loading TorchScript runs the program inside, so only these are.
 OPENAI_ARCHIVES = {
     "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762": "RN50",
@@ -140,10 +138,10 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 def check_axes(weights: StateDict, axes: dict[str, int], kind: str) -> None:
     """
-    See that `weights` have those named in `axes`, with so many axes each; `kind` is what has them, in words.
+    See that `weights` have those named in `axes`, with as many axes as it says.
 
     Raises:
-        CheckpointError: naming the first that is not so.
+        CheckpointError: naming the first that is missing or has another number; `kind` is what has them, in words.
     """
     for key, count in axes.items():
         if key not in weights or weights[key].dim() != count:
@@ -160,32 +158,6 @@ def grid_side(positions: torch.Tensor) -> int:
     return round((len(positions) - 1) ** 0.5)
 
 
-def check_finite(model: torch.nn.Module) -> None:
-    """Raise `ValueError` naming a weight of `model` that is not finite."""
-    for key, value in model.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise ValueError(
-                f"{key} has values that are not finite: its training failed, or `dtype` is too small for them."
-            )
-
-
-def load_tokenizer(tokenizer: str | os.PathLike | PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
-    """
-    CLIP's tokenizer, loaded if it is given by name or directory.
-
-    Raises:
-        OSError, ValueError: if it cannot be loaded, or has another number of tokens than the checkpoint's
-            `vocab_size`.
-    """
-    if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = load_pretrained(AutoTokenizer, tokenizer)
-    if len(tokenizer) != vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the checkpoint {vocab_size}: it is another model's."
-        )
-    return tokenizer
-
-
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -193,20 +165,3 @@ def sha256_of(path: str | os.PathLike) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-__all__ = [
-    "DEFAULT_TOKENIZER",
-    "CheckpointError",
-    "StateDict",
-    "check_axes",
-    "check_finite",
-    "count_layers",
-    "grid_side",
-    "load_tokenizer",
-    "looking_into",
-    "read_checkpoint",
-    "sha256_of",
-    "state_dict_of",
-    "without_module_prefix",
-]
