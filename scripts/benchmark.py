@@ -48,7 +48,7 @@ from denseclip_hf.cli.arguments import HelpFormatter, log_to_terminal, one_sente
 from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.devices import device_of
 from denseclip_hf.optimization import optimize_for_inference
-from denseclip_hf.sharing.export import export
+from denseclip_hf.sharing import export
 from denseclip_hf.training import parameter_groups
 from denseclip_hf.transforms import AugmentedDataset, TrainTransform
 

@@ -15,15 +15,15 @@ from PIL import Image
 
 from denseclip_hf import DenseCLIPImageProcessor
 from denseclip_hf.sharing import add_code, add_results, folder_to_push, write_card
-from denseclip_hf.sharing.card import plain, shown_images, shown_name
+from denseclip_hf.sharing.card import plain, shown_name
 from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.models import tiny_model
 from helpers.results import RESULTS
 
 
 @pytest.fixture
-def directory(tmp_path, kind):
-    tiny_model(kind, palette=[[0, 1, 2], [255, 0, 0], [9, 9, 9]]).save_pretrained(tmp_path / "my-model")
+def directory(tmp_path):
+    tiny_model(palette=[[0, 1, 2], [255, 0, 0], [9, 9, 9]]).save_pretrained(tmp_path / "my-model")
     return tmp_path / "my-model"
 
 
@@ -144,13 +144,6 @@ def test_names_show_as_text_whatever_they_hold(tmp_path):
     assert len(table) == 1 and len(re.findall(r"(?<!\\)\|", table[0])) == 3
 
 
-@pytest.mark.parametrize("key", ["dataset", "split", "metrics"])
-def test_results_without_their_origin_are_refused(directory, key):
-    with pytest.raises(ValueError, match=f"`{key}`"):
-        add_results(directory, {k: v for k, v in RESULTS.items() if k != key})
-    assert not (directory / "README.md").exists()
-
-
 def test_numbers_of_numpy_are_numbers_and_missing_ones_are_left_out(directory):
     metrics = {"mean_iou": np.float32(0.25), "overall_accuracy": math.nan, "mean_accuracy": None}
     results = {**RESULTS, "metrics": metrics, "per_category": {"class 0": {"iou": np.float32(0.75)}}}
@@ -159,14 +152,17 @@ def test_numbers_of_numpy_are_numbers_and_missing_ones_are_left_out(directory):
     assert "| class 0 | 75.00 |" in path.read_text()
 
 
-@pytest.mark.parametrize("value", [43.5, -0.1, "0.4", True])
-@pytest.mark.parametrize("place", ["mean_iou", "iou of class 0"])
-def test_numbers_out_of_range_are_refused(directory, place, value):
-    changed = (
-        {"metrics": {"mean_iou": value}} if place == "mean_iou" else {"per_category": {"class 0": {"iou": value}}}
-    )
-    with pytest.raises(ValueError, match=f"{place} .*0 to 1"):
-        add_results(directory, RESULTS | changed)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        *[({key: None}, key) for key in ("dataset", "split", "metrics")],
+        *[({"metrics": {"mean_iou": value}}, "mean_iou") for value in (43.5, -0.1, "0.4", True)],
+        ({"per_category": {"class 0": {"iou": 43.5}}}, "class 0"),
+    ],
+)
+def test_results_that_nobody_could_read_are_refused(directory, changes, named):
+    with pytest.raises(ValueError, match=named):
+        add_results(directory, RESULTS | changes)
     assert not (directory / "README.md").exists()
 
 
@@ -189,21 +185,12 @@ INDEX = "model-index:\n- name: x\n  results:\n  - task: {type: a}\n    dataset: 
 def test_a_card_that_cannot_be_read_is_one_sentence_and_stays(directory, front):
     content = f"---\n{front}\n---\n# Mine\n"
     (directory / "README.md").write_text(content)
-    with pytest.raises(ValueError, match=r"front matter of .*README.md") as caught:
+    with pytest.raises(ValueError, match="README.md") as caught:
         add_results(directory, RESULTS)
     assert "\n" not in str(caught.value) and (directory / "README.md").read_text() == content
 
 
-def test_images_of_a_card_are_found(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("a.png", "b.jpg", "sub/c.png", "d.png", "e.png"):
-        (tmp_path / name).write_text("")
-    card = '![a](a.png) ![](./b.jpg "title") [![c](sub/c.png)](https://x.y) <img width=3 src="d.png"> e.png'
-    assert shown_images(tmp_path, card) == {"a.png", "b.jpg", "sub/c.png", "d.png"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vit"])  # the same for either
 def test_snippets_run_and_ask_nothing(directory):
     """As a person runs them who has the whole model with code beside it, and a photo."""
     DenseCLIPImageProcessor(size={"shortest_edge": 64}).save_pretrained(directory)

@@ -155,28 +155,23 @@ def test_without_push_nothing_is_uploaded_and_every_file_is_shown(small, capsys)
 
 
 @pytest.fixture
-def small(kind, tmp_path):
-    tiny_model(kind).save_pretrained(tmp_path / "model")
+def small(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
     DenseCLIPImageProcessor().save_pretrained(tmp_path / "model")
     write_card(tmp_path / "model")
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("kind", ["vit"])
 @pytest.mark.parametrize("code", [True, False])
-def test_no_file_of_a_push_names_a_path_of_this_machine(kind, code, tmp_path, monkeypatch):
+def test_no_file_of_a_push_names_a_path_of_this_machine(code, tmp_path, monkeypatch):
     """A CLIP, data and a run that lie in a person's home, under folders of telling names."""
     home = tmp_path / "home" / "alice_secret"
-    clip, data, run_dir = (
-        home / "nobodys_business" / "clip",
-        home / "nobodys_business" / "streets",
-        home / "nobodys_business" / "run",
-    )
+    clip, data, run_dir = (home / "nobodys_business" / name for name in ("clip", "streets", "run"))
     for folder in (clip, data):
         folder.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     tokenizer = learn_tokenizer(["sky", "road"], vocab_size=520)
-    for part in (example_clip_model(tokenizer, kind), tokenizer):
+    for part in (example_clip_model(tokenizer, "vit"), tokenizer):
         part.save_pretrained(clip)
     sizes = {"context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2, "neck_hidden_size": 8}
     model = DenseCLIPForSemanticSegmentation.from_clip(clip, ["sky", "road"], image_size=64, **sizes)
@@ -200,7 +195,7 @@ def test_no_file_of_a_push_names_a_path_of_this_machine(kind, code, tmp_path, mo
 def test_a_card_with_a_local_path_in_it_is_not_pushed(small, where):
     place = {"home": Path.home() / "data", "folder": small}[where]
     (small / "README.md").write_text((small / "README.md").read_text() + f"\nI ran it in {place}.\n")
-    with pytest.raises(ValueError, match=r"README.md names the local path"), folder_to_push(small):
+    with pytest.raises(ValueError, match="README.md"), folder_to_push(small):
         pass
 
 
@@ -213,13 +208,12 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["vit"])
 def test_training_state_and_secrets_are_refused(small):
     for name in REFUSED:
         (small / name).parent.mkdir(exist_ok=True)
         (small / name).write_text("{}")
     for name in REFUSED:
-        with pytest.raises(ValueError, match="training state"), folder_to_push(small, code=False, include=[name]):
+        with pytest.raises(ValueError, match=Path(name).name), folder_to_push(small, code=False, include=[name]):
             pass
     with folder_to_push(small, code=False) as folder:
         assert not contents(folder).keys() & set(REFUSED)
@@ -228,7 +222,7 @@ def test_training_state_and_secrets_are_refused(small):
 @pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "sub/../../secret.txt", "nothing.txt"])
 def test_files_that_are_outside_or_missing_are_refused(small, name):
     (small.parent / "secret.txt").write_text("")
-    with pytest.raises(ValueError, match="outside|no file"), folder_to_push(small, code=False, include=[name]):
+    with pytest.raises(ValueError, match=name), folder_to_push(small, code=False, include=[name]):
         pass
 
 
@@ -236,8 +230,9 @@ def test_files_that_are_outside_or_missing_are_refused(small, name):
 def test_links_to_what_is_not_pushed_are_refused(small, leads_to):
     (small.parent / leads_to).write_text("")
     (small / "image.png").symlink_to(small.parent / leads_to)
-    (small / "README.md").write_text((small / "README.md").read_text() + "\n![Example](image.png)\n")
-    with pytest.raises(ValueError, match=r"image.png is (outside|training state)"), folder_to_push(small, code=False):
+    with (small / "README.md").open("a") as card:
+        card.write("\n![Example](image.png)\n")
+    with pytest.raises(ValueError, match="image.png"), folder_to_push(small, code=False):
         pass
 
 
@@ -245,12 +240,14 @@ def test_links_to_what_is_not_pushed_are_refused(small, leads_to):
 def test_shown_images_shards_and_named_files_go_along(small, code):
     tiny_model().save_pretrained(small, max_shard_size="20KB")
     (small / "sub").mkdir()
-    for name in ("shown.jpg", "other.jpg", "notes.txt", "sub/more.txt", "modeling_denseclip.py"):
+    shown = {"a.png", "b.jpg", "sub/c.png", "d.png"}
+    for name in (*shown, "other.jpg", "notes.txt", "sub/more.txt", "modeling_denseclip.py"):
         (small / name).write_text("mine")
-    (small / "README.md").write_text((small / "README.md").read_text() + "\n![x](shown.jpg)\n")
+    with (small / "README.md").open("a") as card:
+        card.write('![a](a.png) ![](./b.jpg "b") [![c](sub/c.png)](https://x.y) <img width=3 src="d.png"> other.jpg\n')
     with folder_to_push(small, code, include=["notes.txt", "sub/more.txt"]) as folder:
         files = contents(folder)
-    assert {"shown.jpg", "notes.txt", "sub/more.txt"} <= files.keys() and "other.jpg" not in files
+    assert shown | {"notes.txt", "sub/more.txt"} <= files.keys() and "other.jpg" not in files
     assert {path.name for path in small.glob("model*.safetensors*")} <= files.keys()
     assert files.get("modeling_denseclip.py") != b"mine" and ("modeling_denseclip.py" in files) == code
     assert (small / "modeling_denseclip.py").read_text() == "mine"
@@ -265,11 +262,10 @@ def test_without_code_no_config_asks_for_it(small):
 
 
 @pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors"])
-def test_incomplete_directories_are_refused(small, name, capsys):
+def test_incomplete_directories_are_refused(small, name):
     (small / name).unlink()
-    with pytest.raises(SystemExit, match="^1$"):
-        main([str(small), "me/x", "--push"], api=None)
-    assert "no complete model directory" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=str(small)), folder_to_push(small):
+        pass
 
 
 def test_a_repository_stays_as_private_as_it_is(small, caplog):

@@ -279,19 +279,3 @@ def _short_names(addresses: Sequence[str]) -> dict[str, str]:
     unique = list(dict.fromkeys(addresses))
     short = [Path(address).resolve().name if Path(address).is_dir() else address for address in unique]
     return {name if short.count(name) == 1 else address: address for name, address in zip(short, unique, strict=True)}
-
-
-__all__ = [
-    "MAX_HEAT_MAPS",
-    "MAX_WORDS",
-    "Answer",
-    "AppModels",
-    "annotated",
-    "heat_maps",
-    "read_upload",
-    "read_words",
-    "save_mask",
-    "save_overlay",
-    "segment",
-    "time_limit",
-]

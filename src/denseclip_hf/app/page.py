@@ -250,6 +250,3 @@ def _refuse_address(file: dict[str, Any]) -> None:
 
 def _path_of(upload: Any) -> str | None:
     return upload and upload.path
-
-
-__all__ = ["UploadLimits", "build_page", "launch"]

@@ -191,14 +191,3 @@ def confusion_picture(matrix, names: Sequence[str], columns: Sequence[str] | Non
         draw.text((6, column * cell + cell // 2), labels[1][column], "black", font, anchor="lm")
     sheet.paste(above.transpose(Image.Transpose.ROTATE_90), (margin, 0))
     return sheet
-
-
-__all__ = [
-    "colorize",
-    "comparison_picture",
-    "confusion_picture",
-    "heat_map",
-    "indexed_picture",
-    "overlay",
-    "overlay_with_legend",
-]

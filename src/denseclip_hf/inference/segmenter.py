@@ -364,6 +364,3 @@ def _write_new(file: Path, image: Image.Image) -> None:
     except BaseException:
         file.unlink(missing_ok=True)
         raise
-
-
-__all__ = ["Segmented", "Segmenter", "Summary", "predict_sources"]

@@ -197,6 +197,3 @@ def _is_url(address: str) -> bool:
         return urlsplit(address).scheme in ("http", "https")
     except ValueError:
         return False
-
-
-__all__ = ["Source", "find_sources", "read_frames", "read_image_of"]

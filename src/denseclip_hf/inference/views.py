@@ -297,16 +297,3 @@ def scaled_views(
         yield pixel_values, False
         if flip:
             yield pixel_values.flip(-1), True
-
-
-__all__ = [
-    "LOADING_DTYPES",
-    "batches_of_one_size",
-    "classes_and_certainty",
-    "load_model",
-    "multi_scale_probabilities",
-    "multi_scale_segmentation",
-    "published_image_processor",
-    "segment_in_windows",
-    "sliding_window_logits",
-]

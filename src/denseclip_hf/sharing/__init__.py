@@ -3,18 +3,8 @@
 A saved directory comes in; `README.md`, a folder to push, or ONNX and `torch.export` files come out.
 """
 
-from .card import CARD, add_results, load_card, markdown_table, shown_name, write_card
-from .export import (
-    FORMATS,
-    MAX_SIDE,
-    check_export,
-    export,
-    export_frozen,
-    export_program,
-    run_exported,
-    save_onnx,
-    side_step,
-)
+from .card import CARD, add_results, shown_name, write_card
+from .export import FORMATS, MAX_SIDE, check_export, export, export_frozen
 from .hub import add_code, folder_to_push, push
 
 
@@ -27,14 +17,8 @@ __all__ = [
     "check_export",
     "export",
     "export_frozen",
-    "export_program",
     "folder_to_push",
-    "load_card",
-    "markdown_table",
     "push",
-    "run_exported",
-    "save_onnx",
     "shown_name",
-    "side_step",
     "write_card",
 ]

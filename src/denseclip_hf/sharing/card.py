@@ -90,37 +90,33 @@ def write_card(
         _check_results(results)
     folder = Path(model_dir)
     path = folder / CARD
-    if not path.is_file():
-        config = DenseCLIPConfig.from_pretrained(folder)
-        name = name or shown_name(folder)
-        data = ModelCardData(
-            library_name="transformers",
-            license=license or "unknown",
-            pipeline_tag=TASK,
-            tags=["denseclip", "clip", "semantic-segmentation", TASK, "vision"],
-            base_model=base_model if base_model and is_hub_name(base_model) else None,
-            datasets=[dataset] if dataset and is_hub_name(dataset) else None,
-        )
-        rows = {"Data": dataset and shown_name(dataset), **(training or {})}
-        card = ModelCard.from_template(
-            data,
-            template_path=str(TEMPLATE),
-            name=plain(name),
-            model=MODEL,
-            num_labels=config.num_labels,
-            method=METHODS[config.decode_head if config.use_text_guidance else "unguided"],
-            facts=_rows(_facts(config, folder, source, base_model)),
-            image=image,
-            results=f"{BEGIN}\n{END}",
-            training=_rows(rows) if dataset or training else None,
-            classes=_classes(config),
-        )
-        if results:
-            _set_results(card, results, name)
-        write_atomically(path, f"{str(card).rstrip()}\n")
-    elif results:
-        add_results(folder, results)
-    return path
+    if path.is_file():
+        return add_results(folder, results) if results else path
+    config = DenseCLIPConfig.from_pretrained(folder)
+    name = name or shown_name(folder)
+    data = ModelCardData(
+        library_name="transformers",
+        license=license or "unknown",
+        pipeline_tag=TASK,
+        tags=["denseclip", "clip", "semantic-segmentation", TASK, "vision"],
+        base_model=base_model if base_model and is_hub_name(base_model) else None,
+        datasets=[dataset] if dataset and is_hub_name(dataset) else None,
+    )
+    rows = {"Data": dataset and shown_name(dataset), **(training or {})}
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=plain(name),
+        model=MODEL,
+        num_labels=config.num_labels,
+        method=METHODS[config.decode_head if config.use_text_guidance else "unguided"],
+        facts=_rows(_facts(config, folder, source, base_model)),
+        image=image,
+        results=f"{BEGIN}\n{END}",
+        training=_rows(rows) if dataset or training else None,
+        classes=_classes(config),
+    )
+    return _write(card, path, results, name)
 
 
 def add_results(model_dir: str | os.PathLike, results: Mapping[str, Any]) -> Path:
@@ -146,10 +142,7 @@ def add_results(model_dir: str | os.PathLike, results: Mapping[str, Any]) -> Pat
     if not path.is_file():
         return write_card(model_dir, results=results)
     _check_results(results)
-    card = load_card(path)
-    _set_results(card, results, shown_name(model_dir))
-    write_atomically(path, f"{str(card).rstrip()}\n")
-    return path
+    return _write(load_card(path), path, results, shown_name(model_dir))
 
 
 def load_card(path: str | os.PathLike) -> ModelCard:
@@ -173,17 +166,20 @@ def load_card(path: str | os.PathLike) -> ModelCard:
     return card
 
 
-def _set_results(card: ModelCard, results: Mapping[str, Any], name: str) -> None:
-    """Put a checked measurement into the model-index and the text of `card`; `name` is the model's if it has none."""
-    new, data = _eval_results(results), card.data
-    old = [each for each in data.get("eval_results") or [] if not any(each.is_equal_except_value(n) for n in new)]
-    if old + new:
-        data["eval_results"] = old + new
-        data["model_name"] = data.get("model_name") or visible(name)
-    block = f"{BEGIN}\n## Results\n\n{_table(old + new)}{_per_class(results)}\n{END}"
-    before, begin, rest = card.text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    card.text = f"{before}{block}{after}" if begin and end else f"{card.text.rstrip()}\n\n{block}\n"
+def _write(card: ModelCard, path: Path, results: Mapping[str, Any] | None, name: str) -> Path:
+    """Write `card` with checked `results` in its model-index and text; `name` is the model's if it has none there."""
+    if results:
+        new, data = _eval_results(results), card.data
+        old = [each for each in data.get("eval_results") or [] if not any(each.is_equal_except_value(n) for n in new)]
+        if old + new:
+            data["eval_results"] = old + new
+            data["model_name"] = data.get("model_name") or visible(name)
+        block = f"{BEGIN}\n## Results\n\n{_table(old + new)}{_per_class(results)}\n{END}"
+        before, begin, rest = card.text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        card.text = f"{before}{block}{after}" if begin and end else f"{card.text.rstrip()}\n\n{block}\n"
+    write_atomically(path, f"{str(card).rstrip()}\n")
+    return path
 
 
 def _check_results(results: Mapping[str, Any]) -> None:
@@ -195,8 +191,8 @@ def _check_results(results: Mapping[str, Any]) -> None:
     for category, values in (results.get("per_category") or {}).items():
         numbers |= {f"{kind} of {category}": values.get(kind) for kind in ("iou", "accuracy")}
     for name, value in numbers.items():
-        missing = value is None or (isinstance(value, Real) and math.isnan(value))
-        if not missing and (isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if value is not None and not (is_number and (math.isnan(value) or 0 <= float(value) <= 1)):
             raise ValueError(f"{name} must be a number from 0 to 1 (not percent), got {value!r}.")
 
 
@@ -226,11 +222,8 @@ def _table(measured: Sequence[EvalResult]) -> str:
     """Every measurement in percent, one line each."""
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for each in measured:
-        key = (
-            plain(each.dataset_name),
-            plain(each.dataset_split or ""),
-            plain(protocol_words(each.metric_args or {})),
-        )
+        words = protocol_words(each.metric_args or {})
+        key = plain(each.dataset_name), plain(each.dataset_split or ""), plain(words)
         lines.setdefault(key, {})[plain(each.metric_name or each.metric_type)] = _percent(each.metric_value)
     metrics = list(dict.fromkeys(metric for line in lines.values() for metric in line))
     head = ("data", "split", "protocol", *(f"{metric} (%)" for metric in metrics))
@@ -265,9 +258,7 @@ def protocol_words(protocol: Mapping[str, Any]) -> str:
     return ", ".join(words + [f"{key} {value}" for key, value in rest.items()])
 
 
-def _facts(
-    config: DenseCLIPConfig, folder: Path, source: str | None, base_model: str | None
-) -> dict[str, str | int | None]:
+def _facts(config: DenseCLIPConfig, folder: Path, source: str | None, base_model: str | None) -> dict[str, Any]:
     clip: Any = config.clip_config
     tower = TOWERS.get(clip.model_type, clip.model_type)
     prompt = f"{config.num_context_tokens} learned context vectors" if config.num_context_tokens else "fixed"
@@ -342,17 +333,3 @@ def _rows(rows: Mapping[str, Any]) -> str:
 
 def _percent(value: Any) -> str:
     return f"{100 * value:.2f}" if isinstance(value, Real) and math.isfinite(value) else "–"
-
-
-__all__ = [
-    "CARD",
-    "MODEL",
-    "add_results",
-    "is_hub_name",
-    "load_card",
-    "markdown_table",
-    "plain",
-    "shown_images",
-    "shown_name",
-    "write_card",
-]

@@ -233,15 +233,3 @@ def export_frozen(
             f"\n## For inference alone\n\nThis is {plain(shown_name(source))} with its classes frozen: the text tower "
             "is gone, the logits are the same bit for bit, and it can neither be trained nor take new words.\n"
         )
-
-
-__all__ = [
-    "FORMATS",
-    "check_export",
-    "export",
-    "export_frozen",
-    "export_program",
-    "run_exported",
-    "save_onnx",
-    "side_step",
-]

@@ -136,20 +136,16 @@ def _link(source: Path, target: Path) -> None:
 
 def _without_local_names(path: Path, keep_code: bool) -> None:
     """Take out of a JSON file where parts were loaded from and, unless the code goes too, what the code is called."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     dropped = {"_name_or_path", "name_or_path"} | ({"auto_map"} if not keep_code else set())
-    kept = _drop(content, dropped)
-    if kept != content:
-        path.unlink()
-        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
+    def kept(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if key not in dropped}
 
-def _drop(value: Any, keys: set[str]) -> Any:
-    if isinstance(value, list):
-        return [_drop(part, keys) for part in value]
-    if isinstance(value, dict):
-        return {key: _drop(part, keys) for key, part in value.items() if key not in keys}
-    return value
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text, object_pairs_hook=kept)
+    if content != json.loads(text):
+        path.unlink()  # which may be a link to the model's own
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_local_paths(staging: Path, folder: Path) -> None:
@@ -193,6 +189,3 @@ def push(folder: Path, repo_id: str, private: bool = True, message: str = "Uploa
             f"pushing to {repo_id} failed ({reason}): look at the network, the name and `hf auth login`."
         ) from error
     raise ValueError(f"{repo_id} exists and is public: push there with `--public`, or choose another name.")
-
-
-__all__ = ["add_code", "folder_to_push", "push"]
