@@ -22,7 +22,7 @@ from ..inference import (
     Segmenter,
     Source,
     heat_map,
-    indexed_picture,
+    indexed_image,
     load_model,
     overlay_with_legend,
     read_image_of,
@@ -254,7 +254,7 @@ def annotated(answer: Answer) -> tuple[Any, dict[str, str]]:
 
 def save_mask(answer: Answer, folder: Path, name: str) -> Path:
     """Write `NAME_mask.png`, whose pixels are class ids; `name` is the image's file's."""
-    return _save(indexed_picture(answer.segmentation, answer.palette), folder, name, "mask")
+    return _save(indexed_image(answer.segmentation, answer.palette), folder, name, "mask")
 
 
 def save_overlay(answer: Answer, folder: Path, name: str) -> Path:

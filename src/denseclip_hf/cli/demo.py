@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from transformers import pipeline
 import denseclip_hf
-from denseclip_hf.inference import colorize, comparison_picture, overlay
+from denseclip_hf.inference import colorize, comparison_image, overlay
 
 model_dir, data_dir, drawn = sys.argv[1:]
 segment = pipeline("image-segmentation", model=model_dir)
@@ -42,7 +42,7 @@ for file in sorted(Path(data_dir, "val", "images").glob("*.jpg"))[:4]:
     maps = [colorize(ids, palette) for ids in (prediction, truth)]
     rows.append([image, overlay(image, prediction, palette), *maps])
 titles = ["input", "prediction over input", "prediction", "ground truth (black: void)"]
-comparison_picture(rows, titles, config.id2label, palette).save(drawn)
+comparison_image(rows, titles, config.id2label, palette).save(drawn)
 """
 
 

@@ -20,9 +20,9 @@ from ..files import make_directory, writing_into
 from ..inference import (
     LOADING_DTYPES,
     colorize,
-    comparison_picture,
-    confusion_picture,
-    indexed_picture,
+    comparison_image,
+    confusion_image,
+    indexed_image,
     load_model,
     multi_scale_segmentation,
     overlay,
@@ -245,7 +245,7 @@ class _Collector:
         if self.args.save_predictions:
             name = name_of(self.samples.samples[index]["image"])
             stem = "" if name == NAMELESS else f"_{file_stem(name.split('::')[0])}"
-            picture = indexed_picture(prediction.cpu().numpy(), self.palette)
+            picture = indexed_image(prediction.cpu().numpy(), self.palette)
             with writing_into(self.folder):
                 picture.save(self.folder / f"{index:06d}{stem}.png")
 
@@ -274,9 +274,9 @@ class _Collector:
             rows.append([image, overlay(image, prediction, self.palette), colorize(prediction, self.palette), truth])
         if rows:
             titles = ["image", "prediction over image", "prediction", "truth (black: void)"]
-            comparison_picture(rows, titles, names, self.palette).save(folder / "worst.png")
+            comparison_image(rows, titles, names, self.palette).save(folder / "worst.png")
         if self.args.confusion_matrix:
-            picture = confusion_picture(matrix[self.ids], [names[i] for i in self.ids], list(names.values()))
+            picture = confusion_image(matrix[self.ids], [names[i] for i in self.ids], list(names.values()))
             picture.save(folder / "confusion_matrix.png")
 
 

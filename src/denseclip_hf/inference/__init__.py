@@ -6,10 +6,10 @@ Images, paths or addresses go in; class ids, probabilities, masks and overlays c
 
 from .drawing import (
     colorize,
-    comparison_picture,
-    confusion_picture,
+    comparison_image,
+    confusion_image,
     heat_map,
-    indexed_picture,
+    indexed_image,
     overlay,
     overlay_with_legend,
 )
@@ -34,11 +34,11 @@ __all__ = [
     "Summary",
     "batches_of_one_size",
     "colorize",
-    "comparison_picture",
-    "confusion_picture",
+    "comparison_image",
+    "confusion_image",
     "find_sources",
     "heat_map",
-    "indexed_picture",
+    "indexed_image",
     "load_model",
     "multi_scale_probabilities",
     "multi_scale_segmentation",

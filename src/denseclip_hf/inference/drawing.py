@@ -34,7 +34,7 @@ def overlay(image: Image.Image, segmentation, palette: Palette, opacity: float =
     return Image.blend(image.convert("RGB"), colorize(segmentation, palette), opacity)
 
 
-def indexed_picture(segmentation, palette: Palette) -> Image.Image:
+def indexed_image(segmentation, palette: Palette) -> Image.Image:
     """
     Class ids `(H, W)` as an image whose pixel values are the ids: 8 bit with `palette`, to be saved as PNG.
 
@@ -114,7 +114,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:
     return ((top, min(top + rows, image.height)) for top in range(0, image.height, rows))
 
 
-def comparison_picture(
+def comparison_image(
     rows: Sequence[Sequence[Image.Image]],
     titles: Sequence[str],
     id2label: dict[int, str],
@@ -157,7 +157,7 @@ def comparison_picture(
     return sheet
 
 
-def confusion_picture(matrix, names: Sequence[str], columns: Sequence[str] | None = None) -> Image.Image:
+def confusion_image(matrix, names: Sequence[str], columns: Sequence[str] | None = None) -> Image.Image:
     """
     A confusion matrix as a table of squares: rows are true classes, columns predicted ones.
 

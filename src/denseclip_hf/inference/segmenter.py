@@ -21,14 +21,13 @@ from ..files import make_directory, write_atomically, writing_into
 from ..model.class_names_denseclip import class_phrasings
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..model.resizing_denseclip import check_finite, resize_argmax
-from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_picture, overlay_with_legend
+from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_image, overlay_with_legend
 from .sources import Source, read_frames, read_image_of
 from .views import batches_of_one_size, classes_and_certainty, segment_in_windows
 
 
 logger = logging.getLogger(__name__)
 
-Named = tuple[str, Image.Image]
 # Of a file's name without its suffix, so that any file system takes it; the distinguishing part comes first.
 MAX_STEM_BYTES = 240
 
@@ -207,7 +206,7 @@ def predict_sources(
         opacity (`float`): of the colors in overlays and heat maps, 0 … 1.
         overwrite (`bool`): replace files that are there.
         timeout (`float`): seconds to wait for an address.
-        every, max_frames (`int`): of videos, take every Nth frame, and at most so many.
+        every, max_frames (`int`): of videos, take every `every`-th frame, and at most `max_frames`.
         progress (`bool`): whether to show a progress bar.
 
     Returns:
@@ -227,8 +226,7 @@ def predict_sources(
         _name_classes(folder / "classes.json", segmenter.names, overwrite)
     outputs = _Outputs(folder, segmenter, opacity, overwrite)
     bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)
-    read = _read(bar, summary, outputs, timeout, every, max_frames, segmenter.native_resolution)
-    prepared = _prepared(segmenter, read, summary)
+    prepared = _prepared(segmenter, bar, summary, outputs, timeout, every, max_frames)
     for batch in batches_of_one_size(prepared, batch_size, lambda item: item[2] if item[2] is None else item[2].shape):
         for name, image, result in _segmented(segmenter, batch, summary):
             try:
@@ -287,7 +285,7 @@ class _Outputs:
     def _drawings(self, image: Image.Image, result: Segmented) -> Iterator[Image.Image]:
         """In the order of `kinds`, made one at a time."""
         ids, palette = result.ids.cpu().numpy(), self.segmenter.palette
-        yield indexed_picture(ids, palette)
+        yield indexed_image(ids, palette)
         yield overlay_with_legend(image, ids, dict(enumerate(self.segmenter.names)), palette, self.opacity)
         if result.certainty is not None:
             yield Image.fromarray((255 * result.certainty.float()).round().cpu().numpy().astype(np.uint8))
@@ -296,46 +294,44 @@ class _Outputs:
             yield from (heat_map(image, score_map, lowest, highest, self.opacity) for score_map in maps)
 
 
-def _read(
+Prepared = tuple[str, Image.Image, torch.Tensor | None]  # a name, and pixel values unless it goes in windows
+
+
+def _prepared(
+    segmenter: Segmenter,
     sources: Iterable[Source],
     summary: Summary,
     outputs: _Outputs,
     timeout: float,
     every: int,
     max_frames: int | None,
-    large: bool,
-) -> Iterator[Named]:
-    """Images and frames, by name; what cannot be read or written, or has the name of another, is noted."""
+) -> Iterator[Prepared]:
+    """Images and frames; what cannot be read, resized or written, or has the name of another, is noted."""
     taken: set[str] = set()
+    windows = segmenter.native_resolution
     for source in sources:
         try:
             if source.is_video:
                 named = read_frames(source, every, max_frames)
             else:
-                named = iter([(source.name, read_image_of(source, timeout, large))])
+                named = iter([(source.name, read_image_of(source, timeout, large=windows))])
             for name, image in named:
                 problem = outputs.problem(name)
                 if name.casefold() in taken:
                     problem = f"{source.shown}: results called {name} are another's already: rename one of the two."
+                pixel_values = None
+                if not problem and not windows:
+                    try:
+                        pixel_values = segmenter.preprocess(image)
+                    except ValueError as error:
+                        problem = f"{name}: {error}"
                 if problem:
                     summary.problems.append(problem)
                     continue
                 taken.add(name.casefold())
-                yield name, image
+                yield name, image, pixel_values
         except (OSError, ValueError, ImportError) as error:
             summary.problems.append(str(error))
-
-
-Prepared = tuple[str, Image.Image, torch.Tensor | None]  # with its pixel values
-
-
-def _prepared(segmenter: Segmenter, named: Iterable[Named], summary: Summary) -> Iterator[Prepared]:
-    """Images with their pixel values, without those at their own resolution; what does not fit is noted."""
-    for name, image in named:
-        try:
-            yield name, image, None if segmenter.native_resolution else segmenter.preprocess(image)
-        except ValueError as error:
-            summary.problems.append(f"{name}: {error}")
 
 
 def _segmented(

@@ -8,7 +8,7 @@ from PIL import Image
 from denseclip_hf import DenseCLIPImageProcessor
 from denseclip_hf.inference import (
     colorize,
-    comparison_picture,
+    comparison_image,
     multi_scale_probabilities,
     multi_scale_segmentation,
     overlay,
@@ -150,7 +150,7 @@ def test_overlay_blends():
 
 def test_comparison_has_every_picture_and_a_legend():
     red, blue = Image.new("RGB", (40, 30), (255, 0, 0)), Image.new("RGB", (40, 30), (0, 0, 255))
-    sheet = comparison_picture([[red, blue]], ["left", "right"], {0: "sky", 1: "sea", 2: "sand"}, PALETTE, width=160)
+    sheet = comparison_image([[red, blue]], ["left", "right"], {0: "sky", 1: "sea", 2: "sand"}, PALETTE, width=160)
     colors = {color: count for count, color in sheet.getcolors(100_000)}
     assert colors[(255, 0, 0)] >= 160 * 120 and colors[(0, 0, 255)] >= 160 * 120 and (0, 255, 0) in colors
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from denseclip_hf.inference import confusion_picture, heat_map, indexed_picture, overlay, overlay_with_legend
+from denseclip_hf.inference import confusion_image, heat_map, indexed_image, overlay, overlay_with_legend
 from helpers.images import photo
 
 
 PALETTE = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 
 
-def test_indexed_pictures_keep_ids_and_colors(tmp_path):
+def test_indexed_images_keep_ids_and_colors(tmp_path):
     ids = np.array([[0, 2], [1, 1]])
-    indexed_picture(ids, PALETTE).save(tmp_path / "mask.png")
+    indexed_image(ids, PALETTE).save(tmp_path / "mask.png")
     loaded = Image.open(tmp_path / "mask.png")
     assert np.asarray(loaded).tolist() == ids.tolist()
     assert loaded.convert("RGB").getpixel((1, 0)) == (0, 0, 255)
@@ -26,7 +26,7 @@ def test_indexed_pictures_keep_ids_and_colors(tmp_path):
 @pytest.mark.parametrize("num_labels", [256, 257, 1000])
 def test_more_classes_than_a_palette_has_are_16_bit(tmp_path, num_labels):
     ids = np.array([[0, num_labels - 1]])
-    indexed_picture(ids, [[1, 2, 3]] * num_labels).save(tmp_path / "mask.png")
+    indexed_image(ids, [[1, 2, 3]] * num_labels).save(tmp_path / "mask.png")
     loaded = Image.open(tmp_path / "mask.png")
     assert np.asarray(loaded).tolist() == ids.tolist() and (loaded.mode == "P") == (num_labels == 256)
 
@@ -34,7 +34,7 @@ def test_more_classes_than_a_palette_has_are_16_bit(tmp_path, num_labels):
 @pytest.mark.parametrize("ids", [[[-1]], [[65536]]])
 def test_ids_that_fit_no_picture_are_refused(ids):
     with pytest.raises(ValueError, match="0 … 65535"):
-        indexed_picture(np.array(ids), PALETTE)
+        indexed_image(np.array(ids), PALETTE)
 
 
 def test_legend_names_what_is_shown():
@@ -103,7 +103,7 @@ def test_heat_maps_go_from_blue_to_red():
 
 @pytest.mark.parametrize("classes", [2, 150])
 def test_confusion_matrix_is_bright_on_its_diagonal(classes):
-    sheet = confusion_picture(torch.eye(classes) * 5, [f"class {i}" for i in range(classes)])
+    sheet = confusion_image(torch.eye(classes) * 5, [f"class {i}" for i in range(classes)])
     cell = 48 if classes == 2 else 6
     last = (sheet.width - 8 - cell // 2, sheet.height - 8 - cell // 2)
     assert sheet.getpixel(last) == (255, 255, 255) and sheet.getpixel((last[0] - cell, last[1])) == (0, 0, 0)
