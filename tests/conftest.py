@@ -17,7 +17,7 @@ from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.app.answers import AppModels
 from denseclip_hf.example import example_clip_model, example_tokenizer
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
-from helpers.images import photo
+from helpers.images import PHOTO_SIZES, photo
 from helpers.models import CLASSES, varied
 
 
@@ -56,6 +56,16 @@ def app_models(word_model_dir) -> AppModels:
 def photo_file(tmp_path) -> Path:
     photo().save(tmp_path / "holiday.png")
     return tmp_path / "holiday.png"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of five photos."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed, (name, size) in enumerate(PHOTO_SIZES.items()):
+        photo(size, seed).save(folder / f"{name}.png")
+    return folder
 
 
 @pytest.fixture(params=["vit", "resnet"])

@@ -10,6 +10,9 @@ def photo(size=(96, 64), seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
+PHOTO_SIZES = {"a": (90, 70), "b": (64, 100), "c": (90, 70), "d": (70, 90), "e": (90, 70)}  # of the fixture `photos`
+
+
 def pictures(count=8, size=(80, 72)):
     """Three horizontal bands whose colors tell their classes, with noise."""
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Results as pictures: masks with a palette, overlays with a legend, heat maps, confusion matrices."""
+"""Results as images: masks with a palette, overlays with a legend, heat maps, confusion matrices."""
 
 import subprocess
 import sys
@@ -32,8 +32,8 @@ def test_more_classes_than_a_palette_has_are_16_bit(tmp_path, num_labels):
 
 
 @pytest.mark.parametrize("ids", [[[-1]], [[65536]]])
-def test_ids_that_fit_no_picture_are_refused(ids):
-    with pytest.raises(ValueError, match="0 … 65535"):
+def test_ids_that_fit_no_image_are_refused(ids):
+    with pytest.raises(ValueError, match="65535"):
         indexed_image(np.array(ids), PALETTE)
 
 
@@ -47,7 +47,7 @@ def test_legend_names_what_is_shown():
 
 
 def test_a_legend_is_as_wide_as_its_names():
-    name = "a sentence much wider than the picture"
+    name = "a sentence much wider than the image"
     sheets = [
         overlay_with_legend(Image.new("RGB", (96, 64)), np.zeros((64, 96), int), {0: shown}, PALETTE)
         for shown in (name, name + " ends")
@@ -59,23 +59,23 @@ def test_a_legend_is_as_wide_as_its_names():
 
 
 @pytest.mark.parametrize("strip", [1, 700])
-def test_strips_of_a_picture_equal_the_whole(monkeypatch, strip):
+def test_strips_of_an_image_equal_the_whole(monkeypatch, strip):
     image, scores = photo((50, 40)), torch.randn(5, 7)
     ids = np.random.default_rng(0).integers(-1, 4, (40, 50))
     names = {0: "sky", 1: "sea", 2: "sand"}
 
-    def pictures():
+    def drawings():
         return heat_map(image, scores, -1.0, 1.0), overlay_with_legend(image, ids, names, PALETTE)
 
-    whole = pictures()
+    whole = drawings()
     assert np.array_equal(whole[1].crop((0, 0, 50, 40)), overlay(image, ids, PALETTE, 0.6))
     monkeypatch.setattr("denseclip_hf.inference.drawing.STRIP_PIXELS", strip)
-    for part, expected in zip(pictures(), whole, strict=True):
+    for part, expected in zip(drawings(), whole, strict=True):
         assert np.array_equal(part, expected)
 
 
 @pytest.mark.slow
-def test_drawing_over_a_large_picture_takes_the_memory_of_the_result():
+def test_drawing_over_a_large_image_takes_the_memory_of_the_result():
     code = (
         "import numpy as np, torch\n"
         "from PIL import Image\n"
@@ -94,8 +94,8 @@ def test_drawing_over_a_large_picture_takes_the_memory_of_the_result():
 
 
 def test_heat_maps_go_from_blue_to_red():
-    picture = heat_map(Image.new("RGB", (40, 20)), torch.tensor([[0.0, 1.0]]), 0.0, 1.0, opacity=1.0)
-    cold, hot = picture.getpixel((0, 10)), picture.getpixel((39, 10))
+    drawn = heat_map(Image.new("RGB", (40, 20)), torch.tensor([[0.0, 1.0]]), 0.0, 1.0, opacity=1.0)
+    cold, hot = drawn.getpixel((0, 10)), drawn.getpixel((39, 10))
     assert cold[2] > cold[0] and hot[0] > hot[2]
     constant = heat_map(Image.new("RGB", (4, 4)), torch.zeros(2, 2), 0.0, 0.0)
     assert constant.size == (4, 4)

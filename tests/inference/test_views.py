@@ -76,7 +76,7 @@ def test_views_have_the_originals_sizes_and_order(golden, processor):
         torch.testing.assert_close(pixel_values, tensors[f"in/tta/view{index}"], atol=1e-6, rtol=0)
 
 
-def test_multi_scale_equals_the_original_from_the_picture_on(golden, processor):
+def test_multi_scale_equals_the_original_from_the_image_on(golden, processor):
     model, tensors, _ = golden
     image = Image.fromarray(tensors["in/tta/image"].numpy())
     (probabilities,) = multi_scale_probabilities(model, image, (0.75, 1.0, 1.25), image_processor=processor)
@@ -100,11 +100,11 @@ def test_probabilities_sum_to_one_at_every_images_size(processor):
         lambda array: [torch.from_numpy(array).permute(2, 0, 1)[None]],
     ],
 )
-def test_every_form_of_a_picture_has_the_probabilities_of_the_picture(processor, form):
+def test_every_form_of_an_image_has_its_probabilities(processor, form):
     model = tiny_model().train()
-    picture = Image.effect_noise((50, 40), 60).convert("RGB")
-    (expected,) = multi_scale_probabilities(model, picture, (1.0,), image_processor=processor)
-    (probabilities,) = multi_scale_probabilities(model, form(np.array(picture)), (1.0,), image_processor=processor)
+    image = Image.effect_noise((50, 40), 60).convert("RGB")
+    (expected,) = multi_scale_probabilities(model, image, (1.0,), image_processor=processor)
+    (probabilities,) = multi_scale_probabilities(model, form(np.array(image)), (1.0,), image_processor=processor)
     assert torch.equal(probabilities, expected) and model.training
 
 
@@ -134,21 +134,21 @@ def test_scales_are_of_the_images_own_size_where_it_is_not_resized():
 
 
 def test_no_scale_is_refused(processor):
-    with pytest.raises(ValueError, match="at least one factor"):
+    with pytest.raises(ValueError, match="scales"):
         multi_scale_probabilities(tiny_model(), Image.new("RGB", (50, 40)), (), image_processor=processor)
 
 
 def test_colors_are_the_palettes_and_void_is_black():
-    picture = np.asarray(colorize(np.array([[0, 2], [255, 1]]), PALETTE))
-    assert picture.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 255, 0]]]
+    colored = np.asarray(colorize(np.array([[0, 2], [255, 1]]), PALETTE))
+    assert colored.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 255, 0]]]
 
 
 def test_overlay_blends():
-    picture = overlay(Image.new("RGB", (2, 1), "white"), np.array([[0, 1]]), PALETTE, opacity=0.5)
-    assert picture.getpixel((0, 0)) == (255, 127, 127)
+    blended = overlay(Image.new("RGB", (2, 1), "white"), np.array([[0, 1]]), PALETTE, opacity=0.5)
+    assert blended.getpixel((0, 0)) == (255, 127, 127)
 
 
-def test_comparison_has_every_picture_and_a_legend():
+def test_comparison_has_every_image_and_a_legend():
     red, blue = Image.new("RGB", (40, 30), (255, 0, 0)), Image.new("RGB", (40, 30), (0, 0, 255))
     sheet = comparison_image([[red, blue]], ["left", "right"], {0: "sky", 1: "sea", 2: "sand"}, PALETTE, width=160)
     colors = {color: count for count, color in sheet.getcolors(100_000)}
