@@ -5,27 +5,14 @@ import torch
 from accelerate.state import AcceleratorState
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
-from denseclip_hf.evaluation.measurement import EvaluationArguments, measure
+from denseclip_hf.evaluation.measurement import measure
 from denseclip_hf.evaluation.report import seen_and_unseen
-from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
-from helpers.models import tiny_model, varied
-from helpers.training import write_folder
+from helpers.evaluation import street_arguments
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Makes the arguments for a model of sky, road and car, and twelve such pictures without a validation split."""
-    model = varied(tiny_model())
-    model.config.id2label = {0: "sky", 1: "road", 2: "car"}
-    for part in (model, DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})):
-        part.save_pretrained(tmp_path / "model")
-    data = write_folder(tmp_path / "data", 12)
-
-    def make(**options):
-        names = {name: str(tmp_path / name) for name in ("model", "output_dir")}
-        return EvaluationArguments(dataset=str(data), **names, **options)
-
-    return make
+    return street_arguments(tmp_path)
 
 
 def test_the_launchers_precision_does_not_count(arguments, monkeypatch):

@@ -1,3 +1,5 @@
+"""Precisions and devices by the names that every command takes."""
+
 import pytest
 import torch
 
@@ -18,6 +20,6 @@ def test_devices_by_name():
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
 def test_a_device_that_is_not_there_is_one_sentence(name):
-    with pytest.raises(ValueError, match=f"`--device` '{name}' cannot be used .*: give auto or cpu") as caught:
+    with pytest.raises(ValueError, match=name) as caught:
         device_of(name)
     assert "\n" not in str(caught.value)
