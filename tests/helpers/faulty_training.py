@@ -2,7 +2,6 @@
 
 import os
 import resource
-import runpy
 import signal
 import sys
 from pathlib import Path
@@ -13,9 +12,10 @@ from torch import distributed
 from torch.utils.data import get_worker_info
 
 from denseclip_hf import transforms
+from denseclip_hf.cli import train as command
 from denseclip_hf.evaluation import loop as evaluation
-from denseclip_hf.training import run_directory as runs
 from denseclip_hf.training import trainer
+from helpers.batch_norm import synchronise_trainers_batch_norms
 
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
@@ -44,13 +44,13 @@ def full_at_checkpoint():
 
 def full_at_end():
     """No room for the final model."""
-    finish_run = runs.finish_run
+    save_final_model = command.save_final_model
 
-    def fail(trainer, complete):
+    def fail(trainer):
         fill_disk()
-        finish_run(trainer, complete)
+        save_final_model(trainer)
 
-    runs.finish_run = fail
+    command.save_final_model = fail
 
 
 def in_checkpoint():
@@ -82,11 +82,17 @@ def worker():
     transforms.AugmentedDataset.__getitem__ = fail
 
 
+def none():
+    """The batch norms of several processes work together, as on GPUs."""
+    synchronise_trainers_batch_norms()
+
+
 def fsdp():
     """No fault: accelerate shards on the CPU too, which it does on GPUs only, and gloo's means are means.
 
     Asked for a mean, `reduce_scatter_tensor` of torch 2.8 gives the sum on the CPU.
     """
+    synchronise_trainers_batch_norms()
     scatter = distributed.reduce_scatter_tensor
 
     def mean(output, input, op=distributed.ReduceOp.SUM, group=None, **options):
@@ -109,6 +115,7 @@ def fsdp():
 
 def rank():
     """The second process is killed in the middle of step 5, and leaves a file that tells when."""
+    synchronise_trainers_batch_norms()
     compute_loss = trainer.DenseCLIPTrainer.compute_loss
 
     def fail(self, *args, **kwargs):
@@ -123,4 +130,4 @@ def rank():
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     sys.argv = [str(TRAIN), *sys.argv[2:]]
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    command.main()

@@ -16,7 +16,9 @@ from helpers.training import TINY, TINY_CLIP, write_folder
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 FAULTY = Path(__file__).parent / "faulty_training.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TESTS = str(Path(__file__).parents[1])
+PATHS = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 
 
 def training_recipe(folder, **options):
@@ -53,8 +55,7 @@ class Run:
 
     def end(self, code=0, fault=None):
         """Run to its end, with a fault of faulty_training.py if named; returns what it said."""
-        script = [self.script] if fault is None else [str(FAULTY), fault]
-        done = self._start([*script, *self.arguments])
+        done = self._start([*self._script(fault), *self.arguments])
         try:
             said = done.communicate(timeout=500)[0]
         finally:
@@ -65,7 +66,7 @@ class Run:
 
     def begin(self, wanted="checkpoint-2"):
         """Start it in a process group of its own and wait for a checkpoint."""
-        process = self._start([self.script, *self.arguments])
+        process = self._start([*self._script(None), *self.arguments])
         deadline = time.monotonic() + 500
         while not (self.folder / wanted).exists():
             if process.poll() is not None or time.monotonic() > deadline:
@@ -73,6 +74,11 @@ class Run:
                 raise AssertionError(process.communicate(timeout=60))
             time.sleep(0.01)
         return process
+
+    def _script(self, fault):
+        if fault is None and self.launcher is not None and self.script == str(TRAIN):
+            fault = "none"
+        return [self.script] if fault is None else [str(FAULTY), fault]
 
     def _start(self, arguments):
         if self.launcher is None:

@@ -9,9 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
-from denseclip_hf.training import sampling
-from denseclip_hf.training import trainer as training
-from denseclip_hf.training.stopping import OutlivesSignals, StopCallback, TrainingStopped
+from denseclip_hf.training.stopping import StopCallback, TrainingStopped, leave_signals_to_main_process
 from helpers.models import tiny_model
 from helpers.training import trainer_for
 
@@ -73,40 +71,15 @@ def test_other_threads_train_without_handlers():
     assert seen == [before]
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on macOS")
 def test_workers_leave_signals_to_the_main_process():
-    loader = iter(DataLoader(range(8), num_workers=1, worker_init_fn=OutlivesSignals()))
+    loader = iter(DataLoader(range(8), num_workers=1, worker_init_fn=leave_signals_to_main_process))
     next(loader)
     (worker,) = loader._workers
     for number in ("INT", "TERM"):  # from another process, as a terminal or scheduler sends it
         os.system(f"kill -{number} {worker.pid}")
     assert len(list(loader)) == 7
-    loader = iter(DataLoader(range(800), num_workers=1, worker_init_fn=OutlivesSignals()))
-    next(loader)
-    (worker,) = loader._workers
-    worker.terminate()
     worker.join(timeout=30)
     assert worker.exitcode == 0
-
-
-class SignalledAtItsStart(OutlivesSignals):
-    """Of a worker that a scheduler's SIGTERM finds before it could be told what to do then."""
-
-    def __call__(self, worker_id):
-        os.kill(os.getpid(), signal.SIGTERM)
-        super().__call__(worker_id)
-
-
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on macOS")
-@pytest.mark.parametrize("persistent", [False, True])
-def test_workers_are_born_with_sigterm_blocked(tmp_path, monkeypatch, persistent):
-    for module in (sampling, training):
-        monkeypatch.setattr(module, "OutlivesSignals", SignalledAtItsStart)
-    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent, "max_steps": 5}
-    trainer = trainer_for(tmp_path, **options)
-    trainer.train()
-    assert trainer.state.epoch > 1 and trainer.evaluate()["eval_mean_iou"] >= 0
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class Signalled(IterableDataset):
@@ -121,7 +94,6 @@ class Signalled(IterableDataset):
             yield from self.samples
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on macOS")
 def test_workers_of_a_callers_stream_leave_signals_to_the_main_process(tmp_path):
     trainer = trainer_for(tmp_path, dataloader_num_workers=1, max_steps=2)
     samples = [trainer.train_dataset[index] for index in range(4)]

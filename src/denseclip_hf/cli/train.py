@@ -6,6 +6,7 @@ On several devices: `accelerate launch -m denseclip_hf.cli.train ...`. The direc
 config, image processor, tokenizer and card. The same command goes on from the last checkpoint of an interrupted run.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from .. import DenseCLIPTrainingArguments
@@ -13,13 +14,13 @@ from ..files import write_atomically
 from ..training.card import write_training_card
 from ..training.recipe import DataArguments, ModelArguments, make_trainer
 from ..training.run_directory import (
-    begin_run,
     check_checkpoint,
-    finish_run,
-    keep_others_out,
     prepare_run,
     recipe_of,
     results_json,
+    run_directory,
+    save_final_model,
+    write_recipe,
 )
 from .arguments import log_to_terminal, one_sentence_errors, parse_arguments
 
@@ -29,33 +30,27 @@ def main(argv: list[str] | None = None) -> dict:
     log_to_terminal()
     kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
     model_args, data_args, args = parse_arguments(kinds, argv, needed=["dataset", "output_dir"], description=__doc__)
-    output_dir = Path(args.output_dir)
-    with args.main_process_first(desc="looking at the output directory"):
-        recipe = recipe_of(model_args, data_args, args)
-        if args.process_index == 0:
-            keep_others_out(output_dir)
-        if args.resume_from_checkpoint:
-            check_checkpoint(args.resume_from_checkpoint, recipe)
-        checkpoint = prepare_run(output_dir, recipe, main_process=args.local_process_index == 0)
-    trainer, data = make_trainer(model_args, data_args, args)
-    if checkpoint is None and args.local_process_index == 0:
-        begin_run(output_dir, recipe, lock=args.process_index == 0)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-    metrics = trainer.evaluate() if data.validation is not None else {}
-
-    def complete(folder: Path) -> None:
-        if metrics:
-            write_atomically(folder / "eval_results.json", results_json(metrics))
-        write_training_card(folder, model_args, data_args, args, data, metrics)
-
-    finish_run(trainer, complete)
-    if trainer.is_world_process_zero():
-        names = list(data.id2label.values())
-        for name, iou in zip(names, metrics.get("eval_per_category_iou", []), strict=False):
-            print(f"{name:>24}  IoU {100 * iou:5.1f}")
-        if metrics:
-            print(f"{'mean':>24}  IoU {100 * metrics['eval_mean_iou']:5.1f}")
-        print(f"The model is in {output_dir.resolve()}")
+    output_dir, recipe = Path(args.output_dir), recipe_of(model_args, data_args, args)
+    with run_directory(output_dir) if args.process_index == 0 else nullcontext():
+        with args.main_process_first(desc="looking at the output directory"):
+            if args.resume_from_checkpoint:
+                check_checkpoint(args.resume_from_checkpoint, recipe)
+            goes_on = prepare_run(output_dir, recipe, main_process=args.local_process_index == 0)
+        trainer, data = make_trainer(model_args, data_args, args)
+        if args.local_process_index == 0:
+            write_recipe(output_dir, recipe)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or goes_on)
+        save_final_model(trainer)  # before the evaluation, which may fail
+        metrics = trainer.evaluate() if data.validation is not None else {}
+        if trainer.is_world_process_zero():
+            if metrics:
+                write_atomically(output_dir / "eval_results.json", results_json(metrics))
+            write_training_card(output_dir, model_args, data_args, args, data, metrics)
+            for name, iou in zip(data.id2label.values(), metrics.get("eval_per_category_iou", []), strict=False):
+                print(f"{name:>24}  IoU {100 * iou:5.1f}")
+            if metrics:
+                print(f"{'mean':>24}  IoU {100 * metrics['eval_mean_iou']:5.1f}")
+            print(f"The model is in {output_dir.resolve()}")
     trainer.end()
     return metrics
 

@@ -75,7 +75,7 @@ def evaluate_segmentation(
     progress: bool = True,
     predict: Callable[[Any], torch.Tensor] | None = None,
     on_prediction: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
-    start_loading: Callable[[DataLoader], Iterable[Sample]] = iter,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """
     Scores of `model` on `samples`, each counted exactly once, whatever the number of processes.
@@ -93,7 +93,7 @@ def evaluate_segmentation(
             for instance [`multi_scale_segmentation`]. Then there is no `loss`, and images come one at a time.
         on_prediction (`Callable`, *optional*): called with the sample's index, its predicted ids `(H, W)` and its
             labels `(H, W)`.
-        start_loading (`Callable`): starts the data loader's workers; for a caller who guards them from signals.
+        worker_init_fn (`Callable`, *optional*): called in each worker at its start.
 
     Returns:
         `dict` of [`scores_from_confusion_matrix`], with `confusion_matrix` `(K, K)`, `num_images` and, unless
@@ -107,7 +107,8 @@ def evaluate_segmentation(
     config, device = model.config, accelerator.device if accelerator and world > 1 else model.device
     prepare = _Preparation(None if predict else image_processor)
     share = (_StreamShare if length is None else _Share)(samples, world, rank, prepare)
-    loaded = start_loading(DataLoader(share, batch_size=None, num_workers=0 if length is None else num_workers))
+    workers = 0 if length is None else num_workers
+    loaded = DataLoader(share, batch_size=None, num_workers=workers, worker_init_fn=worker_init_fn)
     ignore_index: Any = config.semantic_loss_ignore_index
     metric = MeanIoU(len(config.id2label), ignore_index)
     loss = torch.zeros((), device=device)

@@ -1,159 +1,24 @@
-"""The published training recipe: parameter groups, schedule, arguments (section 4.1)."""
+"""`TrainingArguments` with the published training recipe as its defaults (section 4.1)."""
 
 import logging
 import platform
-import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import TrainingArguments
-
-from .adapters import plain_name
 
 
 logger = logging.getLogger(__name__)
 
-
 NO_PUSH = (
     "training does not push, as Trainer would upload optimizer states and half-written checkpoints too: push what it "
-    "leaves with `scripts/push_to_hub.py OUTPUT_DIR USER/NAME --push`."
+    "leaves with `denseclip push OUTPUT_DIR USER/NAME --push`."
 )
-
-
-class GroupRow(NamedTuple):
-    """One row of the table of parameter groups."""
-
-    name: str
-    pattern: str
-    multiplier: str  # which learning-rate multiplier: "image_encoder", "text_encoder", "one" or "zero"
-    decays: bool = True
-
-
-ADAPTERS = GroupRow("adapters", "", "one")  # of `peft`; new, wherever they are and whatever their names
-# The first row whose pattern matches the beginning of a parameter's name has it.
-GROUP_TABLE = [
-    GroupRow("text_encoder", r"clip\.text_(model|projection)\.", "text_encoder"),
-    GroupRow("image_encoder", r"clip\.(vision_model|visual_projection)\.|pyramid\.", "image_encoder"),
-    GroupRow("context_decoder_norms", r"context_decoder\.layers\.\d+\.norm\d\.", "one", decays=False),
-    GroupRow("decoder", r"(context_decoder|neck|decode_head|prompts)\.|gamma$", "one"),
-]
-# With cost aggregation CLIP is trained in the queries and values of its attention alone, as in CAT-Seg. Those queries
-# that its last image block does not use would miss their gradient.
-COST_AGGREGATION_GROUP_TABLE = [
-    GroupRow("text_encoder", r"clip\.text_model\..*\.[qv]_proj\.weight$", "text_encoder"),
-    GroupRow("image_encoder", r"clip\.vision_model\..*\.[qv]_proj\.weight$", "image_encoder"),
-    GroupRow("frozen", r"clip\.", "zero"),
-    GroupRow("decoder_norms", r"decode_head\..*norm\d?\.", "one", decays=False),
-    *GROUP_TABLE[-2:],
-]
-
-
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    image_encoder_lr_multiplier: float = 0.1,
-    text_encoder_lr_multiplier: float = 0.0,
-    exempt_norms_and_biases: bool = False,
-) -> list[dict[str, Any]]:
-    """
-    All parameters of `model`, each in exactly one group with its own base learning rate and decay.
-
-    Args:
-        model (`DenseCLIPForSemanticSegmentation`): the model, with or without adapters of `peft`.
-        lr (`float`): learning rate of what is new.
-        weight_decay (`float`): decay of everything but the context decoder's layer norms, as in the original.
-        image_encoder_lr_multiplier (`float`): on `lr`, for the image tower and the ViT's pyramid; 0 freezes them.
-        text_encoder_lr_multiplier (`float`): on `lr`, for the text tower; 0 freezes it.
-        exempt_norms_and_biases (`bool`): no decay on any norm, bias or other vector, as transformers does.
-
-    Returns:
-        `list[dict]`: groups with `name`, `params`, `lr`, `weight_decay`; frozen parameters have `lr` 0.
-
-    Raises:
-        ValueError: for a multiplier below 0, or naming a parameter that no row of the table covers.
-    """
-    _check_multipliers(image_encoder_lr_multiplier, text_encoder_lr_multiplier)
-    multipliers = {
-        "image_encoder": image_encoder_lr_multiplier,
-        "text_encoder": text_encoder_lr_multiplier,
-        "one": 1.0,
-        "zero": 0.0,
-    }
-    table = GROUP_TABLE
-    config: Any = model.config
-    if config.decode_head == "cost_aggregation":
-        depth = config.clip_config.vision_config.num_hidden_layers
-        unused = GroupRow("unused", rf"clip\.vision_model\.encoder\.layers\.{depth - 1}\.self_attn\.q_proj\.", "zero")
-        table = [unused, *COST_AGGREGATION_GROUP_TABLE]
-    groups: dict[str, dict[str, Any]] = {}
-    adapters = set(getattr(model, "peft_config", None) or ())
-    for name, parameter in model.named_parameters():
-        plain = plain_name(name)
-        row = next((row for row in table if re.match(row.pattern, plain)), None)
-        row = row if adapters.isdisjoint(plain.split(".")) else ADAPTERS
-        if row is None:
-            raise ValueError(f"no parameter group covers {name}: add a row for it to `GROUP_TABLE`.")
-        exempt = exempt_norms_and_biases and row.decays and parameter.dim() < 2
-        group_name = f"{row.name}_without_decay" if exempt else row.name
-        group = groups.setdefault(
-            group_name,
-            {
-                "name": group_name,
-                "params": [],
-                "lr": lr * multipliers[row.multiplier],
-                "weight_decay": weight_decay if row.decays and not exempt else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
 
 
 def _is_slow_in_bf16() -> bool:
     """Whether this CPU is one of Intel's kind without AVX-512, on which oneDNN has no fast kernels for bf16."""
     return platform.machine() in ("x86_64", "AMD64") and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-
-
-def _check_multipliers(image_encoder: float, text_encoder: float) -> None:
-    if image_encoder < 0 or text_encoder < 0:
-        raise ValueError(
-            f"`image_encoder_lr_multiplier` and `text_encoder_lr_multiplier` must be at least 0, which freezes, got "
-            f"{image_encoder} and {text_encoder}."
-        )
-
-
-def poly_learning_rate(
-    step: int,
-    base_lr: float,
-    *,
-    total_steps: int,
-    min_lr: float = 1e-6,
-    power: float = 0.9,
-    warmup_steps: int = 1500,
-    warmup_ratio: float = 1e-6,
-) -> float:
-    """
-    Learning rate while step `step` (0-based) runs: polynomial decay, linear warm-up on top (the original's schedule).
-
-    Args:
-        step (`int`): 0 … `total_steps`.
-        base_lr (`float`): the group's own rate.
-        total_steps (`int`): T, when the rate reaches `min_lr`.
-        min_lr (`float`): the rate at the end, the same for every group.
-        power (`float`): exponent of the decay.
-        warmup_steps (`int`): steps of the warm-up, during which the decay already runs.
-        warmup_ratio (`float`): share of the rate at step 0.
-
-    Raises:
-        ZeroDivisionError: if `total_steps` is 0.
-    """
-    progress = min(step / total_steps, 1.0)
-    rate = (base_lr - min_lr) * (1 - progress) ** power + min_lr
-    if step < warmup_steps:
-        rate *= 1 - (1 - step / warmup_steps) * (1 - warmup_ratio)
-    return rate
 
 
 @dataclass
@@ -202,6 +67,9 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Keep convolutions' tensors channels-last: faster with bf16 and ResNets."}
     )
     exempt_norms_and_biases: bool = field(default=False, metadata={"help": "No weight decay on norms and biases."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`."}
+    )
     save_code: bool = field(
         default=False,
         metadata={"help": "Put the model's code beside the weights, for `trust_remote_code=True`."},
@@ -233,7 +101,8 @@ class DenseCLIPTrainingArguments(TrainingArguments):
             raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
         if self.push_to_hub:
             raise ValueError(NO_PUSH)
-        _check_multipliers(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier)
+        if min(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier) < 0:
+            raise ValueError("learning-rate multipliers are at least 0, which freezes.")
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 and self.use_cpu and _is_slow_in_bf16():
@@ -243,4 +112,4 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-__all__ = ["DenseCLIPTrainingArguments", "parameter_groups", "poly_learning_rate"]
+__all__ = ["DenseCLIPTrainingArguments"]

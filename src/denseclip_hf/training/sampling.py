@@ -1,4 +1,4 @@
-"""Which pictures each process trains on, so that any number of processes takes the same steps."""
+"""Which images each process trains on, so that any number of processes takes the same steps."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..transforms import AugmentedStream
 from .arguments import DenseCLIPTrainingArguments
-from .stopping import OutlivesSignals
+from .stopping import leave_signals_to_main_process
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -17,7 +17,7 @@ class GlobalBatches(Sampler[list[int]]):
     One process's batches of an epoch: positions in an order drawn from (seed, epoch) alone.
 
     Every `world * batch_size` positions are a global batch, which the processes share; `accumulation` global batches
-    are an optimizer step. An incomplete last step is left out with `drop_last`. Otherwise its pictures are shared as
+    are an optimizer step. An incomplete last step is left out with `drop_last`. Otherwise its images are shared as
     evenly as they go, and only fewer than there are processes are left out, as every process must have one.
 
     Args:
@@ -49,23 +49,18 @@ class GlobalBatches(Sampler[list[int]]):
         left_out = num_samples % (self.step_size if drop_last else batch_size * world)
         self.used = num_samples - left_out if drop_last or left_out < world else num_samples
         if not self.used:
-            wanted = f"there are {world} processes"
-            remedy = ""
-            if drop_last:
-                parts = f"{world} processes x batch {batch_size} x {accumulation} accumulated"
-                wanted = f"one step needs {self.step_size} ({parts})"
-                remedy = ", or set `dataloader_drop_last` to false" if num_samples >= world else ""
+            needed, remedy = (self.step_size, " or set `dataloader_drop_last` to false") if drop_last else (world, "")
             raise ValueError(
-                f"the training data has {num_samples} pictures but {wanted}, so nothing would be trained: lower the "
-                f"batch, the accumulation or the number of processes{remedy}."
+                f"the training data has {num_samples} images and one step needs {needed} ({world} processes x batch "
+                f"{batch_size} x {accumulation} accumulated): lower one of these{remedy}."
             )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of epoch `epoch` (from 0) from the next iterator on."""
         self.epoch = epoch
 
-    def pictures_in_step(self, step: int) -> int:
-        """Pictures, of all processes, in optimizer step `step`, counted from 0 through all epochs."""
+    def images_in_step(self, step: int) -> int:
+        """Images, of all processes, in optimizer step `step`, counted from 0 through all epochs."""
         steps_per_epoch = -(-self.used // self.step_size)
         return min(self.step_size, self.used - step % steps_per_epoch * self.step_size)
 
@@ -126,7 +121,7 @@ def training_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         in_order=args.dataloader_in_order,
-        worker_init_fn=OutlivesSignals(),
+        worker_init_fn=leave_signals_to_main_process,
         # Its own, as each new iterator draws from it, and after a resume there is one more than without.
         generator=torch.Generator().manual_seed(args.seed + args.process_index),
         **options,

@@ -1,13 +1,15 @@
-"""Ending a training run early without losing it: SIGTERM and Ctrl-C finish the step and save a checkpoint first."""
+"""Ending a training run early without losing it: SIGTERM and Ctrl-C finish the step and save a checkpoint first.
+
+transformers' own `enable_jit_checkpoint` hears SIGTERM only, waits three seconds and lets each process stop at a step
+of its own, on which the others wait for ever.
+"""
 
 import logging
-import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from multiprocessing import parent_process
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,24 +30,6 @@ class TrainingStopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-@contextmanager
-def sigterm_blocked() -> Iterator[None]:
-    """
-    Data-loader workers started meanwhile are born with SIGTERM blocked, for [`OutlivesSignals`] to take over.
-
-    Before that is called, torch has them die of it, unless it comes from the main process. That one still hears it, in
-    another of its threads if not at the end.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # on macOS, see [`OutlivesSignals`]
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class StopCallback(TrainerCallback):
     """
     Ends training at the end of the step in which SIGTERM or Ctrl-C arrives at any of its processes.
@@ -57,20 +41,17 @@ class StopCallback(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0  # a signal's number, 0 while there is none
         self.agreed = 0
-        self._starting = ExitStack()  # workers, from the beginning of an epoch to its first batch
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note signals instead of dying of them (in the main thread; elsewhere Python allows no handlers)."""
         if threading.current_thread() is not threading.main_thread():
-            with self._starting:
-                yield
+            yield
             return
         self.received = self.agreed = 0
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
-            with self._starting:
-                yield
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -79,12 +60,6 @@ class StopCallback(TrainerCallback):
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = self.received or number
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self._starting.enter_context(sigterm_blocked())
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._starting.close()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = self.received
@@ -108,36 +83,15 @@ class StopCallback(TrainerCallback):
             raise TrainingStopped(message, self.agreed)
 
 
-class OutlivesSignals:
+def leave_signals_to_main_process(worker_id: int) -> None:
     """
-    `worker_init_fn` of a data loader whose workers leave signals to the main process, which still needs their samples.
+    `worker_init_fn` of a data loader, whose workers would die of the signals that the main process waits to answer.
 
-    A terminal sends Ctrl-C to every process of a command, a scheduler SIGTERM; torch's workers would die of either.
-
-    Args:
-        then (`Callable[[int], None]`, *optional*): another `worker_init_fn`, called too.
+    A terminal sends Ctrl-C to every process of a command, a scheduler SIGTERM. A worker ends with the main process.
     """
-
-    def __init__(self, then: Callable[[int], None] | None = None):
-        self.then = then
-
-    def __call__(self, worker_id: int) -> None:
-        if self.then is not None:
-            self.then(worker_id)
-        # Only what hands tensors over asks for it: it would print a traceback where the main process ends first.
-        sys.excepthook = lambda *_: None
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if hasattr(signal, "sigwaitinfo"):  # not on macOS
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            threading.Thread(target=self._obey_main_process, daemon=True).start()
-
-    @staticmethod
-    def _obey_main_process() -> None:
-        """End at a SIGTERM from the main process: that is how it clears up workers when it ends in an error."""
-        main = parent_process()
-        while main is not None:
-            if signal.sigwaitinfo({signal.SIGTERM}).si_pid == main.pid:
-                os._exit(0)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # a thread that hands tensors over would print that the main process has ended
 
 
-__all__ = ["OutlivesSignals", "StopCallback", "TrainingStopped", "sigterm_blocked"]
+__all__ = ["StopCallback", "TrainingStopped", "leave_signals_to_main_process"]

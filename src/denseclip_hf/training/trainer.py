@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback
 
 from ..evaluation import evaluate_segmentation
 from ..metrics import scores_from_confusion_matrix
 from ..transforms import AugmentedDataset, AugmentedStream, EpochCallback
-from .arguments import DenseCLIPTrainingArguments, parameter_groups, poly_learning_rate
-from .batch_norm import frozen_batch_norms, synchronise_batch_norms
+from .arguments import DenseCLIPTrainingArguments
 from .callbacks import TrainingLog
-from .checkpoints import CheckpointingTrainer
-from .run_directory import check_whole, newest_whole_checkpoint
+from .checkpoints import CheckpointingTrainer, check_whole, newest_whole_checkpoint
+from .optimizer import parameter_groups, poly_learning_rate
 from .sampling import GlobalBatches, collate, training_loader
-from .stopping import OutlivesSignals, StopCallback, TrainingStopped, sigterm_blocked
+from .stopping import StopCallback, TrainingStopped, leave_signals_to_main_process
 
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         if args.n_gpu > 1:  # torch's DataParallel, whose copies of the model have no parameters to train
             logger.warning("One of %d devices is used: `accelerate launch` uses all.", args.n_gpu)
             args._n_gpu = 1
-        if args.world_size > 1:
-            synchronise_batch_norms(model, args.device.type)
+        if args.world_size > 1 and args.device.type == "cuda":  # torch has none for the CPU
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.image_processor, self.tokenizer = image_processor, tokenizer
@@ -83,33 +83,33 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         )
         if isinstance(train_dataset, (AugmentedDataset, AugmentedStream)):
             self.add_callback(EpochCallback(train_dataset))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._stop = StopCallback()
         self.add_callback(self._stop)
-        self._check_metrics()
-        self._check_best_metric()
+        if (
+            type(self).evaluate is DenseCLIPTrainer.evaluate
+            and eval_dataset is not None
+            and not _prepared(eval_dataset)
+        ):
+            self._check_metrics()
 
     def _check_metrics(self) -> None:
-        """Refuse metrics of the user's own where nothing would call them."""
-        names = ("compute_metrics", "preprocess_logits_for_metrics")
-        own = [name for name in names if getattr(self, name) is not None]
-        replaced = type(self).evaluate is not DenseCLIPTrainer.evaluate
-        if own and self.eval_dataset is not None and not replaced and not _prepared(self.eval_dataset):
+        """Refuse metrics that nothing would call, and a best metric that evaluation would be found not to give."""
+        if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
             raise ValueError(
-                f"`{own[0]}` has no effect on images and masks, of which only counts are kept: give an `eval_dataset` "
-                "of prepared samples (`pixel_values`, `labels`), or override `evaluate`."
+                "`compute_metrics` and `preprocess_logits_for_metrics` have no effect on images and masks, of which "
+                "only counts are kept: give an `eval_dataset` of prepared samples (`pixel_values`, `labels`), or "
+                "override `evaluate`."
             )
-
-    def _check_best_metric(self) -> None:
-        """Refuse a `metric_for_best_model` that evaluation does not give: Trainer only does so after the first one."""
-        asked, rows = self.args.metric_for_best_model, self.eval_dataset
-        if asked is None or self.args.eval_strategy == "no" or type(self).evaluate is not DenseCLIPTrainer.evaluate:
-            return
-        if _prepared(rows):
+        asked = self.args.metric_for_best_model
+        if asked is None or self.args.eval_strategy == "no":
             return
         scores = [key for key, value in scores_from_confusion_matrix(torch.eye(1)).items() if isinstance(value, float)]
         scores += ["loss"] if self.model.config.inference_mode == "whole" else []
-        if isinstance(rows, dict):
-            scores = ["mean_iou", *(f"{name}_{key}" for name in rows for key in scores)]
+        scores += [f"iou/{name}" for name in self.model.config.id2label.values()]
+        if isinstance(self.eval_dataset, dict):
+            scores = ["mean_iou", *(f"{name}_{key}" for name in self.eval_dataset for key in scores)]
         if asked.removeprefix("eval_") not in scores:
             raise ValueError(
                 f"`metric_for_best_model` is {asked!r}, which evaluation does not give: name one of "
@@ -146,7 +146,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else start
 
     def end(self):
-        """[`Trainer.end`]; what wraps the model goes first, as freed after the processes part it can hang."""
+        """[`Trainer.end`]; unwraps the model first, as freeing DDP after the process group is gone can hang."""
         self.model_wrapped = self.model
         self.accelerator.free_memory()
         self.accelerator.end_training()
@@ -156,7 +156,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         args, dataset = self.args, self.train_dataset
         if not (isinstance(dataset, AugmentedStream) or hasattr(dataset, "__len__")):
             loader = super().get_train_dataloader()
-            loader.worker_init_fn = OutlivesSignals(loader.worker_init_fn)
+            getattr(loader, "base_dataloader", loader).worker_init_fn = leave_signals_to_main_process
             return loader
         batch_size = self._train_batch_size
         loader, self._batches = training_loader(dataset, args, batch_size, self.data_collator)
@@ -195,7 +195,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         self.optimizer = optimizer_class(trained, **options)
         self._log.rates = {group["name"]: 0.0 for group in groups}
-        self._still = frozen_batch_norms(model)
+        self._still = _frozen_batch_norms(model)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -238,7 +238,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
         The model's loss; in training, weighted so that its mean over the processes and batches of a step is the mean
-        over all pictures of the step, however unevenly they are spread.
+        over all images of the step, however unevenly they are spread.
         """
         names, labels = inputs.pop("name", None), inputs.get("labels")  # a `compute_loss_func` takes the labels out
         if self.args.channels_last:
@@ -249,18 +249,18 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             batch_norm.eval()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            share = len(labels) / self._pictures_in_step()
+            share = len(labels) / self._images_in_step()
             self._unchecked.append((loss.detach(), names))
             self._log.add(outputs, labels, share, self.model.config.semantic_loss_ignore_index)
             self._log.note_rates(self.optimizer.param_groups)
-            # What it is divided by again: here by Trainer, then by averaging gradients over the processes.
+            # Undo the two divisions that follow: Trainer's by the accumulation steps, DDP's by the world size.
             loss = loss * (share * self.current_gradient_accumulation_steps * self.args.world_size)
         return (loss, outputs) if return_outputs else loss
 
-    def _pictures_in_step(self) -> int:
-        """Pictures, of all processes, in the step that runs."""
+    def _images_in_step(self) -> int:
+        """Images, of all processes, in the step that runs."""
         if self._batches is not None:
-            return self._batches.pictures_in_step(self.state.global_step)
+            return self._batches.images_in_step(self.state.global_step)
         return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
 
     @property
@@ -284,7 +284,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         bad = [(loss, names) for loss, names in losses if not loss.isfinite()]
         what = f"the loss is {bad[0][0].item()}" if bad else f"the norm of the gradient is {norm.item()}"
         if not bad and self.args.world_size > 1:
-            losses = []  # it may be another process's pictures
+            losses = []  # it may be another process's images
         files = [str(name) for _, names in bad or losses for name in names or ()]
         on = f" on {', '.join(files)}" if files else ""
         raise NonFiniteLossError(
@@ -325,7 +325,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, Any]:
         """
-        Scores on `eval_dataset`, or the trainer's own; every picture is counted once, on however many processes.
+        Scores on `eval_dataset`, or the trainer's own; every image is counted once, on however many processes.
 
         Args:
             eval_dataset (sequence or stream of `{"image", "mask"}`, *optional*): images and masks. Of a `dict`
@@ -346,7 +346,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         if _prepared(rows):
             return super().evaluate(rows, ignore_keys, metric_key_prefix)
         if rows is None:
-            raise ValueError("there is no picture to evaluate on: give the trainer an `eval_dataset`.")
+            raise ValueError("there is no image to evaluate on: give the trainer an `eval_dataset`.")
         if isinstance(rows, dict) and rows:
             results = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()]
             scores = {key: value for result in results for key, value in result.items()}
@@ -360,14 +360,12 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             progress=not self.args.disable_tqdm,
-            start_loading=_start_loading,
+            worker_init_fn=leave_signals_to_main_process,
         )
-        scalars = {f"{metric_key_prefix}_{k}": v for k, v in scores.items() if isinstance(v, (int, float))}
-        self.log(dict(scalars))
-        metrics = {
-            **scalars,
-            **{f"{metric_key_prefix}_{k}": v for k, v in scores.items() if not isinstance(v, (int, float))},
-        }
+        names = self.model.config.id2label.values()
+        scores |= {f"iou/{name}": iou for name, iou in zip(names, scores["per_category_iou"], strict=True)}
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
+        self.log({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._log.leave_out(time.perf_counter() - start)
         return metrics
@@ -381,11 +379,10 @@ def _prepared(rows: Any) -> bool:
     return is_sequence and len(rows) > 0 and "pixel_values" in rows[0]
 
 
-def _start_loading(loader: DataLoader) -> Iterator:
-    """Workers that outlive the signals on which training saves a checkpoint."""
-    loader.worker_init_fn = OutlivesSignals()
-    with sigterm_blocked():
-        return iter(loader)
+def _frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch norms of `model` none of whose parameters is trained, so that their statistics must not move either."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if not any(parameter.requires_grad for parameter in norm.parameters())]
 
 
 __all__ = ["DenseCLIPTrainer", "NonFiniteLossError"]
