@@ -1,10 +1,11 @@
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 
 from denseclip_hf.model import modeling_denseclip
-from denseclip_hf.model.modeling_denseclip import checked_labels, pixel_cross_entropy
-from helpers.models import tiny_config
+from denseclip_hf.model.modeling_denseclip import checked_labels, dice_loss, pixel_cross_entropy
+from helpers.models import tiny_config, tiny_model
 
 
 def straightforward(logits, labels, ignore_index=255):
@@ -104,3 +105,47 @@ def test_second_derivatives_are_right(monkeypatch, chunk):
         products.append(torch.autograd.grad((gradient * along).sum(), logits)[0])
     assert products[0].abs().max() > 0
     torch.testing.assert_close(*products)
+
+
+@pytest.mark.parametrize("strip", [1, 2**23])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 4.0]])
+def test_weights_and_focus_are_the_published_formulas(monkeypatch, strip, gamma, weights):
+    """-w (1 - p)^γ log p of each pixel's own class, and zero without one."""
+    monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", strip)
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.randint(3, (2, 16, 16), generator=torch.Generator().manual_seed(1))
+    labels[0, :5] = 255
+    p = F.interpolate(logits, size=(16, 16), mode="bilinear").softmax(1).gather(1, labels.clamp(max=2)[:, None])[:, 0]
+    each = -torch.tensor(weights or [1.0] * 3)[labels.clamp(max=2)] * (1 - p) ** gamma * p.log()
+    expected = (each * (labels != 255)).mean()
+    loss = pixel_cross_entropy(logits, labels, 255, class_weights=weights, focal_gamma=gamma)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
+
+
+def test_a_sure_pixel_has_no_gradient_that_is_not_a_number():
+    logits = torch.tensor([1000.0, 0.0]).view(1, 2, 1, 1).requires_grad_()
+    pixel_cross_entropy(logits, torch.zeros(1, 4, 4, dtype=torch.long), 255, focal_gamma=0.5).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("strip", [1, 2**23])
+def test_dice_is_that_of_the_classes_that_are_there(monkeypatch, strip):
+    monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", strip)
+    labels = torch.tensor([[[0, 0], [1, 255]]])
+    sure = 50.0 * F.one_hot(torch.tensor([[[0, 0], [0, 2]]]), 3).movedim(-1, 1).float()
+    # Class 0: 2 pixels of 2, one too many. Class 1: none of 1. Class 2: only where nothing has a class.
+    torch.testing.assert_close(dice_loss(sure, labels, 255), torch.tensor((1 - 5 / 6 + 1 - 1 / 2) / 2))
+    assert dice_loss(sure, torch.full_like(labels, 255), 255) == 0
+
+
+def test_the_model_trains_with_what_its_config_says():
+    pixels, labels = torch.randn(1, 3, 64, 64), torch.randint(3, (1, 64, 64))
+    plain, rare = tiny_model(), tiny_model(class_weights=[1.0, 2.0, 0.0], focal_gamma=1.0, dice_loss_weight=0.5)
+    logits = rare.eval()(pixels, labels=labels)
+    expected = pixel_cross_entropy(logits.logits, labels, 255, class_weights=[1.0, 2.0, 0.0], focal_gamma=1.0)
+    torch.testing.assert_close(logits.decode_loss, expected + 0.5 * dice_loss(logits.logits, labels, 255))
+    assert logits.auxiliary_loss != plain.eval()(pixels, labels=labels).auxiliary_loss
+    with pytest.raises(StrictDataclassError, match="class_weights"):
+        tiny_config(class_weights=[1.0])

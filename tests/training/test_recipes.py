@@ -175,6 +175,24 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
     assert model.config.id2label[2] == "tree"
 
 
+def test_balanced_classes_weigh_the_rare_more(folder):
+    """Median frequency: of three images, each half sky; road is the other half of one and a sixteenth of another."""
+    for index, mask in enumerate(sorted((folder / "masks").iterdir())):
+        ids = np.full((72, 80), 255, dtype=np.uint8)
+        ids[:36] = 0
+        if index == 0:
+            ids[36:] = 1
+        Image.fromarray(ids).save(mask)
+    model_args, data_args = tiny_arguments(folder)
+    data = load_data(replace(data_args, validation_fraction=0.5))
+    seen = [int((sample["mask"] == 1).sum()) for sample in data.train]
+    model, _ = model_to_train(replace(model_args, balance_classes=True), data, 64)
+    sky = 36 * 80 * len(seen) / (36 * 80 * len(seen) + sum(seen))
+    frequencies = [sky, 0.5] if sum(seen) else [sky]
+    expected = [float(np.median(frequencies)) / f for f in frequencies] + [1.0] * (3 - len(frequencies))
+    assert model.config.class_weights == pytest.approx(expected, abs=1e-3)
+
+
 @pytest.fixture
 def trained(folder, tmp_path):
     """A model of three classes."""
@@ -285,6 +303,6 @@ def test_the_look_at_the_data_is_logged(folder, caplog):
 
 def test_data_that_does_not_fit_stops_before_training(folder):
     Image.fromarray(pictures(1)[0]["mask"] + 7).save(folder / "masks" / "3.png")
-    words = r"3.png holds the ids .* Problems in a first look at 6 samples: 1; `python scripts/check_data.py "
+    words = "3.png holds the ids .* Problems in a first look at 6 samples: 1; `denseclip check-data"
     with pytest.raises(ValueError, match=words):
         load_data(DataArguments(dataset=str(folder)))

@@ -106,6 +106,10 @@ class DenseCLIPConfig(PreTrainedConfig):
         gamma_learnable (`bool`, defaults to `True`): whether γ is trained.
         temperature (`float`, defaults to 0.07): τ that divides the score map in its loss.
         auxiliary_loss_weight (`float`, defaults to 0.4): weight of the score map's loss.
+        class_weights (`list[float]`, *optional*): what a pixel of each of the K labels counts in the cross entropies,
+            1 by default; for rare classes, like the next two.
+        focal_gamma (`float`, defaults to 0): γ of the focal loss, by which pixels count less the surer they are.
+        dice_loss_weight (`float`, defaults to 0): weight of a Dice loss that is added to the decoder's.
         score_map_level (`int`, *optional*): which of the four feature maps (0 = stride 4 … 3 = stride 32) the score
             map joins; by default the one with the score map's own stride (ViT: 2, ResNet: 3).
         out_indices (`list[int]`, *optional*): ViT blocks (0-based) whose outputs are the feature maps; by default
@@ -182,6 +186,9 @@ class DenseCLIPConfig(PreTrainedConfig):
     gamma_learnable: bool = True
     temperature: float | int = between(0, exclude_least=True)(default=0.07)
     auxiliary_loss_weight: float | int = number(default=0.4)
+    class_weights: list[float] | None = None
+    focal_gamma: float | int = between(0)(default=0.0)
+    dice_loss_weight: float | int = between(0)(default=0.0)
     score_map_level: int | None = between(0, 3)(default=None)
     out_indices: list[int] | tuple[int, ...] | None = None
     drop_path_rate: float | int = fraction(default=0.1)
@@ -260,7 +267,7 @@ class DenseCLIPConfig(PreTrainedConfig):
                 "this is a CLIP, not a segmenter yet: build one with "
                 "`DenseCLIPForSemanticSegmentation.from_clip(directory, id2label=…)`."
             )
-        of_classes = ("id2label", "num_labels", "class_token_ids", "palette")
+        of_classes = ("id2label", "num_labels", "class_token_ids", "class_weights", "palette")
         given = {name: kwargs.pop(name) for name in of_classes if kwargs.get(name) is not None}
         old = {int(index): name for index, name in (config_dict.get("id2label") or {}).items()}
         new = dict(enumerate(class_names(given["id2label"]))) if "id2label" in given else old
@@ -270,7 +277,7 @@ class DenseCLIPConfig(PreTrainedConfig):
                     "this model's classes are frozen, so it cannot be loaded for others: its text tower is gone. Load "
                     "the model it was made from."
                 )
-            forgotten = dict.fromkeys(("id2label", "label2id", "class_token_ids", "palette"))
+            forgotten = dict.fromkeys(("id2label", "label2id", "class_token_ids", "class_weights", "palette"))
             config_dict = {**config_dict, **forgotten}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
@@ -351,7 +358,8 @@ class DenseCLIPConfig(PreTrainedConfig):
         for color in self.palette or []:
             if len(color) != 3 or not all(0 <= value <= 255 for value in color):
                 raise ValueError(f"a color of `palette` must be three numbers from 0 to 255, got {color}.")
-        for name, rows in (("palette", self.palette), ("class_token_ids", self.class_token_ids)):
+        for name in ("palette", "class_token_ids", "class_weights"):
+            rows = getattr(self, name)
             if rows is not None and len(rows) != self.num_labels:
                 raise ValueError(f"`{name}` has {len(rows)} entries for {self.num_labels} classes: give one each.")
         text = self.clip_config.text_config

@@ -227,14 +227,52 @@ def checked_labels(
     return labels
 
 
+def over_strips(
+    summed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """
+    The sum of `summed(resized, labels)` over strips of rows, `resized` being `logits` at the labels' size in float32.
+
+    Strips are resized one after the other, and again in the backward pass, so that memory does not grow with K*H*W.
+
+    Args:
+        summed (`Callable`): maps `(B, K, r, W)` scores and `(B, r, W)` labels to a tensor that is summed over pixels.
+        logits (`torch.Tensor` of shape `(B, K, h, w)`): class scores, resized bilinearly.
+        labels (`torch.Tensor` of shape `(B, H, W)`): int64 class ids.
+    """
+
+    def strip(part: torch.Tensor, above: int, below: int, count: int, wanted: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(part.device.type, enabled=False):
+            return summed(resize_bilinear(part.float(), (count, wanted.shape[-1]))[:, :, above:below], wanted)
+
+    rows, (height, width) = logits.shape[-2], labels.shape[-2:]
+    scale = height // rows
+    step = max(1, _CHUNK_ELEMENTS // max(logits.shape[0] * logits.shape[1] * width * max(scale, 1), 1))
+    # A compiler fuses the steps by itself. Strips need rows of logits that make a whole number of label rows.
+    if height % rows or step >= rows or torch.compiler.is_compiling() or is_transformed():
+        return strip(logits, 0, height, height, labels)
+    total, logits = torch.zeros((), device=logits.device), logits.float()  # gradients of strips add up in float32
+    for top in range(0, rows, step):
+        bottom = min(top + step, rows)
+        first, last = max(top - 1, 0), min(bottom + 1, rows)  # one more row on either side is all that a strip needs
+        above, below, count = ((n - first) * scale for n in (top, bottom, last))
+        inputs = (logits[:, :, first:last], above, below, count, labels[:, top * scale : bottom * scale])
+        total = total + checkpoint(strip, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
 def pixel_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, binary: bool = False
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    binary: bool = False,
+    class_weights: Sequence[float] | None = None,
+    focal_gamma: float = 0.0,
 ) -> torch.Tensor:
     """
     Cross entropy of `logits` resized bilinearly to `labels`, in float32, averaged over all B*H*W pixels.
 
-    Ignored pixels count as zero, as in the original: a padded image weighs less and one without labels gives 0. Strips
-    of rows are resized one after the other, and again in the backward pass, so that memory does not grow with K*H*W.
+    Ignored pixels count as zero, as in the original: a padded image weighs less and one without labels gives 0.
 
     Args:
         logits (`torch.Tensor` of shape `(B, K, h, w)`): class scores.
@@ -242,35 +280,52 @@ def pixel_cross_entropy(
         ignore_index (`int`): label of pixels that do not count.
         binary (`bool`): decide for every class by itself, averaged over all B*K*H*W decisions; a pixel with
             `ignore_index` is of no class then, as CAT-Seg trains it.
+        class_weights (sequence of K `float`s, *optional*): what a pixel of each class counts.
+        focal_gamma (`float`): γ of the focal loss (Lin et al. 2017), by which pixels count less the surer they are.
 
     Returns:
         `torch.Tensor` of shape `()`, float32.
     """
+    weights = None if class_weights is None else torch.tensor(class_weights, device=logits.device).float()
 
-    def summed(part: torch.Tensor, above: int, below: int, count: int, wanted: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(part.device.type, enabled=False):
-            resized = resize_bilinear(part.float(), (count, wanted.shape[-1]))[:, :, above:below]
-            if binary:
-                known = wanted != ignore_index
-                chosen = resized.gather(1, torch.where(known, wanted, 0)[:, None])[:, 0]
-                return F.softplus(resized).sum() - torch.where(known, chosen, 0).sum()
-            return F.cross_entropy(resized, wanted, ignore_index=ignore_index, reduction="sum")
+    def decisions(resized: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        known = wanted != ignore_index
+        chosen = resized.gather(1, torch.where(known, wanted, 0)[:, None])[:, 0]
+        return F.softplus(resized).sum() - torch.where(known, chosen, 0).sum()
 
-    decisions = labels.numel() * (logits.shape[1] if binary else 1)
-    rows, (height, width) = logits.shape[-2], labels.shape[-2:]
-    scale = height // rows
-    step = max(1, _CHUNK_ELEMENTS // max(logits.shape[0] * logits.shape[1] * width * max(scale, 1), 1))
-    # A compiler fuses the steps by itself. Strips need rows of logits that make a whole number of label rows.
-    if height % rows or step >= rows or torch.compiler.is_compiling() or is_transformed():
-        return summed(logits, 0, height, height, labels) / decisions
-    total, logits = torch.zeros((), device=logits.device), logits.float()  # gradients of strips add up in float32
-    for top in range(0, rows, step):
-        bottom = min(top + step, rows)
-        first, last = max(top - 1, 0), min(bottom + 1, rows)  # one more row on either side is all that a strip needs
-        above, below, count = ((n - first) * scale for n in (top, bottom, last))
-        strip = (logits[:, :, first:last], above, below, count, labels[:, top * scale : bottom * scale])
-        total = total + checkpoint(summed, *strip, use_reentrant=False, preserve_rng_state=False)
-    return total / decisions
+    def cross_entropy(resized: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        if not focal_gamma:
+            return F.cross_entropy(resized, wanted, weights, ignore_index=ignore_index, reduction="sum")
+        loss = F.cross_entropy(resized, wanted, ignore_index=ignore_index, reduction="none")
+        loss = loss * (-torch.expm1(-loss)).clamp(min=1e-12) ** focal_gamma  # its derivative at 0 stays finite
+        return (loss if weights is None else loss * weights[torch.where(wanted == ignore_index, 0, wanted)]).sum()
+
+    count = labels.numel() * (logits.shape[1] if binary else 1)
+    return over_strips(decisions if binary else cross_entropy, logits, labels) / count
+
+
+def dice_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """
+    One minus the soft Dice coefficient (Milletari et al. 2016), averaged over the classes that the batch shows.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K, h, w)`): class scores, resized bilinearly to the labels.
+        labels (`torch.Tensor` of shape `(B, H, W)`): int64 class ids or `ignore_index`.
+        ignore_index (`int`): label of pixels that do not count.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32; 0 if no pixel has a class.
+    """
+
+    def counts(resized: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        known = (wanted != ignore_index)[:, None]
+        predicted = resized.softmax(1) * known
+        true = F.one_hot(wanted.where(known[:, 0], 0), resized.shape[1]).movedim(-1, 1) * known
+        return torch.stack([each.sum((0, 2, 3)).float() for each in (predicted * true, predicted, true)])
+
+    both, predicted, true = over_strips(counts, logits, labels)
+    shown = true > 0
+    return ((1 - (2 * both + 1) / (predicted + true + 1)) * shown).sum() / shown.sum().clamp(min=1)
 
 
 @contextmanager
@@ -437,7 +492,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
                     wanted = config.id2label
                     classes = {
                         key: getattr(saved, key)
-                        for key in ("id2label", "class_token_ids", "palette", "frozen_classes")
+                        for key in ("id2label", "class_token_ids", "class_weights", "palette", "frozen_classes")
                     }
                     ignored = {"semantic_loss_ignore_index": saved.semantic_loss_ignore_index}
                     options = {k: v for k, v in config.to_dict().items() if k not in ("label2id", "num_labels")}
@@ -758,7 +813,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             self._class_embeddings.clear()
         rows = {label: index for index, label in config.id2label.items()}
         self._resize_decoder([(new, rows[name]) for new, name in enumerate(names) if name in rows], len(names))
-        config.palette, config.class_token_ids = None, None
+        config.palette = config.class_token_ids = config.class_weights = None
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
         config.class_token_ids = token_ids
@@ -963,10 +1018,14 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
                     'image are decoded and trained: `aggregator={"max_classes": 0}` takes all, at the cost of memory.'
                 )
             return pixel_cross_entropy(logits, labels, ignore_index, binary=True), None
-        decode_loss = pixel_cross_entropy(logits, labels, ignore_index)
+        rare = {"class_weights": self.config.class_weights, "focal_gamma": self.config.focal_gamma}
+        decode_loss = pixel_cross_entropy(logits, labels, ignore_index, **rare)
+        if self.config.dice_loss_weight:
+            decode_loss = decode_loss + self.config.dice_loss_weight * dice_loss(logits, labels, ignore_index)
         if segmentation.score_maps is None:
             return decode_loss, None
-        auxiliary_loss = pixel_cross_entropy(segmentation.score_maps / self.config.temperature, labels, ignore_index)
+        score_maps = segmentation.score_maps / self.config.temperature
+        auxiliary_loss = pixel_cross_entropy(score_maps, labels, ignore_index, **rare)
         return decode_loss, self.config.auxiliary_loss_weight * auxiliary_loss
 
     @classmethod

@@ -2,10 +2,11 @@
 
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
@@ -24,7 +25,6 @@ from .trainer import DenseCLIPTrainer
 
 logger = logging.getLogger(__name__)
 
-MAX_RECIPE_BYTES = 100_000
 # Of each split, looked at before training.
 CHECKED_SAMPLES = 20
 
@@ -52,11 +52,15 @@ class ModelArguments:
     config: str = field(
         default="{}", metadata={"help": "Options of DenseCLIPConfig as JSON, such as num_context_tokens."}
     )
+    balance_classes: bool = field(
+        default=False,
+        metadata={"help": "Weight classes by median frequency over their own, counted in all training masks first."},
+    )
 
 
 @dataclass
 class DataArguments(DatasetArguments):
-    """What it is trained on, and how pictures are resized and augmented (sizes in pixels)."""
+    """What it is trained on, and how images are resized and augmented (sizes in pixels)."""
 
     validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
     streaming: bool = field(default=False, metadata={"help": "Read a Hub data set without downloading it first."})
@@ -64,9 +68,9 @@ class DataArguments(DatasetArguments):
         default=1000, metadata={"help": "Samples, still encoded, from which a stream's next is drawn."}
     )
     crop_size: int = field(default=512, metadata={"help": "Side of the training crops."})
-    scale_long: int = field(default=2048, metadata={"help": "Longest side a picture is resized to."})
+    scale_long: int = field(default=2048, metadata={"help": "Longest side an image is resized to."})
     scale_short: int | None = field(
-        default=None, metadata={"help": "Short side a picture is resized to, `crop_size` by default."}
+        default=None, metadata={"help": "Short side an image is resized to, `crop_size` by default."}
     )
     eval_scale_short: int | None = field(
         default=None, metadata={"help": "Short side in evaluation, saved with the model; `scale_short` by default."}
@@ -101,15 +105,15 @@ def load_data(args: DataArguments) -> SegmentationData:
             looked_at = sum(split.num_checked for split in report.splits.values())
             raise ValueError(
                 f"{report.problems[0]} Problems in a first look at {looked_at} samples: {len(report.problems)}; "
-                f"`python scripts/check_data.py {args.dataset} --full` names all."
+                f"`denseclip check-data {args.dataset} --full` names all."
             )
-        if int(os.environ.get("RANK", 0)) == 0:
+        if PartialState().is_main_process:
             logger.info("%s", report)
             if report.unseen_classes:
                 all_seen = isinstance(data.train, Dataset) and len(data.train) <= CHECKED_SAMPLES
                 logger.log(
                     logging.WARNING if all_seen else logging.INFO,
-                    "%d of %d classes are in none of the masks looked at: %s. `scripts/check_data.py --full` looks at "
+                    "%d of %d classes are in none of the masks looked at: %s. `denseclip check-data --full` looks at "
                     "all masks.",
                     len(report.unseen_classes),
                     len(data.id2label),
@@ -123,6 +127,8 @@ def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int)
     palette = [list(color) for color in data.palette]
     own = _options(args.config, "config")
     options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **own}
+    if args.balance_classes and args.model is None:
+        options["class_weights"] = balanced_weights(data)
     if args.model is not None:
         return _trained_model(args.model, args, data)
     clip: Any
@@ -135,6 +141,23 @@ def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int)
         clip, data.id2label, tokenizer=tokenizer, image_size=crop_size, **options
     )
     return model, tokenizer
+
+
+def balanced_weights(data: SegmentationData) -> list[float]:
+    """
+    For each class, the median of the classes' frequencies over its own (Eigen and Fergus 2015), counted among the
+    pixels of the training images that show it; 1 for a class that none shows.
+    """
+    count = len(data.id2label)
+    own, all_pixels = np.zeros(count), np.zeros(count)
+    for sample in data.train or ():
+        pixels = np.bincount(sample["mask"][sample["mask"] != data.ignore_index], minlength=count)
+        own += pixels
+        all_pixels += (pixels > 0) * pixels.sum()
+    frequencies = own[own > 0] / all_pixels[own > 0]
+    weights = np.ones(count)
+    weights[own > 0] = np.median(frequencies) / frequencies
+    return weights.round(4).tolist()
 
 
 def _options(text: str, name: str) -> dict[str, Any]:
@@ -181,7 +204,7 @@ def _random_clip(config: dict[str, Any], tokenizer) -> PreTrainedModel:
 
 
 def _tokenizer_for(args: ModelArguments, data: SegmentationData):
-    """The named tokenizer, or for a CLIP from nothing a small one learnt from the class names."""
+    """The named tokenizer, or for a CLIP with random weights a small one learnt from the class names."""
     if args.tokenizer is not None:
         return load_pretrained(AutoTokenizer, args.tokenizer)
     return learn_tokenizer(data.id2label.values())
