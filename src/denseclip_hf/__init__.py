@@ -7,7 +7,7 @@ it is first used.
 import importlib
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.utils import is_torchvision_available
 
@@ -20,6 +20,7 @@ from .model.modeling_denseclip import (
     DenseCLIPModel,
     DenseCLIPSemanticSegmenterOutput,
 )
+from .model.processing_denseclip import DenseCLIPProcessor
 from .pipelines import register_pipelines
 
 
@@ -46,6 +47,7 @@ AutoModel.register(CLIPResNetVisionConfig, CLIPResNetVisionModel)
 AutoModel.register(CLIPResNetConfig, CLIPResNetModel)
 AutoModel.register(DenseCLIPConfig, DenseCLIPModel)
 AutoImageProcessor.register(DenseCLIPConfig, image_processor_classes=_image_processors)
+AutoProcessor.register(DenseCLIPConfig, DenseCLIPProcessor)
 AutoModelForSemanticSegmentation.register(DenseCLIPConfig, DenseCLIPForSemanticSegmentation)
 register_pipelines()
 
@@ -78,6 +80,7 @@ __all__ = [
     "DenseCLIPForSemanticSegmentation",
     "DenseCLIPImageProcessor",
     "DenseCLIPModel",
+    "DenseCLIPProcessor",
     "DenseCLIPSemanticSegmenterOutput",
     "DenseCLIPTrainer",
     "DenseCLIPTrainingArguments",

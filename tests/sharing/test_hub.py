@@ -31,13 +31,19 @@ sys.meta_path.insert(0, Hidden())
 """
 USE = """
 import sys, torch
+from pathlib import Path
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor, pipeline
+)
 folder, inputs, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
 model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=trust)
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust)
 assert type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).__name__ == "DenseCLIPConfig"
 assert processor.size["shortest_edge"] == 64
+if (Path(folder) / "tokenizer.json").exists():
+    assert AutoProcessor.from_pretrained(folder, trust_remote_code=trust).image_processor.size == processor.size
+assert type(AutoModel.from_pretrained(folder, trust_remote_code=trust)).__name__ == "DenseCLIPModel"
 saved = torch.load(inputs, weights_only=True)
 with torch.no_grad():
     assert torch.equal(model(saved["pixel_values"]).logits, saved["logits"])

@@ -12,6 +12,19 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+class ImageNorm(nn.GroupNorm):
+    """Norm over all channels and places of an image, written out under torch.func, whose vmap refuses torch's own."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__(1, channels, eps=eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not is_transformed():
+            return super().forward(x)
+        variance, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 def choose_hidden_states(
     hidden_states: tuple[torch.Tensor, ...] | None, choice: bool | int | list[int] | None
 ) -> tuple[torch.Tensor | None, ...] | None:
@@ -103,6 +116,7 @@ class StochasticDepth:
 
 
 __all__ = [
+    "ImageNorm",
     "MultiHeadAttention",
     "StochasticDepth",
     "choose_hidden_states",

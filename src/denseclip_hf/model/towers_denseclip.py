@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionE
 
 from .configuration_denseclip import DenseCLIPConfig
 from .dense_attention_denseclip import LAST_BLOCKS, last_block, word_positions
-from .layers_denseclip import StochasticDepth, resize_position_grid
+from .layers_denseclip import ImageNorm, StochasticDepth, resize_position_grid
 from .modeling_clip_resnet import CLIPResNetModel
 from .text_encoder_denseclip import BidirectionalTextTower, PackedPrompts, TextTower
 
@@ -56,17 +56,15 @@ class ViTPyramid(nn.Module):
     def __init__(self, channels: int, eps: float):
         super().__init__()
         self.up4 = nn.Sequential(
-            nn.GroupNorm(1, channels, eps=eps),
+            ImageNorm(channels, eps),
             nn.ConvTranspose2d(channels, channels, 2, stride=2),
             nn.BatchNorm2d(channels, eps=eps),
             nn.GELU(),
             nn.ConvTranspose2d(channels, channels, 2, stride=2),
         )
-        self.up2 = nn.Sequential(
-            nn.GroupNorm(1, channels, eps=eps), nn.ConvTranspose2d(channels, channels, 2, stride=2)
-        )
-        self.same = nn.GroupNorm(1, channels, eps=eps)
-        self.down2 = nn.Sequential(nn.GroupNorm(1, channels, eps=eps), nn.MaxPool2d(2))
+        self.up2 = nn.Sequential(ImageNorm(channels, eps), nn.ConvTranspose2d(channels, channels, 2, stride=2))
+        self.same = ImageNorm(channels, eps)
+        self.down2 = nn.Sequential(ImageNorm(channels, eps), nn.MaxPool2d(2))
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Four `(B, C, h, w)` -> c2 … c5 of heights 4h, 2h, h, h // 2."""

@@ -19,7 +19,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import reason_of
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
+from ..model.processing_denseclip import DenseCLIPProcessor
 from .card import CARD, MODEL, load_card, shown_images
 
 
@@ -61,6 +62,11 @@ def add_code(model_dir: str | os.PathLike, output_dir: str | os.PathLike | None 
     model._auto_class, config._auto_class = "AutoModelForSemanticSegmentation", "AutoConfig"
     processor._auto_class = "AutoImageProcessor"
     custom_object_save(model, output_dir, config=config)
+    custom_object_save(DenseCLIPProcessor, output_dir)
+    config.auto_map |= {
+        "AutoModel": f"modeling_denseclip.{DenseCLIPModel.__name__}",
+        "AutoProcessor": f"processing_denseclip.{DenseCLIPProcessor.__name__}",
+    }
     config.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
 
