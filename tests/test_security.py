@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from denseclip_hf.conversion.weights import CheckpointError, read_checkpoint
+from denseclip_hf.conversion import CheckpointError, read_checkpoint
 from denseclip_hf.data import SampleReader, file_stem, load_segmentation_dataset, read_image
 from denseclip_hf.evaluation import EvaluationArguments, measure
 from denseclip_hf.inference import find_sources, load_model, predict_sources
@@ -56,7 +56,7 @@ def marker(tmp_path):
 )
 def test_code_in_a_checkpoint_is_not_run(tmp_path, marker, write):
     write({"meta": Payload(marker)}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="asks for .*mkdir, and only tensors"):
+    with pytest.raises(CheckpointError, match="mkdir"):
         read_checkpoint(tmp_path / "x.pth")
 
 
@@ -66,10 +66,10 @@ def test_code_in_a_model_directory_is_not_run(tmp_path, marker):
     (folder / "model.safetensors").unlink()
     torch.save({"x": Payload(marker)}, folder / "pytorch_model.bin")
     DenseCLIPImageProcessorPil().save_pretrained(folder)
-    with pytest.raises(ValueError, match="model .*cannot be loaded"):
+    with pytest.raises(ValueError, match=str(folder)):
         load_model(str(folder))
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(marker)))
-    with pytest.raises(ValueError, match="model .*cannot be loaded"):
+    with pytest.raises(ValueError, match=str(folder)):
         load_model(str(folder))
 
 
@@ -83,7 +83,7 @@ def test_code_in_a_checkpoint_to_resume_from_is_not_run(tmp_path, marker, file):
     try:
         trainer_for(tmp_path / "run", evaluate=False).train(resume_from_checkpoint=str(checkpoint))
     except Exception as error:
-        assert file != "training_args.bin" and "its pickle asks for posix.mkdir" in str(error)
+        assert file != "training_args.bin" and "mkdir" in str(error)
     else:
         assert file == "training_args.bin"  # which nothing reads
 
@@ -110,20 +110,20 @@ def test_code_in_a_data_set_is_not_run(tmp_path, marker, layout, hostile):
         cells = {name: [{"path": name, "bytes": files[name].read_bytes()}] for name in ("0.jpg", "0.png")}
         features = datasets.Features({name: datasets.Image(decode=False) for name in cells})
         datasets.Dataset.from_dict(cells, features).to_parquet(root / "train.parquet")
-    with pytest.raises(ValueError, match=f"{hostile} cannot be read as an image .it is none of"):
+    with pytest.raises(ValueError, match=hostile):
         load_segmentation_dataset(root, classes=["sky", "road", "car"], **columns)
 
 
-def test_pictures_start_no_program(tmp_path, marker):
+def test_images_start_no_program(tmp_path, marker):
     """Pillow would hand PostScript, whatever its file is called, to Ghostscript."""
     (tmp_path / "x.jpg").write_text(f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({marker}) (w) file\n%%EOF\n")
-    with pytest.raises(ValueError, match="x.jpg cannot be read as an image .it is none of"):
+    with pytest.raises(ValueError, match="x.jpg"):
         read_image(tmp_path / "x.jpg")
 
 
 @pytest.mark.parametrize("address", ["reference://x::http://host/y.json", "sftp://host/x.png", "zip://x::ssh://h/y"])
 def test_a_data_set_chooses_no_odd_protocol(address):
-    with pytest.raises(ValueError, match="is none of the kinds of address"):
+    with pytest.raises(ValueError, match="address"):
         read_image({"path": address, "bytes": None})
 
 
@@ -174,7 +174,7 @@ def test_predictions_stay_in_their_folder(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["../../../x.png", "/etc/x.png", "a\0b.png", "n" * 5000, "..", "zip://a/../b::c/d"])
-def test_evaluated_pictures_stay_in_their_folder(tmp_path, path):
+def test_evaluated_images_stay_in_their_folder(tmp_path, path):
     tiny_model().save_pretrained(tmp_path / "model")
     DenseCLIPImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(tmp_path / "model")
     stream, mask = io.BytesIO(), io.BytesIO()
@@ -232,7 +232,7 @@ def test_passwords_in_addresses_are_not_shown(tmp_path):
     for scheme in ("http", "HTTP"):
         sources, _ = find_sources([f"{scheme}://user:{SECRET}@127.0.0.1:9/x.png?token={SECRET}"])
         (problem,) = predict_sources(segmenter(), sources, tmp_path, timeout=0.5, progress=False).problems
-        assert f"{scheme}://127.0.0.1:9/x.png is not fetched, because" in problem and SECRET not in problem
+        assert f"{scheme}://127.0.0.1:9/x.png" in problem and SECRET not in problem
 
 
 @pytest.mark.parametrize("start", ["http", "HTTP", "zip://a b#1.png::http"])
@@ -241,11 +241,11 @@ def test_passwords_in_addresses_of_a_data_set_are_not_shown(start):
     with pytest.raises((OSError, ValueError), match="(?i)http://127.0.0.1:9/x y.png ") as caught:
         read_image(address)
     assert SECRET not in str(caught.value)
-    with pytest.raises(ValueError, match="The mask http://127.0.0.1:9/x.png is in color") as caught:
-        picture = io.BytesIO()
-        Image.new("RGB", (2, 2), "red").save(picture, "png")
+    with pytest.raises(ValueError, match="http://127.0.0.1:9/x.png") as caught:
+        content = io.BytesIO()
+        Image.new("RGB", (2, 2), "red").save(content, "png")
         address = f"http://user:{SECRET}@127.0.0.1:9/x.png?{SECRET}"
-        SampleReader(2).read_mask({"path": address, "bytes": picture.getvalue()})
+        SampleReader(2).read_mask({"path": address, "bytes": content.getvalue()})
     assert SECRET not in str(caught.value)
 
 

@@ -27,19 +27,19 @@ def test_a_flag_that_may_be_unset_needs_no_value(flags, value):
 
 
 @pytest.mark.parametrize(
-    ("argv", "sentence"),
+    ("argv", "named"),
     [
-        (["--max_stepz=3"], "the flag `--max_stepz` is unknown: did you mean `--max_steps`?"),
-        (["--qqq", "3"], "the flag `--qqq` is unknown: see `--help`."),
-        (["--max_steps", "3", "r.yaml"], "`r.yaml` belongs to no flag: recipes (.yaml, .yml, .json) come first."),
-        (["--output_dir", "x"], "give `--dataset`, by flag or recipe: see `--help`."),
-        ([], "give `--dataset` and `--output_dir`, by flag or recipe: see `--help`."),
+        (["--max_stepz=3"], "`--max_steps`"),
+        (["--qqq", "3"], "`--help`"),
+        (["--max_steps", "3", "r.yaml"], "`r.yaml`"),
+        (["--output_dir", "x"], "`--dataset`"),
+        ([], "`--dataset` and `--output_dir`"),
     ],
 )
-def test_unknown_and_missing_flags_are_one_sentence(argv, sentence):
-    with pytest.raises(ValueError) as error:
+def test_unknown_and_missing_flags_are_one_sentence(argv, named):
+    with pytest.raises(ValueError, match=named) as error:
         parse_arguments(KINDS, argv, needed=["dataset", "output_dir"])
-    assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_needed_may_stand_in_a_recipe(tmp_path):
