@@ -3,12 +3,12 @@
     denseclip ablate RECIPE.yaml --output_dir outputs/ablations --seeds 0 1 2 [--variants final gamma_one]
         [-- --dataset FOLDER --max_steps 500]
 
-What follows `--` goes to every training run. Runs that are finished are not run again, one that was broken off goes
-on; those of another recipe or budget are refused. The tables show the variants and seeds that were asked for.
+What follows `--` goes to every training run. Runs that are finished are not run again, an interrupted one goes on;
+those of another recipe or budget are refused. The tables show the variants and seeds that were asked for.
 `--launcher "accelerate launch --num_processes 8"` trains on several devices.
 
-After Ctrl-C, SIGTERM or a failed run no other run starts. Either signal ends those in progress at their next step,
-with a checkpoint; after a failure they go on to their end. The same command then does what is left.
+Ctrl-C or SIGTERM ends the run in progress at its next step, with a checkpoint, and starts no other; nor does a run
+that fails. The same command then does what is left.
 """
 
 import argparse
@@ -18,12 +18,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -35,13 +31,12 @@ from ..training import DenseCLIPTrainingArguments
 from ..training.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
 from ..training.recipe import DataArguments, ModelArguments
 from ..training.run_directory import RECIPE_FILE, changes_of_recipe, recipe_of
-from ..training.stopping import TrainingStopped
+from ..training.stopping import STOP_SIGNALS, TrainingStopped
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors, parse_arguments, recipe_file
 
 
 TRAIN = "denseclip_hf.cli.train"
 logger = logging.getLogger("ablate")
-stopping = threading.Event()  # by Ctrl-C or SIGTERM
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,7 +48,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT", help=which)
     python = shlex.quote(sys.executable)
     parser.add_argument("--launcher", default=python, help="what starts a training, by default Python")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     own = list(sys.argv[1:] if argv is None else argv)
     flags = own[own.index("--") + 1 :] if "--" in own else []
     args = parser.parse_args(own[: own.index("--")] if "--" in own else own)
@@ -85,71 +79,60 @@ def refuse_another_recipe(args: argparse.Namespace, variant: str, seed: int) -> 
         raise ValueError(f"{folder} holds results without their {RECIPE_FILE}: name a new `--output_dir`.")
 
 
-def train(args: argparse.Namespace, variant: str, seed: int) -> float:
-    """Run one variant with one seed unless it is done; returns the seconds it took."""
-    output_dir = directory(args, variant, seed)
-    if (output_dir / "eval_results.json").exists():
-        return 0.0
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    command = [*shlex.split(args.launcher), "-m", TRAIN, *arguments(args, variant, seed)]
-    start = time.perf_counter()
-    with open(output_dir.parent / f"seed-{seed}.log", "w") as log:
-        if stopping.is_set():
-            raise RuntimeError("Not started.")
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        if stopping.is_set():  # in between, when there was nothing to tell yet
-            process.terminate()
-        process.wait()
-    if process.returncode:
-        raise RuntimeError(f"{variant} with seed {seed} failed: see {log.name}.")
-    return time.perf_counter() - start
+class Runs:
+    """Runs commands one at a time, until Ctrl-C or SIGTERM comes: either ends the training in progress."""
 
+    def __init__(self) -> None:
+        self.number = 0  # of the first signal
+        self.told: list[psutil.Process] = []
 
-def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
-    """Run `args.parallel` of `runs` at a time; after Ctrl-C or a failure, which is said at once, no other starts."""
-    waiting = iter(runs)
-    running: dict[Future[float], tuple[str, int]] = {}
-    with ThreadPoolExecutor(args.parallel) as pool, tqdm(desc="Ablations", unit="run", total=len(runs)) as progress:
-        try:
-            # Only what can start now is handed over, so that nothing is queued when something goes wrong.
-            while True:
-                free = args.parallel - len(running)
-                running |= {pool.submit(train, args, *run): run for run in islice(waiting, free)}
-                if not running:
-                    break
-                for job in wait(running, return_when=FIRST_COMPLETED).done:
-                    logger.info("%s, seed %d: %.0f s", *running.pop(job), job.result())
-                    progress.update()
-        except BaseException as error:  # Ctrl-C and SIGTERM too
-            if isinstance(error, KeyboardInterrupt):
-                stopping.set()
-            if running or isinstance(error, KeyboardInterrupt):  # also where only the launcher has ended yet
-                logger.warning("%s The runs in progress are waited for.", str(error) or "Interrupted.")
-            raise
+    def __enter__(self) -> "Runs":
+        self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS}
+        return self
 
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-@contextmanager
-def handing_on_sigterm() -> Iterator[None]:
-    """The runs in progress hear SIGTERM too, as they do Ctrl-C from the terminal, and are waited for."""
-    told = []
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:  # schedulers repeat it
+            self.number = number
+            logger.warning("%s: the run in progress is waited for.", signal.Signals(number).name)
+            self.hand_on()
 
-    def tell(number: int, frame: FrameType | None) -> None:
-        if stopping.is_set():  # schedulers repeat it
-            return
-        stopping.set()
+    def hand_on(self) -> None:
+        """Send SIGTERM to every process that trains, whatever launcher started it."""
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 if any(TRAIN in part for part in process.cmdline()):
                     process.terminate()
-                    told.append(process)
-        raise TrainingStopped("Terminated.", number)
+                    self.told.append(process)
 
-    before = signal.signal(signal.SIGTERM, tell)
-    try:
-        yield
-    finally:
-        psutil.wait_procs(told)  # a launcher may have ended before its training
-        signal.signal(signal.SIGTERM, before)
+    def run(self, command: list[str], log: Path) -> int:
+        """The exit code of a command whose output goes to the file `log`; raises [`TrainingStopped`]."""
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            if self.number:  # it came before the process was there
+                self.hand_on()
+            code = process.wait()
+            psutil.wait_procs(self.told)  # a launcher may end before its training
+        if self.number:
+            raise TrainingStopped("Interrupted.", self.number)
+        return code
+
+
+def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
+    """Do those of `runs` that are not done, one after the other; raises `RuntimeError` when one fails."""
+    with Runs() as trainings:
+        for variant, seed in tqdm(runs, desc="Ablations", unit="run"):
+            output_dir = directory(args, variant, seed)
+            if (output_dir / "eval_results.json").exists():
+                continue
+            output_dir.parent.mkdir(parents=True, exist_ok=True)
+            log, start = output_dir.parent / f"seed-{seed}.log", time.perf_counter()
+            if trainings.run([*shlex.split(args.launcher), "-m", TRAIN, *arguments(args, variant, seed)], log):
+                raise RuntimeError(f"{variant} with seed {seed} failed: see {log}.")
+            logger.info("%s, seed %d: %.0f s", variant, seed, time.perf_counter() - start)
 
 
 @one_sentence_errors
@@ -160,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     for variant, seed in runs:
         refuse_another_recipe(args, variant, seed)
     read_measurements(args.output_dir, args.variants, args.seeds)  # damaged ones are better known before than after
-    with handing_on_sigterm():
-        train_all(args, runs)
+    train_all(args, runs)
     measured = read_measurements(args.output_dir, args.variants, args.seeds)
     tables = ablation_tables(measured)
     write_atomically(args.output_dir / "ablations.md", tables)
