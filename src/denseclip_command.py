@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a segmenter, by recipe files and flags",
     "evaluate": "measure a model on a data set",
     "predict": "segment images and videos",
+    "words": "segment images into any words, without training",
     "check-data": "look through a data set before training on it",
     "convert": "turn a released DenseCLIP or a CLIP of OpenAI or open_clip into a model directory",
     "export": "write a model as ONNX, a torch program, or without its text tower",

@@ -1,6 +1,6 @@
 """Pipelines of transformers: image segmentation for batches of different sizes, and segmentation by any words."""
 
-from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,24 +12,8 @@ from transformers.pipelines.base import Pipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 from .model.class_names_denseclip import class_phrasings
-from .model.image_processing_denseclip import DenseCLIPImageProcessorBase, DenseCLIPImageProcessorPil
-from .model.layers_denseclip import resize_bilinear
-from .model.modeling_denseclip import (
-    ZERO_SHOT_TEMPLATES,
-    DenseCLIPForSemanticSegmentation,
-    DenseCLIPModel,
-    forward_by_size,
-    sliding_window_logits,
-)
-from .model.resizing_denseclip import check_finite
-from .model.towers_denseclip import tower_of
-
-
-# How an untrained CLIP is read, as NACLIP's results are published: pixels of the image's short side, of a window and
-# between windows, and what cosines are multiplied by before the softmax.
-SHORT_SIDE, WINDOW, WINDOW_STRIDE, LOGIT_SCALE = 336, 224, 112, 40.0
-# Scores of words that are resized at a time (64 MiB of float32).
-CHUNK_ELEMENTS = 2**24
+from .model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .words import WindowOptions, WordOptions, WordReader, as_word_model, options_set
 
 
 class DenseCLIPImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -66,18 +50,6 @@ class WordModelLoader:
         return as_word_model(auto.from_pretrained(name, **options))
 
 
-def as_word_model(model: Any) -> DenseCLIPModel:
-    """
-    `model`, or a [`DenseCLIPModel`] around it if it is an image-text model such as `CLIPModel`.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if isinstance(model, DenseCLIPModel):
-        return model
-    return DenseCLIPModel.from_clip(model).to(device=model.device, dtype=model.dtype).eval()
-
-
 class ZeroShotImageSegmentationPipeline(Pipeline):
     """
     Segmentation by any words: `pipeline("zero-shot-image-segmentation", model="openai/clip-vit-base-patch16")`.
@@ -99,21 +71,10 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
     _load_feature_extractor: Any = False
     _load_tokenizer = None
     model: Any
-    image_processor: Any
 
     def __init__(self, model: Any, *args, **kwargs):
         super().__init__(as_word_model(model), *args, **kwargs)
-        config = self.model.config
-        is_segmenter = isinstance(self.model, DenseCLIPForSemanticSegmentation)
-        self.is_trained = is_segmenter or config.num_context_tokens > 0 or config.context_decoder_num_layers > 0
-        if not isinstance(self.image_processor, DenseCLIPImageProcessorBase):  # CLIP's own crops the image
-            tower = tower_of(config.clip_config)
-            size = {"shortest_edge": min(config.crop_size) if self.is_trained else SHORT_SIDE, "longest_edge": 2048}
-            mean, std = tower.image_mean, tower.image_std
-            self.image_processor = DenseCLIPImageProcessorPil(size=size, image_mean=mean, image_std=std)
-        if self.tokenizer is None:
-            raise ValueError("words need the model's tokenizer, and none lies beside the model: pass `tokenizer=`.")
-        self._kept: tuple[Any, torch.Tensor] | None = None  # words and their embeddings, for the next image
+        self.reader = WordReader(self.model, self.tokenizer, self.image_processor)
 
     def __call__(self, image: Any, candidate_labels: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """
@@ -122,10 +83,9 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
                 sizes; or `{"image": ..., "candidate_labels": [...]}` for images with words of their own.
             candidate_labels (`list[str | list[str]]`): for each class a word or sentence, or several of which each
                 pixel takes the one that fits it best; a text with commas is a list of words.
-            threshold (`float`, *optional*): pixels whose best word is less probable belong to no label.
-            background (`str` or `list[str]`, *optional*): words for all that is not asked for; they are not returned.
-            templates (`list[str]`, *optional*): sentences with one `{}` for the word, whose embeddings are averaged;
-                by default `ZERO_SHOT_TEMPLATES`, for a trained model its own prompt.
+            background, threshold, area_threshold, templates, scale, short_side, last_block, refine, dilations
+                (*optional*): how words are read, see [`WordOptions`]; background words are not returned.
+            inference_mode, crop_size, stride (*optional*): windows, see [`WindowOptions`].
             return_map (`bool`): return the whole map instead of one mask for each label.
             timeout (`float`, *optional*): seconds to wait for an image from the web.
 
@@ -143,17 +103,25 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
         return super().__call__(image, **kwargs)
 
     def _sanitize_parameters(self, **kwargs: Any):
-        threshold = kwargs.get("threshold")
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"`threshold` is a probability from 0 to 1, got {threshold}.")
-        groups = [("candidate_labels", "timeout"), ("background", "templates", "threshold"), ("return_map",)]
-        unknown = set(kwargs) - {name for group in groups for name in group}
-        if unknown:
+        own = {name: kwargs.pop(name) for name in ("candidate_labels", "timeout", "return_map") if name in kwargs}
+        names = [[option.name for option in fields(kind)] for kind in (WordOptions, WindowOptions)]
+        if unknown := set(kwargs) - {*names[0], *names[1]}:
             raise TypeError(f"this pipeline has no options {', '.join(sorted(unknown))}.")
-        return [{name: kwargs[name] for name in group if name in kwargs} for group in groups]
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        options, windows = ({name: given[name] for name in group if name in given} for group in names)
+        forward: dict[str, Any] = {}
+        if options:
+            forward["options"] = WordOptions(**options)
+        if windows:
+            sides: dict[str, Any] = {k: [v] if isinstance(v, int) else v for k, v in windows.items()}
+            forward["windows"] = WindowOptions(**sides)
+        before: dict[str, Any] = {name: own[name] for name in ("candidate_labels", "timeout") if name in own}
+        if "short_side" in options:
+            before["short_side"] = options["short_side"]
+        return before, forward, {name: own[name] for name in ("return_map",) if name in own}
 
     def preprocess(  # type: ignore[override]
-        self, inputs: Any, candidate_labels: Any = None, timeout: float | None = None
+        self, inputs: Any, candidate_labels: Any = None, timeout: float | None = None, short_side: int | None = None
     ):
         if isinstance(inputs, dict):
             inputs, candidate_labels = inputs["image"], inputs.get("candidate_labels", candidate_labels)
@@ -163,89 +131,27 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
             candidate_labels = [word.strip() for word in candidate_labels.split(",")]
         classes = tuple(map(tuple, class_phrasings(candidate_labels)))
         image = load_image(inputs, timeout=timeout)
-        pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"][0].to(self.dtype)
+        pixel_values = self.reader.preprocess(image, short_side).to(self.dtype)
         # Lists of one, which batches of different sizes can hold.
         return {"pixel_values": [pixel_values], "size": [(image.height, image.width)], "classes": [classes]}
 
     def _forward(  # type: ignore[override]
-        self,
-        model_inputs: Any,
-        background: str | Sequence[str | Sequence[str]] | None = None,
-        templates: Sequence[str] | None = None,
-        threshold: float | None = None,
+        self, model_inputs: Any, options: WordOptions | None = None, windows: WindowOptions | None = None
     ):
+        options, windows = options or WordOptions(), windows or WindowOptions()
         images, sizes, asked = (model_inputs[name] for name in ("pixel_values", "size", "classes"))
         if isinstance(images[0], list):  # a batch
             images, sizes, asked = ([one for (one,) in entries] for entries in (images, sizes, asked))
-        background = [background] if isinstance(background, str) else background
-        others = [word for phrasings in class_phrasings(background) for word in phrasings] if background else []
-        templates = None if templates is None else tuple(templates)
-        found: dict[str, list] = {"segmentation": [None] * len(images), "confidence": [None] * len(images)}
-        for classes in dict.fromkeys(asked):
-            places = [place for place, wanted in enumerate(asked) if wanted == classes]
-            groups = [*classes, others] if others else list(classes)
-            queries = self.encode_words(tuple(word for group in groups for word in group), templates)
-            owners = torch.tensor([k for k, group in enumerate(groups) for _ in group], device=queries.device)
-            for place, of_image in zip(places, self.scores([images[i] for i in places], queries), strict=True):
-                query, confidence = self.best_word(of_image, sizes[place])
-                segmentation = owners[query]
-                is_void = segmentation == len(classes)  # the background's
-                if threshold is not None:
-                    is_void |= confidence < threshold
-                found["segmentation"][place] = segmentation.masked_fill(is_void, -1)
-                found["confidence"][place] = confidence
-        return {**found, "classes": list(asked)}
-
-    def encode_words(self, words: tuple[str, ...], templates: tuple[str, ...] | None = None) -> torch.Tensor:
-        """An embedding for each word, `(Q, D)`, kept for the next image."""
-        if self._kept is None or self._kept[0] != (words, templates):
-            own = None if self.is_trained else ZERO_SHOT_TEMPLATES
-            # A word may stand in two classes, or be a class and background.
-            unique = {word: number for number, word in enumerate(dict.fromkeys(words))}
-            embeds = self.model.encode_texts(list(unique), self.tokenizer, templates or own)
-            self._kept = (words, templates), embeds[[unique[word] for word in words]]
-        return self._kept[1]
-
-    def scores(self, images: list[torch.Tensor], queries: torch.Tensor) -> list[torch.Tensor]:
-        """[`score`] of each of images of any sizes."""
-        return forward_by_size(lambda pixel_values: {"scores": self.score(pixel_values, queries)}, images)["scores"]
-
-    def score(self, pixel_values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Scores of places of images of one size for each query, `(B, Q, h, w)`: what `best_word` takes."""
-        config = self.model.config
-        if self.uses_decoder:
-            return self.model(pixel_values, text_embeds=queries).logits.float()
-        if self.is_trained or config.inference_mode != "whole":
-            scale = 1 / config.temperature if self.is_trained else LOGIT_SCALE
-            return scale * self.model.score(pixel_values, queries).float()
-        return LOGIT_SCALE * sliding_window_logits(
-            lambda window: self.model.score(window, queries), pixel_values, [WINDOW] * 2, [WINDOW_STRIDE] * 2
-        )
-
-    @property
-    def uses_decoder(self) -> bool:
-        """Whether the model has a decoder that takes any words."""
-        is_segmenter = isinstance(self.model, DenseCLIPForSemanticSegmentation)
-        return is_segmenter and self.model.config.decode_head == "cost_aggregation"
-
-    def best_word(self, scores: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The query of highest score `(Q, h, w)` at each pixel of an image, and its probability: two maps of `size`.
-
-        It is the softmax of all queries' scores; with a decoder, which decides for every class by itself, the sigmoid.
-        A few queries are resized at a time, so that memory does not grow with their number.
-        """
-        check_finite(scores)
-        step = max(1, CHUNK_ELEMENTS // (size[0] * size[1]))
-        best, query, total = (scores.new_full(size, value) for value in (-torch.inf, 0, -torch.inf))
-        for first in range(0, len(scores), step):
-            part = resize_bilinear(scores[None, first : first + step], size)[0]
-            highest, index = part.max(0)
-            query = torch.where(highest > best, index + first, query.long())
-            best, total = torch.maximum(best, highest), torch.logaddexp(total, part.logsumexp(0))
-        if not self.uses_decoder:
-            return query, (best - total).exp()
-        return query, best if self.model.config.inference_mode == "slide_and_whole" else best.sigmoid()
+        found: list[Any] = [None] * len(images)
+        with options_set(self.model, windows.settings() | options.settings()):
+            for classes in dict.fromkeys(asked):
+                places = [place for place, wanted in enumerate(asked) if wanted == classes]
+                some, their_sizes = ([entries[i] for i in places] for entries in (images, sizes))
+                results = self.reader.read(some, their_sizes, classes, options)
+                for place, result in zip(places, results, strict=True):
+                    found[place] = result
+        segmentation, confidence = map(list, zip(*found, strict=True))
+        return {"segmentation": segmentation, "confidence": confidence, "classes": list(asked)}
 
     def postprocess(self, model_outputs: Any, return_map: bool = False):  # type: ignore[override]
         segmentation, confidence, classes = (
@@ -258,8 +164,8 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
         for k, label in enumerate(labels):
             mask = segmentation == k
             if mask.any():
-                picture = Image.fromarray(mask.to(torch.uint8).mul(255).numpy())
-                results.append({"label": label, "mask": picture, "score": confidence[mask].mean().item()})
+                image = Image.fromarray(mask.to(torch.uint8).mul(255).numpy())
+                results.append({"label": label, "mask": image, "score": confidence[mask].mean().item()})
         return sorted(results, key=lambda result: -result["score"])
 
 

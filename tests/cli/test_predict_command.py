@@ -38,7 +38,7 @@ def test_it_writes_masks_overlays_and_heat_maps(word_model_dir, photos, tmp_path
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_it_segments_new_words_in_any_precision(word_model_dir, photos, tmp_path, dtype):
     flags = ["--model", str(word_model_dir), "--output_dir", str(tmp_path / "out"), "--inference_mode", "slide"]
-    words = ["--words", "a cat,dog,grass,house", "--templates", "--score_maps", "dog"]
+    words = ["--words", "a cat,dog,grass,house", "--templates", "short", "--score_maps", "dog"]
     assert main([str(photos / "a.png"), *flags, *words, "--dtype", dtype]) == 0
     assert np.asarray(Image.open(tmp_path / "out" / "a_mask.png")).max() < 4
 

@@ -8,8 +8,9 @@ from transformers import AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.inference import find_sources, predict_sources, segment_in_windows, sliding_window_logits
+from denseclip_hf.words import WordOptions
 from helpers.images import PHOTO_SIZES, photo
-from helpers.models import segmenter, tiny_model, varied
+from helpers.models import Tokenizer, segmenter, tiny_model, varied
 
 
 # From sources to files
@@ -90,7 +91,7 @@ def test_a_class_of_several_phrasings_is_called_by_its_first(word_model_dir):
     model = DenseCLIPForSemanticSegmentation.from_pretrained(word_model_dir)
     tokenizer = AutoTokenizer.from_pretrained(word_model_dir)
     asked = segmenter(model, tokenizer=tokenizer, words=[["a person on foot", "a pedestrian"], "sky"])
-    assert asked.names == ["a person on foot", "sky"] and len(asked.embeds) == 2
+    assert asked.names == ["a person on foot", "sky"] and len(asked.queries[0]) == 3
 
 
 def test_score_maps_of_own_classes_are_the_models():
@@ -123,12 +124,11 @@ def test_an_image_without_finite_scores_is_left_out(tmp_path, bad):
     assert sorted(file.name[0] for file in (tmp_path / "out").iterdir()) == ["a", "a", "c", "c"]
 
 
-@pytest.mark.parametrize("part", ["embeds", "score_embeds"])
-def test_embeddings_that_are_not_finite_are_refused(part):
-    asked = segmenter(score_maps=["class 0"])
-    asked.embeds, asked.words = asked.model.encode_classes().clone(), True
-    asked.score_embeds = asked.embeds.clone()
-    setattr(asked, part, getattr(asked, part).fill_(float("nan")))
+@pytest.mark.parametrize("option", ["words", "score_maps"])
+def test_embeddings_that_are_not_finite_are_refused(option):
+    model = tiny_model()
+    model.encode_texts = lambda texts, *_: torch.full((len(texts), 12), float("nan"))
+    asked = segmenter(model, tokenizer=Tokenizer(), **{option: ["a cat"]})
     with pytest.raises(ValueError, match="NaN"):
         asked([photo()])
 
@@ -168,7 +168,7 @@ def test_large_images_are_segmented_in_windows_of_what_they_are(tmp_path):
 
 def test_pixels_below_the_threshold_have_no_class(tmp_path):
     photo().save(tmp_path / "a.png")
-    asked = segmenter(varied(tiny_model()), threshold=0.4, certainty=True)
+    asked = segmenter(varied(tiny_model()), options=WordOptions(threshold=0.4), certainty=True)
     image = Image.open(tmp_path / "a.png").convert("RGB")
     with torch.no_grad():
         logits = asked.model(asked.preprocess(image)[None]).logits
@@ -188,4 +188,4 @@ def test_pixels_below_the_threshold_have_no_class(tmp_path):
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
 def test_a_threshold_is_a_probability(threshold):
     with pytest.raises(ValueError, match="threshold"):
-        segmenter(threshold=threshold)
+        segmenter(options=WordOptions(threshold=threshold))

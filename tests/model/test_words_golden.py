@@ -13,33 +13,31 @@ from transformers import CLIPConfig, CLIPModel
 from denseclip_hf import DenseCLIPModel
 from denseclip_hf.model.dense_attention_denseclip import (
     LAST_BLOCKS,
+    OutlierRepair,
     _heads,
-    _unit_rows,
     attention_maps,
-    dense_features,
-    embed_patches,
     find_outliers,
     last_block,
     neighbor_gaussian,
     patch_attention,
     purify,
     repaired_attention,
+    repaired_features,
     similarity,
     spread_values,
+    spread_weights,
+    unit_rows,
     word_positions,
 )
+from denseclip_hf.model.modeling_denseclip import cosine_score_maps, sliding_window_logits
 from denseclip_hf.model.resizing_denseclip import fit_within, resize_image
 from denseclip_hf.model.words_denseclip import (
-    choose_classes,
     class_probabilities,
     color_affinity,
     color_std,
-    encode_queries,
-    encode_words,
     refine_scores,
-    window_scores,
-    word_scores,
 )
+from denseclip_hf.words import WordOptions, WordReader
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -73,11 +71,36 @@ def check(name: str, key: str, ours: torch.Tensor) -> None:
         assert torch.equal(ours.to(expected.dtype), expected)
 
 
-def before_last(model: CLIPModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    x, grid = embed_patches(model, pixel_values)
-    for layer in model.vision_model.encoder.layers[:-1]:
-        x = layer(x, attention_mask=None)
-    return x, grid
+@cache
+def word_model(name: str) -> DenseCLIPModel:
+    return DenseCLIPModel.from_clip(clip(name)).eval()
+
+
+def block_inputs(name: str, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], tuple[int, int]]:
+    """What goes into each block, and the grid."""
+    model = word_model(name)
+    states = [model.tower.embed_patches(model.clip.vision_model, pixel_values)]
+    for layer in model.clip.vision_model.encoder.layers[:-1]:
+        states.append(layer(states[-1], attention_mask=None))
+    patch = model.config.embedding_stride
+    return states, (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
+
+
+class RecordedTokenizer:
+    """Gives the recorded token ids, one sentence for each word and template."""
+
+    def __call__(self, text):
+        word, template = map(int, text.split())
+        ids = case("words_vit")[1]["in/text/input_ids"][word, template].long().tolist()
+        return {"input_ids": ids[: ids.index(max(ids)) + 1]}
+
+
+def recorded_queries() -> torch.Tensor:
+    """Unit embeddings of the recorded words."""
+    words, templates = case("words_vit")[1]["in/text/input_ids"].shape[:2]
+    sentences = [f"{{}} {number}" for number in range(templates)]
+    embeds = word_model("words_vit").encode_texts([str(n) for n in range(words)], RecordedTokenizer(), sentences)
+    return F.normalize(embeds, dim=-1)
 
 
 @torch.no_grad()
@@ -88,21 +111,18 @@ def vit_output(key: str) -> torch.Tensor:
         ids = tensors["in/text/input_ids"].long()
         return model.get_text_features(ids.flatten(0, 1)).pooler_output.unflatten(0, ids.shape[:2])
     if key == "out/text/queries":
-        return encode_queries(model, tensors["in/text/input_ids"])
+        return recorded_queries()
     _, image, what = key.split("/")
     pixel_values = tensors[f"in/image_{image}"]
-    if what.startswith("naclip_std"):
-        std = float(what.removeprefix("naclip_std"))
-        return dense_features(model, pixel_values, "naclip", std).flatten(2).transpose(1, 2)
-    if what in LAST_BLOCKS:
-        return dense_features(model, pixel_values, what).flatten(2).transpose(1, 2)
-    x, grid = before_last(model, pixel_values)
-    layer = model.vision_model.encoder.layers[-1]
+    states, grid = block_inputs("words_vit", pixel_values)
+    x, layer = states[-1], model.vision_model.encoder.layers[-1]
     if what.startswith("gauss"):
         return neighbor_gaussian(grid, float(what.removeprefix("gauss")))
-    if what == "plain_class":
-        token = last_block(layer, x, grid, LAST_BLOCKS["plain"])[:, 0]
-        return model.visual_projection(model.vision_model.post_layernorm(token))
+    name, _, std = what.partition("_std")
+    if name in LAST_BLOCKS or name == "plain_class":
+        features = last_block(layer, x, grid, LAST_BLOCKS[name.removesuffix("_class")], float(std or 5))
+        features = model.visual_projection(model.vision_model.post_layernorm(features))
+        return features[:, 0] if name == "plain_class" else features[:, 1:]
     q, k, v = _heads(layer.self_attn, layer.layer_norm1(x))
     if what == "naclip_weights":
         return attention_maps(q, k, LAST_BLOCKS["naclip"], neighbor_gaussian(grid, 5.0))[0][0]
@@ -120,38 +140,63 @@ def test_last_block_positions_and_queries(key):
     check("words_vit", key, vit_output(key))
 
 
+def word_scores(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Cosines of places and recorded queries, of images taken whole."""
+    model = word_model("words_vit")
+    _, context, grid = model.encode_image(pixel_values)
+    queries = case("words_vit")[1]["out/text/queries"]
+    return cosine_score_maps(context, queries.expand(len(context), -1, -1), grid)
+
+
+def window_scores(pixel_values: torch.Tensor) -> torch.Tensor:
+    protocol = case("words_protocol")[0]["protocol"]
+    return sliding_window_logits(word_scores, pixel_values, [protocol["window"]] * 2, [protocol["stride"]] * 2)
+
+
+def class_of_query() -> torch.Tensor:
+    return case("words_vit")[1]["in/text/class_of_query"].long()
+
+
+def choose(scores: torch.Tensor, size, pixel_values: torch.Tensor, **options) -> torch.Tensor:
+    """The class of each pixel by [`WordReader`]; class 0 is the background."""
+    reader = WordReader(word_model("words_vit"), RecordedTokenizer())
+    owners = class_of_query() - 1
+    scores = scores * case("words_protocol")[0]["protocol"]["logit_scale"]
+    return 1 + reader.choose(scores[0], owners, size, pixel_values[0], WordOptions(**options))[0]
+
+
 @torch.no_grad()
 def protocol_output(key: str) -> torch.Tensor:
     description, tensors = case("words_protocol")
-    vit = case("words_vit")[1]
-    model, protocol, notes = clip("words_vit"), description["protocol"], description["notes"]
-    queries, class_of_query = vit["out/text/queries"], vit["in/text/class_of_query"].long()
-    window, stride, scale = protocol["window"], protocol["stride"], protocol["logit_scale"]
+    protocol, notes = description["protocol"], description["notes"]
     _, group, what = key.split("/")
     if group == "post":
         logits = tensors["out/slide_two/logits"]
-        if what == "pred_area":
-            rule = notes["post/area: settings"]
-            probabilities = class_probabilities(logits, class_of_query, rule["logit_scale"])
-            return choose_classes(probabilities, rule["prob_thd"], rule["area_thd"])[0]
-        probabilities = class_probabilities(logits, class_of_query, scale)
+        size, pixel_values = tuple(logits.shape[-2:]), tensors["in/slide_two"]
         if what == "class_probs":
-            return probabilities[0]
-        return choose_classes(probabilities, float(what.removeprefix("pred_thd")))[0]
+            return class_probabilities(logits, class_of_query(), protocol["logit_scale"])[0]
+        if what != "pred_area":
+            return choose(logits, size, pixel_values, threshold=float(what.removeprefix("pred_thd")))
+        rule = notes["post/area: settings"]
+        scale = rule["logit_scale"] / protocol["logit_scale"]
+        options = {"threshold": rule["prob_thd"], "area_threshold": rule["area_thd"]}
+        return choose(logits * scale, size, pixel_values, **options)
     if group == "e2e":
-        return photo_output(what, model, protocol, queries, class_of_query, tensors["in/e2e/image"])
+        return photo_output(what, tensors["in/e2e/image"])
     pixel_values = tensors[f"in/{group}"]
     if what == "whole":
-        return word_scores(model, pixel_values, queries)
+        return word_scores(pixel_values)
     if what == "logits":
-        return window_scores(model, pixel_values, queries, window, stride)
+        return window_scores(pixel_values)
     top, left, bottom, right = notes[f"{group}/windows (top, left, bottom, right)"][int(what.removeprefix("window"))]
-    return word_scores(model, pixel_values[..., top:bottom, left:right], queries)
+    return word_scores(pixel_values[..., top:bottom, left:right])
 
 
-def photo_output(what, model, protocol, queries, class_of_query, image) -> torch.Tensor:
+def photo_output(what: str, image: torch.Tensor) -> torch.Tensor:
+    protocol = case("words_protocol")[0]["protocol"]
     settings, size = protocol["e2e"], tuple(protocol["e2e"]["ori"])
-    resized = resize_image(image.permute(2, 0, 1), fit_within(*size, settings["short"], 2048))
+    longest = settings.get("long", 2048)
+    resized = resize_image(image.permute(2, 0, 1), fit_within(*size, settings["short"], longest))
     if what == "resized":
         return resized.permute(1, 2, 0)
     mean, std = (torch.tensor(protocol[f"image_{name}"])[:, None, None] for name in ("mean", "std"))
@@ -159,18 +204,18 @@ def photo_output(what, model, protocol, queries, class_of_query, image) -> torch
     if what == "pixel_values":
         return pixel_values
     if what == "pred_whole":
-        scores = word_scores(model, pixel_values, queries)
-        scores = F.interpolate(F.interpolate(scores, pixel_values.shape[-2:], mode="bilinear"), size, mode="bilinear")
-    else:
-        scores = window_scores(model, pixel_values, queries, protocol["window"], protocol["stride"])
-        scores = F.interpolate(scores, size, mode="bilinear")
-    if what.endswith("pamr"):
+        scores = F.interpolate(word_scores(pixel_values), pixel_values.shape[-2:], mode="bilinear")
+        return choose(scores, size, pixel_values)
+    scores = window_scores(pixel_values)
+    refine = {"refine": settings["steps"], "dilations": settings["dilations"]} if what.endswith("pamr") else {}
+    if not what.startswith("logits"):
+        return choose(scores, size, pixel_values, threshold=settings["prob_thd"], **refine)
+    scores = F.interpolate(scores, size, mode="bilinear")
+    if refine:
         colors = F.interpolate(pixel_values, size, mode="bilinear")
-        scores = refine_scores(colors, scores, settings["steps"], settings["dilations"])
-    if what.startswith("logits"):
-        return scores
-    threshold = 0.0 if what == "pred_whole" else settings["prob_thd"]
-    return choose_classes(class_probabilities(scores, class_of_query, protocol["logit_scale"]), threshold)[0]
+        affinity = color_affinity(colors, settings["dilations"])
+        scores = refine_scores(scores, affinity, settings["steps"], settings["dilations"])
+    return scores
 
 
 @pytest.mark.parametrize("key", outputs("words_protocol"))
@@ -193,46 +238,48 @@ def test_refinement(key):
     settings = description["runs"][run]
     image = tensors["in/flat_image" if run == "flat" else "in/image"]
     mask = tensors.get(f"in/{run}_mask", tensors["in/mask"])
-    std = color_std(image, settings["dilations"])
-    if what == "mask":
-        ours = refine_scores(image, mask, settings["iterations"], settings["dilations"])
+    if what == "std":
+        ours = color_std(image, settings["dilations"])
     else:
-        ours = std if what == "std" else color_affinity(image, std, settings["dilations"])
+        ours = color_affinity(image, settings["dilations"])
+        if what == "mask":
+            ours = refine_scores(mask, ours, settings["iterations"], settings["dilations"])
     check("words_pamr", key, ours)
 
 
 @torch.no_grad()
 def repair_steps(image: str) -> dict[str, torch.Tensor]:
     model, pixel_values = clip("words_sfp"), case("words_sfp")[1][f"in/{image}"]
+    settings = case("words_sfp")[0]["settings"]
+    share, floor = settings["class_token"], settings["threshold"]
+    how = OutlierRepair(settings["factor"], settings["keep"], floor, share, settings["sharpness"])
     layers = model.vision_model.encoder.layers
-    x, grid = embed_patches(model, pixel_values)
-    states = [x]
-    for layer in layers[:-1]:
-        states.append(layer(states[-1], attention_mask=None))
+    states, grid = block_inputs("words_sfp", pixel_values)
     cls_attention, self_attention = patch_attention(layers[-2], states[-2])
-    outliers = find_outliers(cls_attention, self_attention)
-    similar = similarity(purify(states[-3][:, 1:], outliers, grid))
+    outliers = find_outliers(cls_attention, self_attention, how)
+    similar = similarity(purify(states[-3][:, 1:], outliers, grid), floor)
+    spread = spread_weights(similar, how.sharpness)
     purified = purify(states[-1][:, 1:], outliers, grid)
     ranked = cls_attention.masked_fill(~outliers, -1).sort(1, descending=True)
-    settings = case("words_sfp")[0]["settings"]
-    count, early, share = settings["keep"], len(layers) // 3, settings["class_token"]
-    smooth = _unit_rows(similarity(states[early][:, 1:]))
-    main = repaired_attention(layers[-1], _unit_rows(similar) @ purified, similar)
-    total = sum(states[early:-1], start=torch.zeros_like(x))
-    second = spread_values(layers[-1], total[:, 1:], similar)
+    early = len(layers) // 3
+    smooth = unit_rows(similarity(states[early][:, 1:], floor))
+    main = repaired_attention(layers[-1], unit_rows(similar) @ purified, spread)
+    total = sum(states[early:-1], start=torch.zeros_like(states[0]))
+    second = spread_values(layers[-1], total[:, 1:], spread)
+    features = repaired_features(layers, states, grid, how)
     return {
         "main": main,
         "main_smoothed": smooth @ (main + share * states[-1][:, :1]),
         "second_smoothed": smooth @ (second + share * total[:, :1]),
         "cls_attention": cls_attention,
         "self_attention": self_attention,
-        "outliers": ranked.indices.masked_fill(ranked.values < 0, -1)[:, :count],
+        "outliers": ranked.indices.masked_fill(ranked.values < 0, -1)[:, : how.count],
         "block11": states[-1][:, 1:],
         "purified": purified,
         "S": similar,
-        "T": similarity(states[early][:, 1:]),
-        "aggregated": _unit_rows(similar) @ purified,
-        "features": dense_features(model, pixel_values, "sfp").flatten(2).transpose(1, 2),
+        "T": similarity(states[early][:, 1:], floor),
+        "aggregated": unit_rows(similar) @ purified,
+        "features": model.visual_projection(model.vision_model.post_layernorm(features)),
     }
 
 
@@ -247,41 +294,6 @@ def test_images_without_good_neighbors_stay_finite():
     outliers[0, [0, 1, 4, 5]] = True  # the corner of a 3 x 4 grid, all of whose neighbors are outliers
     patches = purify(torch.ones(1, 12, 5), outliers, (3, 4))
     assert patches[0, 0].eq(0).all() and similarity(patches).isfinite().all()
-
-
-class Scores(torch.nn.Module):
-    def __init__(self, model: CLIPModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        return word_scores(self.model, pixel_values, queries)
-
-
-@torch.no_grad()
-def test_an_exported_model_takes_other_words():
-    _, tensors = case("words_vit")
-    queries, images = tensors["out/text/queries"], tensors["in/image_b"].repeat(2, 1, 1, 1)
-    model = Scores(clip("words_vit"))
-    shapes = {"pixel_values": {0: torch.export.Dim("images")}, "queries": {0: torch.export.Dim("queries")}}
-    exported = torch.export.export(model, (images, queries), dynamic_shapes=shapes).module()
-    images, queries = images.repeat(2, 1, 1, 1)[:3], queries[:4]
-    torch.testing.assert_close(exported(images, queries), model(images, queries))
-
-
-@pytest.mark.parametrize(
-    ("classes", "keyword"),
-    [
-        ([], "empty"),
-        ([""], "empty"),
-        (["cat", ["dog", " "]], "empty"),
-        (["cat", []], "empty"),
-        (["cat", "cat"], "twice"),
-    ],
-)
-def test_words_that_ask_nothing_are_refused(classes, keyword):
-    with pytest.raises(ValueError, match=keyword):
-        encode_words(clip("words_vit"), None, classes)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +313,15 @@ def test_the_models_dense_features_are_those_of_its_last_block(key):
 
 
 @torch.no_grad()
+def test_outliers_are_repaired_where_the_config_says_so():
+    model, pixel_values = clip("words_sfp"), case("words_sfp")[1]["in/a"]
+    features = repaired_features(model.vision_model.encoder.layers, *block_inputs("words_sfp", pixel_values))
+    expected = model.visual_projection(model.vision_model.post_layernorm(features))
+    ours = DenseCLIPModel.from_clip(model, last_block="sfp").eval().get_dense_features(pixel_values)
+    torch.testing.assert_close(ours.flatten(2).transpose(1, 2), expected)
+
+
+@torch.no_grad()
 def test_whole_images_keep_clips_own_embedding(tmp_path):
     model, pixel_values = clip("words_vit"), case("words_vit")[1]["in/image_a"]
     DenseCLIPModel.from_clip(model).save_pretrained(tmp_path)
@@ -308,5 +329,3 @@ def test_whole_images_keep_clips_own_embedding(tmp_path):
     assert loaded.config.last_block == "naclip"
     ours = loaded.get_image_features(pixel_values).pooler_output
     torch.testing.assert_close(ours, model.get_image_features(pixel_values).pooler_output)
-    naclip = dense_features(model, pixel_values)
-    torch.testing.assert_close(loaded.get_dense_features(pixel_values), naclip)

@@ -10,8 +10,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPModel
 from denseclip_hf.example import draw_scene, example_clip_model, example_tokenizer, make_example_clip
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
-from denseclip_hf.model.modeling_denseclip import ZERO_SHOT_TEMPLATES
-from denseclip_hf.model.words_denseclip import class_probabilities, encode_words, window_scores
+from denseclip_hf.model.modeling_denseclip import ZERO_SHOT_TEMPLATES, sliding_window_logits
+from denseclip_hf.model.words_denseclip import class_probabilities, color_affinity, refine_scores
 from helpers.models import COST_AGGREGATION
 
 
@@ -55,15 +55,56 @@ def equal(found: list[dict], expected: list[dict], atol: float = 1e-5) -> bool:
 
 
 @torch.no_grad()
-def test_an_untrained_clip_is_read_as_published(vit_dir):
-    clip, tokenizer, (image, *_) = CLIPModel.from_pretrained(vit_dir), AutoTokenizer.from_pretrained(vit_dir), scenes()
+def cosines(folder: str, image: Image.Image, window: int = 224, stride: int = 112) -> tuple[torch.Tensor, ...]:
+    """Cosines of an untrained CLIP's places and WORDS at the image's size, the class of each word, the pixels."""
+    clip, tokenizer = CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     processor = DenseCLIPImageProcessorPil(size={"shortest_edge": 336, "longest_edge": 2048})
-    queries, owners = encode_words(clip, tokenizer, WORDS, ZERO_SHOT_TEMPLATES)
-    scores = window_scores(clip, processor(image, return_tensors="pt")["pixel_values"], queries)
-    scores = F.interpolate(scores, (image.height, image.width), mode="bilinear")
+    words = [(word, k) for k, names in enumerate(WORDS) for word in ([names] if isinstance(names, str) else names)]
+    queries = []
+    for word, _ in words:
+        sentences = tokenizer([t.format(word) for t in ZERO_SHOT_TEMPLATES], padding=True, return_tensors="pt")
+        queries.append(F.normalize(clip.get_text_features(**sentences).pooler_output, dim=-1).mean(0))
+    queries, model = F.normalize(torch.stack(queries), dim=-1), DenseCLIPModel.from_clip(clip).eval()
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    scores = sliding_window_logits(
+        lambda crops: torch.einsum("bdhw,qd->bqhw", F.normalize(model.get_dense_features(crops), dim=1), queries),
+        pixel_values, [window] * 2, [stride] * 2,
+    )  # fmt: skip
+    size = (image.height, image.width)
+    scores, pixel_values = (F.interpolate(x, size, mode="bilinear") for x in (scores, pixel_values))
+    return scores, torch.tensor([k for _, k in words]), pixel_values
+
+
+def test_an_untrained_clip_is_read_as_published(vit_dir):
+    image = scenes()[0]
+    scores, owners, _ = cosines(vit_dir, image)
     confidence, segmentation = class_probabilities(scores, owners)[0].max(0)
     found = pipeline(TASK, model=vit_dir)(image, candidate_labels=WORDS, return_map=True)
     assert equal([found], [{"segmentation": segmentation, "confidence": confidence}])
+
+
+def test_windows_scale_and_refinement_are_options_of_a_call(vit_dir):
+    segment, image = pipeline(TASK, model=vit_dir), scenes()[0]
+    before = segment(image, candidate_labels=WORDS, return_map=True)
+    scores, owners, pixel_values = cosines(vit_dir, image, 112, 56)
+    scores = refine_scores(scores, color_affinity(pixel_values, [1, 2]), 3, [1, 2])
+    confidence, segmentation = class_probabilities(scores, owners, 20)[0].max(0)
+    options = {"crop_size": 112, "stride": 56, "scale": 20, "refine": 3, "dilations": [1, 2]}
+    found = segment(image, candidate_labels=WORDS, return_map=True, **options)
+    assert equal([found], [{"segmentation": segmentation, "confidence": confidence}])
+    assert not equal([found], [before])
+    assert equal([segment(image, candidate_labels=WORDS, return_map=True)], [before]), "a call changes no other"
+    other = segment(image, candidate_labels=WORDS, return_map=True, last_block="sfp", short_side=224)
+    assert other["confidence"].isfinite().all() and not equal([other], [before])
+
+
+def test_templates_are_read_from_a_file(vit_dir, tmp_path):
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\na {} there.\n")
+    segment, image = pipeline(TASK, model=vit_dir), scenes()[0]
+    asked = {"candidate_labels": WORDS, "return_map": True}
+    listed = segment(image, templates=["a photo of a {}.", "a {} there."], **asked)
+    assert equal([segment(image, templates=str(tmp_path / "templates.txt"), **asked)], [listed])
+    assert not equal([segment(image, **asked)], [listed])
 
 
 def test_every_kind_of_call_gives_the_same(clip_dir, tmp_path):
@@ -179,6 +220,8 @@ def test_a_decoder_for_any_words_answers_itself(tmp_path):
         ({"candidate_labels": ["car"], "background": ["sky", ""]}, "empty"),
         ({"candidate_labels": ["car"], "threshold": 40}, "threshold"),
         ({"candidate_labels": ["car"], "templates": ["a photo"]}, "templates"),
+        ({"candidate_labels": ["car"], "last_block": "unknown"}, "last_block"),
+        ({"candidate_labels": ["car"], "inference_mode": "whole", "stride": 56}, "sliding window"),
     ],
 )
 def test_words_that_cannot_be_asked_for_are_refused(vit_dir, options, keyword):

@@ -29,7 +29,8 @@ from ..inference import (
 )
 from ..model.class_names_denseclip import class_phrasings
 from ..model.loading_denseclip import load_pretrained
-from ..model.modeling_denseclip import ZERO_SHOT_TEMPLATES
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..words import WordOptions
 
 
 # What one visitor may ask for at a time.
@@ -38,6 +39,8 @@ MAX_HEAT_MAPS = 12
 # Pixels of an upload (6000 x 4000), and seconds that the model may work on it: others are waiting.
 MAX_PIXELS = 24_000_000
 MAX_SECONDS = 60.0
+# What a page asks a CLIP for until somebody asks for something else.
+FIRST_WORDS = ("sky", "road", "building", "tree", "grass", "water", "car", "person")
 # Longer side of the images on the page; what is downloaded has the size of the upload.
 SHOWN_SIDE = 1024
 
@@ -57,7 +60,10 @@ class AppModels:
 
     def __init__(self, addresses: Sequence[str], device: str = "auto", dtype: str = "auto"):
         if not addresses:
-            raise ValueError("name at least one model: a directory, or a name on the Hub.")
+            raise ValueError(
+                "name at least one model: `--model` with a directory or a name on the Hub, of a segmenter or, for "
+                "words, of a CLIP such as openai/clip-vit-base-patch16."
+            )
         self.addresses = _short_names(addresses)
         self.device = device_of(device)
         self.dtype = dtype
@@ -90,10 +96,14 @@ class AppModels:
             self._loaded[name] = model.to(self.device).eval(), image_processor, tokenizer
         return self._loaded[name]
 
+    def has_classes(self, name: str) -> bool:
+        """Whether a model segments into classes of its own; a CLIP only takes words."""
+        return isinstance(self.load(name)[0], DenseCLIPForSemanticSegmentation)
+
     def classes(self, name: str) -> list[str]:
-        """The K names of a model's own classes."""
+        """The K names of a model's own classes; some words to begin with for a CLIP."""
         config = self.load(name)[0].config
-        return [config.id2label[i] for i in range(config.num_labels)]
+        return [config.id2label[i] for i in range(config.num_labels)] if self.has_classes(name) else list(FIRST_WORDS)
 
     def segmenter(
         self,
@@ -105,8 +115,8 @@ class AppModels:
     ) -> Segmenter:
         """For `words` (the model's own classes if empty); `sentences` puts words into CLIP's."""
         model, image_processor, tokenizer = self.load(name)
-        templates = ZERO_SHOT_TEMPLATES if sentences else None
-        return Segmenter(model, image_processor, tokenizer, words, score_maps, templates, threshold=threshold)
+        options = WordOptions(threshold=threshold, templates=["short"] if sentences else None)
+        return Segmenter(model, image_processor, tokenizer, words, score_maps, options)
 
 
 @dataclass

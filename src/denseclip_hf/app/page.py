@@ -96,6 +96,10 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
         ValueError, OSError: with one sentence, if the first model cannot be loaded.
     """
     first = models.names[0]
+
+    def mode_of(name: str) -> str:
+        return OWN_CLASSES if models.has_classes(name) else NEW_WORDS
+
     with Page(title="DenseCLIP", analytics_enabled=False, delete_cache=(CLEARING_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown("# DenseCLIP\nEvery pixel is matched with the names of classes.")
         with gr.Row():
@@ -105,8 +109,8 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
                 image.preprocess = _path_of  # type: ignore
                 gr.Examples([str(file) for file in examples or drawn_examples()], image, label="Examples")
                 name = gr.Dropdown(models.names, value=first, label="Model", elem_id="model")
-                mode = gr.Radio([OWN_CLASSES, NEW_WORDS], value=OWN_CLASSES, label="Segment into", elem_id="mode")
-                with gr.Column(visible=False) as words_part:
+                mode = gr.Radio([OWN_CLASSES, NEW_WORDS], value=mode_of(first), label="Segment into", elem_id="mode")
+                with gr.Column(visible=not models.has_classes(first)) as words_part:
                     words = gr.Textbox(
                         "\n".join(models.classes(first)),
                         label=f"Words or sentences, one class a line, at most {MAX_WORDS}",
@@ -168,7 +172,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
         @one_sentence
         def on_model(name):
             classes = models.classes(name)
-            return "\n".join(classes), gr.Dropdown(choices=classes, value=[])
+            return "\n".join(classes), gr.Dropdown(choices=classes, value=[]), mode_of(name)
 
         @one_sentence
         def on_ask(image, name, threshold, words=None, sentences=False):
@@ -183,7 +187,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
         question = [image, name, mode, words, sentences]
         start.click(on_segment, [*question, threshold], [result, mask_file, overlay_file, chosen], **own)
         draw.click(on_draw, [*question, chosen], maps, **own)
-        name.change(on_model, name, [words, chosen], show_progress_on=words, **own)
+        name.change(on_model, name, [words, chosen, mode], show_progress_on=words, **own)
         mode.change(lambda mode: gr.Column(visible=mode == NEW_WORDS), mode, words_part, api_visibility="private")
         asked = [image, name, threshold]
         ask_segment.click(on_ask, asked, [mask, classes], api_name="segment", **work)

@@ -2,6 +2,7 @@
 
     pip install 'denseclip_hf[app]'
     denseclip app --model outputs/demo/model
+    denseclip app --model openai/clip-vit-base-patch16    # words of your own on a CLIP that nobody trained further
 
 Several models can be given, by directory or by name on the Hub; without `--model` they are read from the environment
 variable DENSECLIP_MODELS (with commas between them), as a Space has it. See docs/app.md.

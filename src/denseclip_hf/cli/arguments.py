@@ -68,10 +68,15 @@ class DataclassParser(HfArgumentParser):
     Args:
         types (sequence of dataclasses): what to fill.
         description (`str`, *optional*): begins the help.
+        usage (`str`): comes before it.
     """
 
-    def __init__(self, types: Sequence[Any], description: str | None = None):
-        usage = "%(prog)s [RECIPE.yaml ...] [--option VALUE ...]"
+    def __init__(
+        self,
+        types: Sequence[Any],
+        description: str | None = None,
+        usage: str = "%(prog)s [RECIPE.yaml ...] [--option VALUE ...]",
+    ):
         super().__init__([], usage=usage, description=description, formatter_class=HelpFormatter)
         self.dataclass_types = list(types)
         self.register("action", None, _MergingStore)

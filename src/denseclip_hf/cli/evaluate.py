@@ -1,6 +1,9 @@
 """Measure a model on a data set, by flags; recipe files may come first.
 
     denseclip evaluate --model outputs/run --dataset path/to/data_set [--inference_mode slide]
+    denseclip evaluate configs/zero_shot/ade20k.yaml --dataset path/to/ADEChallengeData2016
+
+The second measures words on a CLIP that nobody trained to segment.
 
 On several devices: `accelerate launch -m denseclip_hf.cli.evaluate ...`.
 The published multi-scale protocol: `--scales 0.5 0.75 1 1.25 1.5 1.75 --flip`.
@@ -19,6 +22,7 @@ from ..data import DatasetArguments
 from ..evaluation import EvaluationArguments, measure, report_table
 from ..sharing import CARD, add_results
 from ..training.run_directory import RECIPE_FILE
+from ..words import WordOptions
 from .arguments import log_to_terminal, one_sentence_errors, parse_arguments
 
 
@@ -31,18 +35,19 @@ AS_TRAINED = {"split": "validation_split"} | {k.name: k.name for k in fields(Dat
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     log_to_terminal()
-    (args,) = parse_arguments([EvaluationArguments], argv, description=__doc__)
-    report = evaluate(args)
+    args, options = parse_arguments([EvaluationArguments, WordOptions], argv, description=__doc__)
+    report = evaluate(args, options)
     if PartialState().is_main_process:
         print(report_table(report))
         print(f"Results are in {args.output_dir}")
 
 
-def evaluate(args: EvaluationArguments) -> dict[str, Any]:
+def evaluate(args: EvaluationArguments, options: WordOptions | None = None) -> dict[str, Any]:
     """[`measure`], with the data read as in training on it, and the result put into the card of a local model."""
-    report = measure(as_trained(args))
+    report = measure(as_trained(args), options)
     card = Path(args.model) / CARD
-    if args.update_card and args.max_images is None and card.is_file() and PartialState().is_main_process:
+    of_classes = args.update_card and args.max_images is None and args.words is None
+    if of_classes and card.is_file() and PartialState().is_main_process:
         try:
             add_results(args.model, report)
             logger.info("The result is in the model's card %s.", card)

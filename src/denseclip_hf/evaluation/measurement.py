@@ -3,16 +3,17 @@
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
 
 from ..data import NAMELESS, DatasetArguments, SegmentationData, default_palette, file_stem, name_of
 from ..devices import device_of
@@ -29,8 +30,12 @@ from ..inference import (
     segment_in_windows,
 )
 from ..metrics import boundary_counts, confusion_matrix
+from ..model.class_names_denseclip import class_phrasings
 from ..model.configuration_denseclip import DenseCLIPConfig
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..model.image_processing_denseclip import decode_image
+from ..model.loading_denseclip import load_pretrained, reason_of
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
+from ..words import WindowOptions, WordOptions, WordReader, set_options
 from .loop import evaluate_segmentation
 from .report import (
     MatchedSamples,
@@ -44,11 +49,24 @@ from .report import (
 )
 
 
+# What a data set calls the pixels of none of its classes, if that is a class of its own.
+BACKGROUND = "background"
+
+
 @dataclass
-class EvaluationArguments(DatasetArguments):
+class EvaluationArguments(WindowOptions, DatasetArguments):
     """What is evaluated on what, how, and what is written."""
 
-    model: str = field(default="", metadata={"help": "Needed: a DenseCLIP model, a directory or a name on the Hub."})
+    model: str = field(
+        default="", metadata={"help": "Needed: a segmenter or, for words, a CLIP; a directory or a name on the Hub."}
+    )
+    words: str | None = field(
+        default=None,
+        metadata={
+            "help": "Measure words without training: a YAML or JSON file (or JSON) with a word or a list of phrasings "
+            "for each of the data's classes that is not called by its own name; {} for none. A CLIP is measured so."
+        },
+    )
     split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; by default as in training on this data, or validation."}
     )
@@ -60,11 +78,6 @@ class EvaluationArguments(DatasetArguments):
         default_factory=list, metadata={"help": "Classes that training did not know: scored apart from the others."}
     )
     max_images: int | None = field(default=None, metadata={"help": "Evaluate on at most N images, the first."})
-    inference_mode: str | None = field(
-        default=None, metadata={"help": "whole or slide; by default what the model's config says."}
-    )
-    crop_size: list[int] | None = field(default=None, metadata={"help": "Window: one side, or height and width."})
-    stride: list[int] | None = field(default=None, metadata={"help": "Window step: one, or down and right."})
     scales: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Factors on the image size."})
     flip: bool = field(default=False, metadata={"help": "Average with mirrored views."})
     native_resolution: bool = field(
@@ -85,9 +98,9 @@ class EvaluationArguments(DatasetArguments):
     )
 
 
-def measure(args: EvaluationArguments) -> dict[str, Any]:
+def measure(args: EvaluationArguments, options: WordOptions | None = None) -> dict[str, Any]:
     """
-    Evaluate as `args` say and write the results into `output_dir`.
+    Evaluate as `args` say, words as `options` do, and write the results into `output_dir`.
 
     On several processes each image is counted once; the main process writes `evaluation.json`, `evaluation.csv` and,
     as asked, `predictions/`, `worst.png`, `confusion_matrix.png`.
@@ -106,11 +119,21 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
     device = device_of(args.device) if own_device else accelerator.device
     model, image_processor = load_model(args.model, args.dtype)
     model.to(device)
+    for_words = args.words is not None or not isinstance(model, DenseCLIPForSemanticSegmentation)
+    if options not in (None, WordOptions()) and not for_words:
+        raise ValueError("these options are of words, but a segmenter's own classes are measured: add `--words {}`.")
+    options = options or WordOptions()
     protocol = _set_protocol(model, image_processor, args)
     with accelerator.main_process_first():
         data = _load_data(args)
-    if model.config.decode_head == "cost_aggregation" and data.id2label != model.config.id2label:
-        model.set_classes(data.id2label, args.model)  # it takes any
+    predict: Callable[[Any], torch.Tensor] | None
+    if for_words:
+        predict = _word_prediction(model, image_processor, args, options, data)
+        protocol |= {"words": _given(options)}
+    else:
+        predict = _prediction_function(model, image_processor, args)
+        if model.config.decode_head == "cost_aggregation" and data.id2label != model.config.id2label:
+            model.set_classes(data.id2label, args.model)  # it takes any
     names = model.config.id2label
     ids = match_classes(data.id2label, names)
     ignore_index = model.config.semantic_loss_ignore_index
@@ -125,7 +148,7 @@ def measure(args: EvaluationArguments) -> dict[str, Any]:
         autocast=False,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
-        predict=_prediction_function(model, image_processor, args),
+        predict=predict,
         on_prediction=collector,
     )
     chosen = scores_of_classes(scores["confusion_matrix"], ids) | collector.boundary_scores(accelerator)
@@ -165,6 +188,70 @@ def _prediction_function(
     return None
 
 
+def _word_prediction(
+    model: DenseCLIPModel, image_processor, args: EvaluationArguments, options: WordOptions, data: SegmentationData
+) -> Callable[[Any], torch.Tensor]:
+    """
+    Class ids of an image by the words for the data's classes, which become the model's. What has no class, such as
+    the options' background words, belongs to the data's class "background".
+    """
+    if args.flip or args.scales != [1.0] or args.native_resolution:
+        raise ValueError("words are measured in one view: leave out `--scales`, `--flip` and `--native_resolution`.")
+    set_options(model, options.settings())
+    config: Any = model.config
+    config.id2label, config.semantic_loss_ignore_index = data.id2label, data.ignore_index
+    config.palette = [list(color) for color in data.palette]
+    names = list(data.id2label.values())
+    words = read_words(args.words, names)
+    void = names.index(BACKGROUND) if BACKGROUND in names else -1
+    if void < 0 and (options.background or options.threshold):
+        raise ValueError(
+            f"`--background` and `--threshold` need a class {BACKGROUND!r} in the data, for what has none."
+        )
+    others = words.pop(BACKGROUND, [])
+    options = replace(options, background=[*others, *options.background])
+    ids = torch.tensor([*(names.index(name) for name in words), void])
+    reader = WordReader(model, load_pretrained(AutoTokenizer, args.model), image_processor)
+    classes = list(words.values())
+
+    def predict(image: Any) -> torch.Tensor:
+        pixels = decode_image(image)
+        pixel_values = reader.preprocess(pixels, options.short_side)
+        ((found, _),) = reader.read([pixel_values], [(pixels.shape[-2], pixels.shape[-1])], classes, options)
+        return ids[found.cpu()]  # -1 is the last
+
+    return predict
+
+
+def read_words(text: str | None, names: list[str]) -> dict[str, list[str]]:
+    """
+    The phrasings of each of the classes `names`, from a file or JSON as `EvaluationArguments.words` describes it.
+
+    Raises:
+        ValueError: if it is no such mapping, or of other classes.
+    """
+    try:
+        source = "{}" if text is None else text if text.startswith("{") else Path(text).read_text(encoding="utf-8")
+        given = yaml.safe_load(source)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"`--words` {text} cannot be read ({reason_of(error)}): give a YAML or JSON file.") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"`--words` {text} must be a mapping from the data's classes to words.")
+    if unknown := [str(name) for name in given if name not in names]:
+        raise ValueError(
+            f"`--words` has words for {unknown[0]!r}, but the data's classes are {', '.join(names[:5])}, …: "
+            "correct the name."
+        )
+    phrasings = class_phrasings([given.get(name, name) for name in names])
+    return dict(zip(names, phrasings, strict=True))
+
+
+def _given(options: WordOptions) -> dict[str, Any]:
+    """What of `options` is not as by default."""
+    default = asdict(WordOptions())
+    return {name: value for name, value in asdict(options).items() if value != default[name]}
+
+
 def _check(args: EvaluationArguments) -> None:
     for name in ("model", "dataset"):
         if not getattr(args, name):
@@ -177,33 +264,17 @@ def _check(args: EvaluationArguments) -> None:
         raise ValueError("`--batch_size` and `--max_images` must be at least 1, and `--worst` at least 0.")
 
 
-def _set_protocol(
-    model: DenseCLIPForSemanticSegmentation, image_processor, args: EvaluationArguments
-) -> dict[str, Any]:
-    """Give config and image processor what `args` ask for, checked as at construction, and say what that is."""
-    asked = {name: getattr(args, name) for name in ("inference_mode", "crop_size", "stride")}
+def _set_protocol(model: DenseCLIPModel, image_processor, args: EvaluationArguments) -> dict[str, Any]:
+    """Give config and image processor what `args` ask for, and say what that is."""
+    settings = args.settings()
     if args.native_resolution:
         if args.inference_mode == "whole":
             raise ValueError("`--native_resolution` works in windows: leave out `--inference_mode whole`.")
-        asked["inference_mode"], image_processor.do_resize = "slide", False
-    options = {name: value for name, value in asked.items() if value is not None}
-    options = {k: v * 2 if isinstance(v, list) and len(v) == 1 else v for k, v in options.items()}
-    if "crop_size" in options and "stride" not in options:
-        options["stride"] = None
-    try:
-        checked = type(model.config)(**{**model.config.to_dict(), **options})
-    except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__ or error)) from error
-    if checked.inference_mode == "whole" and (args.crop_size or args.stride):
-        raise ValueError(
-            "`--crop_size` and `--stride` are a sliding window's, but this model takes whole images: add "
-            "`--inference_mode slide`, or leave them out."
-        )
-    for name in asked:
-        setattr(model.config, name, getattr(checked, name))
+        settings["inference_mode"], image_processor.do_resize = "slide", False
+    set_options(model, settings)
     size = image_processor.size if image_processor.do_resize else None
     dtype = str(model.dtype).removeprefix("torch.")
-    return protocol_of(checked, size, args.scales, args.flip) | {"dtype": dtype}
+    return protocol_of(model.config, size, args.scales, args.flip) | {"dtype": dtype}
 
 
 def _load_data(args: EvaluationArguments) -> SegmentationData:

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from ..data import default_palette, parse_classes
 from ..files import make_directory, write_atomically, writing_into
 from ..model.class_names_denseclip import class_phrasings
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
 from ..model.resizing_denseclip import check_finite, resize_argmax
+from ..words import WordOptions, WordReader, set_options
 from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_image, overlay_with_legend
 from .sources import Source, read_frames, read_image_of
 from .views import batches_of_one_size, classes_and_certainty, segment_in_windows
@@ -60,67 +61,72 @@ class Segmenter:
     A model with what is asked of it.
 
     Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode.
+        model ([`DenseCLIPModel`]): put into eval mode; only a segmenter has classes of its own.
         image_processor ([`DenseCLIPImageProcessor`]): its preprocessing.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): CLIP's, needed for words that are not the model's classes.
-        words (list of `str` or of lists of `str`): segment these, as [`encode_texts`] takes them, from score maps
-            instead of the model's classes; a class of several phrasings is called by its first.
+        words (list of `str` or of lists of `str`): segment these, as [`WordReader`] does, instead of the model's
+            classes; a class of several phrasings is called by its first.
         score_maps (`Sequence[str]`): names or words whose score maps are wanted.
-        templates (`Sequence[str]`, *optional*): sentences for words, see [`encode_texts`].
-        threshold (`float`): pixels whose best class has a lower probability (softmax of the logits, or for words of
-            score maps / temperature) become `void`: 255, or 65535 if there are more than 255 classes.
+        options ([`WordOptions`]): how words are read. Its `threshold` is for the model's own classes too (softmax of
+            the logits): less probable pixels become `void`, 255, or 65535 if there are more than 255 classes.
         certainty (`bool`): whether each pixel's probability is wanted.
         native_resolution (`bool`): segment in windows of the config's `crop_size` without resizing the image.
 
     Raises:
-        ValueError: for words without a tokenizer, given twice, empty or too long, a model that reads none, or a
-            `threshold` outside 0 … 1.
+        ValueError: for words without a tokenizer, given twice, empty or too long, a model that reads none, or one
+            without classes of its own and without words.
     """
 
     def __init__(
         self,
-        model: DenseCLIPForSemanticSegmentation,
+        model: DenseCLIPModel,
         image_processor,
         tokenizer=None,
         words: Sequence[str | Sequence[str]] = (),
         score_maps: Sequence[str] = (),
-        templates: Sequence[str] | None = None,
+        options: WordOptions | None = None,
         *,
-        threshold: float = 0.0,
         certainty: bool = False,
         native_resolution: bool = False,
     ):
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"`threshold` must be from 0 to 1, got {threshold}.")
-        self.model, self.image_processor = model.eval(), image_processor
-        self.threshold, self.certainty, self.native_resolution = threshold, certainty, native_resolution
+        self.model, self.image_processor, self.options = model.eval(), image_processor, options or WordOptions()
+        set_options(model, self.options.settings())
+        self.certainty, self.native_resolution = certainty, native_resolution
+        self.classes = class_phrasings(words) if words else []
         own_names = [model.config.id2label[i] for i in range(len(model.config.id2label))]
-        self.names = [phrasings[0] for phrasings in class_phrasings(words)] if words else own_names
+        if not words and not isinstance(model, DenseCLIPForSemanticSegmentation):
+            raise ValueError("this model has no decoder and so no classes of its own: say which words to look for.")
+        if native_resolution and self.options.refine:
+            raise ValueError("`refine` needs the whole image: leave out `native_resolution`, or `refine`.")
+        self.names = [phrasings[0] for phrasings in self.classes] if words else own_names
         own_palette = None if words else model.config.palette
         self.palette = own_palette or default_palette(len(self.names))
         self.void = 255 if len(self.names) <= 255 else 65535
-        self.words, self.embeds = bool(words), None
-        if words:
-            self.embeds = self._encode(list(words), tokenizer, templates)
+        if score_maps:
+            class_phrasings(score_maps)
+        new = [name for name in score_maps if words or name not in own_names]
+        self.reader = None
+        if words or new:
+            if tokenizer is None:
+                first = self.names[0] if words else new[0]
+                raise ValueError(f"{first!r} is none of the model's classes, and other words need CLIP's tokenizer.")
+            self.reader = WordReader(model, tokenizer, image_processor)
+        self.queries = self.reader.queries(self.classes, self.options) if words and self.reader else None
         self.score_names, self.score_embeds = list(score_maps), None
         self.score_rows: list[int] = []
         if score_maps:
-            class_phrasings(score_maps)
-            more = [name for name in score_maps if name not in self.names]
-            own = model.encode_classes() if self.embeds is None else self.embeds
-            self.score_embeds = torch.cat([own, self._encode(more, tokenizer, templates)]) if more else own
-            known = [*self.names, *more]
-            self.score_rows = [known.index(name) for name in score_maps]
+            known, embeds = ([], []) if words else (own_names, [model.encode_classes()])
+            if new and self.reader is not None:
+                embeds.append(self.reader.encode(tuple(new), self.options.templates))
+            self.score_embeds = torch.cat(embeds)
+            self.score_rows = [[*known, *new].index(name) for name in score_maps]
         if len(self.names) > MAX_INDEXED_CLASSES:
             logger.warning("%d classes do not fit a palette: masks are 16-bit gray PNG.", len(self.names))
 
-    def _encode(self, texts: list, tokenizer, templates: Sequence[str] | None) -> torch.Tensor:
-        if tokenizer is None:
-            raise ValueError(f"{texts[0]!r} is none of the model's classes, and other words need CLIP's tokenizer.")
-        return self.model.encode_texts(texts, tokenizer, templates)
-
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """`pixel_values` `(3, h, w)` of an image."""
+        if self.reader is not None:
+            return self.reader.preprocess(image, self.options.short_side)
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
@@ -147,8 +153,9 @@ class Segmenter:
         maps_of = self.scores(preprocessed()) if self.score_names else [None] * len(images)
         results = []
         for (ids, certainty), maps in zip(segmented, maps_of, strict=True):
-            if self.threshold and certainty is not None:
-                ids = ids.masked_fill(certainty < self.threshold, self.void)
+            ids = ids.masked_fill(ids < 0, self.void)
+            if self.options.threshold and certainty is not None:
+                ids = ids.masked_fill(certainty < self.options.threshold, self.void)
             results.append(Segmented(ids, certainty if self.certainty else None, maps))
         return results
 
@@ -160,22 +167,24 @@ class Segmenter:
         check_finite(maps)
         return maps
 
-    @property
-    def _scale(self) -> float:
-        return 1 / self.model.config.temperature if self.words else 1.0
-
     def _whole(
         self, pixel_values: torch.Tensor, sizes: Sequence[tuple[int, int]]
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        scores = self.model.score(pixel_values, self.embeds) if self.words else self.model(pixel_values).logits
-        if not self.threshold and not self.certainty:
-            return [(resize_argmax(s[None], size)[0], None) for s, size in zip(scores, sizes, strict=True)]
-        return [classes_and_certainty(s, size, self._scale) for s, size in zip(scores, sizes, strict=True)]
+    ) -> Sequence[tuple[torch.Tensor, torch.Tensor | None]]:
+        if self.classes and self.reader is not None:
+            return self.reader.read(list(pixel_values), sizes, self.classes, self.options)
+        logits = self.model(pixel_values.to(self.model.device, self.model.dtype)).logits
+        if not self.options.threshold and not self.certainty:
+            return [(resize_argmax(one[None], size)[0], None) for one, size in zip(logits, sizes, strict=True)]
+        return [classes_and_certainty(one, size) for one, size in zip(logits, sizes, strict=True)]
 
     def _in_windows(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        score = (lambda pixels: self.model.score(pixels, self.embeds)) if self.words else None
-        return segment_in_windows(self.model, image, self.image_processor, score=score, scale=self._scale)
+        if self.queries is None or self.reader is None:
+            return segment_in_windows(self.model, image, self.image_processor)
+        reader, (queries, owners) = self.reader, self.queries
+        ids, certainty = segment_in_windows(
+            self.model, image, self.image_processor, score=lambda pixels: reader.score(pixels, queries)
+        )
+        return owners.cpu()[ids.long()], certainty
 
 
 def predict_sources(
@@ -222,7 +231,7 @@ def predict_sources(
         raise ValueError(f"`opacity` must be from 0 to 1, got {opacity}.")
     folder, summary = Path(output_dir), Summary()
     make_directory(folder)
-    if segmenter.words or (folder / "classes.json").exists():
+    if segmenter.classes or (folder / "classes.json").exists():
         _name_classes(folder / "classes.json", segmenter.names, overwrite)
     outputs = _Outputs(folder, segmenter, opacity, overwrite)
     bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)

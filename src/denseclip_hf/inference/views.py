@@ -11,15 +11,18 @@ from typing import Any, TypeVar
 
 import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import cached_file
 
 from ..data import name_of
 from ..devices import DTYPES
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil, decode_image, flatten_images
 from ..model.layers_denseclip import resize_bilinear
-from ..model.loading_denseclip import load_pretrained
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, eval_mode, window_starts
+from ..model.loading_denseclip import ConfigDict, load_clip, load_pretrained
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel, eval_mode, window_starts
 from ..model.modeling_denseclip import sliding_window_logits as average_windows
 from ..model.resizing_denseclip import check_finite, resize_argmax
+from ..model.towers_denseclip import TOWERS
+from ..words import as_word_model, word_image_processor
 
 
 # Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
@@ -38,18 +41,28 @@ Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
-def load_model(name: str, dtype: str = "auto"):
+def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:  # a model's `to` is not typed
     """
-    A model of any size and its image processor, by directory or Hub name.
+    A model of any kind and its image processor, by directory or Hub name: a segmenter, or for words alone a
+    [`DenseCLIPModel`] or an image-text model such as CLIP.
 
     Args:
         name (`str`): directory or Hub name.
-        dtype (`str`): a key of `LOADING_DTYPES`; `auto` is what the weights were saved in.
+        dtype (`str`): a key of `LOADING_DTYPES`; `auto` is what the weights were saved in, of a CLIP float32.
 
     Raises:
         OSError, ValueError: with one sentence, if there is none, or its files are broken.
     """
-    model = load_pretrained(DenseCLIPForSemanticSegmentation, name, dtype=LOADING_DTYPES[dtype])
+    config = load_pretrained(ConfigDict, name)
+    if config.get("model_type") in TOWERS:
+        clip, _ = load_clip(name, tokenizer=False)
+        model: Any = as_word_model(clip)
+        return model.to(DTYPES[dtype]) if dtype in DTYPES else model, word_image_processor(model)
+    is_for_words = config.get("architectures") == [DenseCLIPModel.__name__]
+    kind = DenseCLIPModel if is_for_words else DenseCLIPForSemanticSegmentation
+    model = load_pretrained(kind, name, dtype=LOADING_DTYPES[dtype])
+    if is_for_words and not cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
+        return model, word_image_processor(model)
     return model, load_pretrained(AutoImageProcessor, name)
 
 
@@ -95,7 +108,7 @@ def sliding_window_logits(
 
 @torch.no_grad()
 def segment_in_windows(
-    model: DenseCLIPForSemanticSegmentation,
+    model: DenseCLIPModel,
     image,
     image_processor,
     *,
@@ -110,7 +123,8 @@ def segment_in_windows(
     neither shrunk nor preprocessed whole: each window is, when its turn comes.
 
     Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode for it, and back.
+        model ([`DenseCLIPForSemanticSegmentation`]): put into eval mode for it, and back; with `score` also a
+            [`DenseCLIPModel`].
         image: of any kind the image processor takes.
         image_processor ([`DenseCLIPImageProcessor`]): whose normalization is used.
         score (`Callable`, *optional*): maps windows `(1, 3, h, w)` to scores `(1, K, h', w')`; logits by default.
@@ -124,6 +138,7 @@ def segment_in_windows(
     Raises:
         ValueError: for scores that are NaN or infinite.
     """
+    predict: Any = score or model.window_logits
     pixels = decode_image(image)
     height, width = pixels.shape[-2:]
     crop_size: Any = model.config.crop_size
@@ -137,7 +152,7 @@ def segment_in_windows(
         pixel_values = image_processor(
             window, do_resize=False, input_data_format="channels_first", return_tensors="pt"
         )["pixel_values"]
-        scores = (score or model.window_logits)(pixel_values.to(model.device, model.dtype))
+        scores = predict(pixel_values.to(model.device, model.dtype))
         check_finite(scores, name_of(image))
         return resize_bilinear(scores.float(), (h, w))[0]
 

@@ -65,10 +65,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# How a ViT's last block attends: CAT-Seg's way, and those of `LAST_BLOCKS` in dense_attention_denseclip.py.
+# How the last block attends: CAT-Seg's way, SFP's, and those of `LAST_BLOCKS` in dense_attention_denseclip.py.
 LastBlockName = Literal[
     "plain", "class_token", "plain_bare", "maskclip", "maskclip_bare", "sclip", "sclip_bare", "qq_full", "clearclip",
-    "kk", "kk_full", "naclip", "naclip_full",
+    "kk", "kk_full", "naclip", "naclip_full", "sfp",
 ]  # fmt: skip
 # What a model with cost aggregation starts from where nothing else is asked for: CAT-Seg's choices (Cho et al. 2024).
 COST_AGGREGATION_OPTIONS: dict[str, Any] = {
@@ -118,8 +118,8 @@ class DenseCLIPConfig(PreTrainedConfig):
         last_block (`str`, defaults to `"plain"`): `"class_token"` takes only the values of the ViT's last attention
             and adds the class token in place of each token's own residual, as CAT-Seg does. The others make the
             places of an untrained CLIP comparable with words: `"naclip"` (keys that match, and are near), `"kk"`,
-            `"clearclip"` (queries that match), `"sclip"` (both), `"maskclip"` (each token's own value); `_bare` is
-            without residual and MLP, `_full` with them.
+            `"clearclip"` (queries that match), `"sclip"` (both), `"maskclip"` (each token's own value, also of a
+            ResNet), `"sfp"` (outlier tokens repaired); `_bare` is without residual and MLP, `_full` with them.
         position_interpolation (`str`, defaults to `"bilinear"`): how a ViT's positions are resized, or `"bicubic"`, or
             `"bicubic_by_factor"`, slightly closer together, as results of words on an untrained CLIP are published.
         tower_image_size (`int`, *optional*): side in pixels of the square that images and windows are resized to
@@ -381,4 +381,4 @@ def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:
     return pair
 
 
-__all__ = ["COST_AGGREGATION_OPTIONS", "PRESETS", "DenseCLIPConfig"]
+__all__ = ["COST_AGGREGATION_OPTIONS", "PRESETS", "DenseCLIPConfig", "LastBlockName"]

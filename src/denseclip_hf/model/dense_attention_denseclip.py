@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel
 
 
 @dataclass(frozen=True)
@@ -41,49 +40,6 @@ LAST_BLOCKS = {
     "naclip": LastBlock(("kk",), bare=True, neighbors=True),
     "naclip_full": LastBlock(("kk",), neighbors=True),
 }
-
-
-def dense_features(
-    clip: CLIPModel, pixel_values: torch.Tensor, method: str = "naclip", neighbor_std: float = 5.0
-) -> torch.Tensor:
-    """
-    One embedding per patch, in the space of the text embeddings, not normalized.
-
-    Args:
-        clip (`CLIPModel`): with a ViT; its position table as it was trained.
-        pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): normalized images of any size. What is
-            left over of the patches at the right and bottom is not seen.
-        method (`str`): a key of `LAST_BLOCKS`, or `"sfp"`, which repairs outlier tokens.
-        neighbor_std (`float`): standard deviation of the Gaussian in patches, for the methods of NACLIP.
-
-    Returns:
-        `torch.Tensor` of shape `(B, D, h, w)`.
-
-    Raises:
-        ValueError: if `method` is unknown.
-    """
-    if method != "sfp" and method not in LAST_BLOCKS:
-        raise ValueError(f"The dense attention {method!r} is unknown; take one of {', '.join(LAST_BLOCKS)}, sfp.")
-    x, grid = embed_patches(clip, pixel_values)
-    if method == "sfp":
-        features = repaired_features(clip, x, grid)
-    else:
-        layers = clip.vision_model.encoder.layers
-        for layer in layers[:-1]:
-            x = layer(x, attention_mask=None)
-        features = last_block(layers[-1], x, grid, LAST_BLOCKS[method], neighbor_std)[:, 1:]
-    features = clip.visual_projection(clip.vision_model.post_layernorm(features))
-    return features.transpose(1, 2).unflatten(2, grid)  # B, n, D -> B, D, h, w
-
-
-def embed_patches(clip: CLIPModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Tokens `[class, patches]` before the first block, `(B, 1 + n, C)`, and the grid (h, w)."""
-    tower = clip.vision_model
-    patches = tower.embeddings.patch_embedding(pixel_values.to(tower.embeddings.patch_embedding.weight.dtype))
-    grid = (patches.shape[2], patches.shape[3])
-    class_token = tower.embeddings.class_embedding.expand(patches.shape[0], 1, -1)
-    x = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], 1)
-    return tower.pre_layrnorm(x + word_positions(tower.embeddings.position_embedding.weight, grid)), grid
 
 
 def word_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -176,44 +132,62 @@ def _merge(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)  # B, H, tokens, C / H -> B, tokens, C
 
 
-OUTLIER_FACTOR, OUTLIER_COUNT, SIMILARITY_FLOOR, CLASS_SHARE, SHARPNESS = 1.5, 10, 0.4, 0.3, 3.0
+@dataclass(frozen=True)
+class OutlierRepair:
+    """How SFP repairs a ViT's outlier tokens.
+
+    Args:
+        factor (`float`): a patch is suspect if the class token attends so many times more to it than it does itself.
+        count (`int`): most outliers of an image.
+        floor (`float`): smaller cosines between patches count as none.
+        class_share (`float`): how much of the class token is added to every patch.
+        sharpness (`float`): of the attention among patches that resemble each other.
+    """
+
+    factor: float = 1.5
+    count: int = 10
+    floor: float = 0.4
+    class_share: float = 0.3
+    sharpness: float = 3.0
 
 
-def repaired_features(clip: CLIPModel, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def repaired_features(
+    layers: nn.ModuleList, states: list[torch.Tensor], grid: tuple[int, int], how: OutlierRepair = OutlierRepair()
+) -> torch.Tensor:
     """
     Patch tokens `(B, n, C)` before the final norm, after SFP: outliers of the last block but one become the mean of
     their neighbors, and similar patches are averaged. Blocks are those of a 12-block tower, in proportion for others.
+
+    Args:
+        layers (`nn.ModuleList`): the tower's blocks.
+        states (list of tensors `(B, 1 + n, C)`): what goes into each block.
+        grid (`tuple[int, int]`): (h, w).
+        how ([`OutlierRepair`]): its constants.
     """
-    layers = clip.vision_model.encoder.layers
     depth, early = len(layers), len(layers) // 3
-    states = []
-    for layer in layers[:-1]:
-        before, x = x, layer(x, attention_mask=None)
-        states.append(x)
-    cls_attention, self_attention = patch_attention(layers[-2], before)
-    outliers = find_outliers(cls_attention, self_attention)
-
-    similar = similarity(purify(states[depth - 4][:, 1:], outliers, grid))
-    smooth = _unit_rows(similarity(states[early - 1][:, 1:]))
-    patches = _unit_rows(similar) @ purify(x[:, 1:], outliers, grid)
-
-    main = repaired_attention(layers[-1], patches, similar)
-    total = torch.stack(states[early - 1 : depth - 2]).sum(0)
-    second = spread_values(layers[-1], total[:, 1:], similar)
-    return smooth @ (main + CLASS_SHARE * x[:, :1]) + smooth @ (second + CLASS_SHARE * total[:, :1])
+    x, last = states[-1], layers[-1]
+    outliers = find_outliers(*patch_attention(layers[-2], states[-2]), how)
+    similar = similarity(purify(states[depth - 3][:, 1:], outliers, grid), how.floor)
+    smooth = unit_rows(similarity(states[early][:, 1:], how.floor))
+    patches = unit_rows(similar) @ purify(x[:, 1:], outliers, grid)
+    total = torch.stack(states[early : depth - 1]).sum(0)
+    spread = spread_weights(similar, how.sharpness)
+    main = repaired_attention(last, patches, spread) + how.class_share * x[:, :1]
+    second = spread_values(last, total[:, 1:], spread) + how.class_share * total[:, :1]
+    return smooth @ main + smooth @ second
 
 
-def repaired_attention(layer: nn.Module, patches: torch.Tensor, similar: torch.Tensor) -> torch.Tensor:
-    """The last block's attention among patches `(B, n, C)` alone: the mean of k-k, q-q and their resemblance."""
+def repaired_attention(layer: nn.Module, patches: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """The last block's attention among patches `(B, n, C)` alone: the mean of k-k, q-q and [`spread_weights`]."""
     q, k, v = _heads(layer.self_attn, layer.layer_norm1(patches))
-    weights = (_weights(k, k) + _weights(q, q) + spread_weights(similar)[:, None]) / 3
+    weights = (_weights(k, k) + _weights(q, q) + spread[:, None]) / 3
     return layer.self_attn.out_proj(_merge(weights @ v))
 
 
-def spread_values(layer: nn.Module, patches: torch.Tensor, similar: torch.Tensor) -> torch.Tensor:
-    """The last block's values of patches `(B, n, C)`, averaged over those that resemble each other."""
+def spread_values(layer: nn.Module, patches: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """The last block's values of patches `(B, n, C)`, averaged by [`spread_weights`]."""
     v = _heads(layer.self_attn, layer.layer_norm1(patches))[2]
-    return layer.self_attn.out_proj(_merge(spread_weights(similar)[:, None] @ v))
+    return layer.self_attn.out_proj(_merge(spread[:, None] @ v))
 
 
 def patch_attention(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,11 +197,13 @@ def patch_attention(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, to
     return weights[:, 0, 1:], weights.diagonal(dim1=1, dim2=2)[:, 1:]
 
 
-def find_outliers(cls_attention: torch.Tensor, self_attention: torch.Tensor) -> torch.Tensor:
+def find_outliers(
+    cls_attention: torch.Tensor, self_attention: torch.Tensor, how: OutlierRepair = OutlierRepair()
+) -> torch.Tensor:
     """Outliers `(B, n)` bool: patches that the class token attends to most, and more than they do themselves."""
-    suspects = OUTLIER_FACTOR * cls_attention > self_attention
+    suspects = how.factor * cls_attention > self_attention
     ranked = cls_attention.masked_fill(~suspects, -1)
-    chosen = ranked.topk(min(OUTLIER_COUNT, ranked.shape[1]), dim=1).indices
+    chosen = ranked.topk(min(how.count, ranked.shape[1]), dim=1).indices
     return torch.zeros_like(suspects).scatter(1, chosen, True) & suspects
 
 
@@ -239,23 +215,24 @@ def purify(patches: torch.Tensor, outliers: torch.Tensor, grid: tuple[int, int])
     return torch.where(outliers[..., None], sums[..., :-1] / sums[..., -1:].clamp(min=1), patches)
 
 
-def similarity(patches: torch.Tensor) -> torch.Tensor:
+def similarity(patches: torch.Tensor, floor: float = OutlierRepair.floor) -> torch.Tensor:
     """Cosines between patches `(B, n, n)`, small ones set to 0; a patch that is 0 resembles none."""
     unit = F.normalize(patches, dim=-1)
     cosines = unit @ unit.transpose(1, 2)
-    return cosines.masked_fill(cosines < SIMILARITY_FLOOR, 0)
+    return cosines.masked_fill(cosines < floor, 0)
 
 
-def spread_weights(similar: torch.Tensor) -> torch.Tensor:
+def spread_weights(similar: torch.Tensor, sharpness: float = OutlierRepair.sharpness) -> torch.Tensor:
     """Softmax over the patches that resemble each more than is usual in its image, `(B, n, n)`."""
-    logits = SHARPNESS * (similar - similar.mean((1, 2), keepdim=True))
+    logits = sharpness * (similar - similar.mean((1, 2), keepdim=True))
     # a patch always counts itself, else one that resembles none would have nothing to average
     itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
     return logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1)
 
 
-def _unit_rows(matrix: torch.Tensor) -> torch.Tensor:
+def unit_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix` with rows that add up to 1, or to 0 where nothing is in them."""
     return matrix / (matrix.sum(-1, keepdim=True) + 1e-6)
 
 
-__all__ = ["LAST_BLOCKS", "LastBlock", "dense_features"]
+__all__ = ["LAST_BLOCKS", "LastBlock", "OutlierRepair", "last_block", "repaired_features", "word_positions"]

@@ -74,7 +74,7 @@ def load_clip(clip: "str | os.PathLike | PreTrainedModel", tokenizer=None):
     """
     if isinstance(clip, (str, os.PathLike)):
         tokenizer = clip if tokenizer is None else tokenizer
-        config = load_pretrained(_ConfigDict, clip)
+        config = load_pretrained(ConfigDict, clip)
         if config.get("model_type") not in TOWERS:
             raise ValueError(
                 f"`{clip}` holds a model of type {config.get('model_type')!r}, not a CLIP: name a directory or Hub "
@@ -91,7 +91,7 @@ def load_clip(clip: "str | os.PathLike | PreTrainedModel", tokenizer=None):
     return clip, tokenizer
 
 
-class _ConfigDict:
+class ConfigDict:
     """The raw contents of a model's config, read as models are."""
 
     @staticmethod
@@ -142,6 +142,7 @@ def resized_convolution(old: nn.Conv2d, kept: list[tuple[int, int]], in_channels
 
 
 __all__ = [
+    "ConfigDict",
     "clip_report",
     "load_clip",
     "load_clip_weights",

@@ -53,6 +53,11 @@ ZERO_SHOT_TEMPLATES = (
     "there is a {} in the scene.",
     "part of a {} in a photo.",
 )
+# What a model starts from that matches words with images untrained.
+WORDS_OPTIONS = {
+    "num_context_tokens": 0, "context_decoder_num_layers": 0, "temperature": 1 / 40, "inference_mode": "slide",
+    "crop_size": 224, "stride": 112,
+}  # fmt: skip
 # Prompts that go through the text tower at a time.
 PROMPTS_PER_PASS = 1024
 
@@ -738,8 +743,9 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         """
         CLIP, ready for words: no learned contexts, no context decoder, nothing to be trained.
 
-        The last block of a ViT attends as NACLIP's ([`DenseCLIPConfig`], `last_block`), with which an untrained CLIP
-        tells best where things are.
+        It is read as NACLIP's results are published: the last block of a ViT attends to keys that match and are near
+        ([`DenseCLIPConfig`], `last_block`), windows of 224 pixels slide in steps of 112, and cosines are multiplied by
+        40 (`temperature`) before the softmax.
 
         Args:
             clip (`str`, `os.PathLike` or `CLIPModel`): Hub name, directory or model.
@@ -753,8 +759,10 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             ValueError: if `clip` is no CLIP, or a class name does not fit the text tower.
         """
         clip, tokenizer = load_clip(clip, tokenizer)
-        words_options = tower_of(clip.config).words_options
-        options = {"num_context_tokens": 0, "context_decoder_num_layers": 0, **words_options, **config}
+        options = {**WORDS_OPTIONS, **tower_of(clip.config).words_options}
+        if "crop_size" in config:
+            del options["stride"]
+        options |= config
         size = image_size or clip.config.vision_config.image_size
         return cls._around(clip, None if id2label is None else class_names(id2label), tokenizer, size, options)
 

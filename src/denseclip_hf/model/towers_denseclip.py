@@ -8,7 +8,7 @@ Shapes: B images, H x W pixels, h x w the grid of the dense embedding map, C tow
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -17,8 +17,8 @@ from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
-from .configuration_denseclip import DenseCLIPConfig
-from .dense_attention_denseclip import LAST_BLOCKS, last_block, word_positions
+from .configuration_denseclip import DenseCLIPConfig, LastBlockName
+from .dense_attention_denseclip import LAST_BLOCKS, last_block, repaired_features, word_positions
 from .layers_denseclip import ImageNorm, StochasticDepth, resize_position_grid
 from .modeling_clip_resnet import CLIPResNetModel
 from .text_encoder_denseclip import BidirectionalTextTower, PackedPrompts, TextTower
@@ -90,15 +90,15 @@ def drop(model: nn.Module, names: Sequence[str]) -> None:
             owner.register_buffer(child, torch.zeros(old.shape, dtype=old.dtype), persistent=False)
 
 
-def refuse_other_last_blocks(config: DenseCLIPConfig) -> None:
+def check_last_block(tower: Any, config: DenseCLIPConfig) -> None:
     """
     Raises:
-        ValueError: for a `last_block` that only vision transformers like CLIP's have.
+        ValueError: for a `last_block` that this kind of tower does not have.
     """
-    if config.last_block != "plain":
+    if config.last_block not in tower.last_blocks:
         raise ValueError(
-            f'`last_block="{config.last_block}"` needs a tower like CLIP\'s ViT, not '
-            f"{config.clip_config.model_type!r}: leave it out."
+            f"`last_block={config.last_block!r}` needs a tower like CLIP's ViT; of {config.clip_config.model_type!r} "
+            f"it can be {' or '.join(tower.last_blocks)}."
         )
 
 
@@ -112,7 +112,7 @@ class ViTTower(TextTower):
     image_parts: tuple[str, ...] = ("visual_projection", "vision_model.post_layernorm")
     blocks = "vision_model.encoder.layers"
     branches = ("self_attn", "mlp")  # of a block
-    is_like_clip = True  # blocks, and a class token and nothing else before the grid's tokens
+    last_blocks: tuple[str, ...] = get_args(LastBlockName)
     position_key = "vision_model.embeddings.position_embedding.weight"
     position_options: dict[str, Any] = {}  # of `resize_position_grid`
     words_options: dict[str, Any] = {}  # of the config, for words without training
@@ -130,8 +130,7 @@ class ViTTower(TextTower):
         Raises:
             ValueError: for a `last_block` that only towers like CLIP's have.
         """
-        if not cls.is_like_clip:
-            refuse_other_last_blocks(config)
+        check_last_block(cls, config)
         blocks = clip.get_submodule(cls.blocks)
         for index, block in enumerate(blocks):
             rate = config.drop_path_rate * index / max(len(blocks) - 1, 1)
@@ -168,9 +167,13 @@ class ViTTower(TextTower):
         first = cls.num_global_tokens(clip.vision_model)
         taps = {}
         blocks = clip.get_submodule(cls.blocks)
+        states = []
         for index, block in enumerate(blocks):
+            states.append(hidden)
             if index < len(blocks) - 1 or config.last_block == "plain" or plain:
                 hidden = block(hidden, None)
+            elif config.last_block == "sfp":
+                hidden = torch.cat([block(hidden, None)[:, :1], repaired_features(blocks, states, grid)], dim=1)
             elif config.last_block == "class_token":
                 hidden = values_beside_class_token(block, hidden)
             else:
@@ -224,6 +227,7 @@ class ResNetTower(TextTower):
 
     image_mean, image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     default_image_size = 512
+    last_blocks = ("plain", "maskclip")
     position_key = "vision_model.attention_pool.position_embedding"
     resize_positions = ViTTower.resize_positions
     position_options: dict[str, Any] = {}
@@ -240,9 +244,9 @@ class ResNetTower(TextTower):
         Drop what nothing uses.
 
         Raises:
-            ValueError: for a `last_block`, which only vision transformers have.
+            ValueError: for a `last_block` that only vision transformers have.
         """
-        refuse_other_last_blocks(config)
+        check_last_block(ResNetTower, config)
         drop(clip, ["logit_scale"])
         if not config.use_text_guidance:
             drop(clip, ["visual_projection", "vision_model.attention_pool"])
@@ -257,8 +261,12 @@ class ResNetTower(TextTower):
     ) -> ImageFeatures:
         """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]."""
         outputs = clip.vision_model(pixel_values)
-        maps = list(outputs.feature_maps)
-        return ImageFeatures(maps, outputs.last_hidden_state, tuple(maps[-1].shape[-2:]))
+        maps, context = list(outputs.feature_maps), outputs.last_hidden_state
+        if config.last_block == "maskclip" and context is not None and not plain:  # places keep their own values
+            attention = clip.vision_model.attention_pool.attention
+            values = attention.out_proj(attention.v_proj(maps[-1].flatten(2).transpose(1, 2)))  # B, h*w, D
+            context = torch.cat([context[:, :1], values], dim=1)
+        return ImageFeatures(maps, context, tuple(maps[-1].shape[-2:]))
 
 
 class MetaClip2Tower(ViTTower):
@@ -286,7 +294,7 @@ class SiglipTower(BidirectionalTextTower, ViTTower):
     """
 
     image_mean, image_std = (0.5,) * 3, (0.5,) * 3
-    is_like_clip = False
+    last_blocks = ("plain",)
     pretraining_parts = ("logit_scale", "logit_bias")
     image_parts = ("vision_model.head", "vision_model.post_layernorm")
     position_options = {"mode": "bicubic", "first": 0}
@@ -338,7 +346,7 @@ class Tipsv2Tower(BidirectionalTextTower, ViTTower):
     """TIPSv2: a class token and registers, patch tokens in the space of the texts; a text is its tokens' mean."""
 
     image_mean, image_std = (0.0,) * 3, (1.0,) * 3
-    is_like_clip = False
+    last_blocks = ("plain",)
     pretraining_parts = ("temperature", "vision_model.embeddings.mask_token")
     image_parts = ("vision_model.layernorm",)
     blocks = "vision_model.encoder.layer"
@@ -436,6 +444,7 @@ __all__ = [
     "ViTPyramid",
     "ViTTower",
     "check_images",
+    "check_last_block",
     "drop",
     "tower_of",
 ]

@@ -1,0 +1,359 @@
+"""Any words in, one map out: how words are read, and what asks a model of any kind for them.
+
+A query is one phrasing, a class one or several. Shapes: Q queries, K classes, D embedding size, h x w places, H x W
+pixels.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from .model.class_names_denseclip import class_phrasings
+from .model.image_processing_denseclip import DenseCLIPImageProcessorBase, DenseCLIPImageProcessorPil
+from .model.layers_denseclip import resize_bilinear
+from .model.modeling_denseclip import (
+    ZERO_SHOT_TEMPLATES,
+    DenseCLIPForSemanticSegmentation,
+    DenseCLIPModel,
+    forward_by_size,
+)
+from .model.resizing_denseclip import check_finite
+from .model.towers_denseclip import check_last_block
+from .model.words_denseclip import class_probabilities, color_affinity, refine_scores, without_small_classes
+
+
+SHORT_SIDE, LONG_SIDE = 336, 2048  # pixels of an image, as NACLIP's results are published
+# Scores that are resized at a time (64 MiB of float32), and most of one image (2 GiB).
+CHUNK_ELEMENTS, MAX_SCORES = 2**24, 2**29
+# Pixels at which edges are refined (16 weights each, 256 MiB); larger images are refined at a smaller size.
+MAX_REFINED_PIXELS = 2**22
+
+
+@dataclass
+class WindowOptions:
+    """Whole images or windows; what is left open is as the model's config says."""
+
+    inference_mode: str | None = field(
+        default=None, metadata={"help": "whole or slide; by default what the model's config says."}
+    )
+    crop_size: list[int] | None = field(default=None, metadata={"help": "Window: one side, or height and width."})
+    stride: list[int] | None = field(default=None, metadata={"help": "Window step: one, or down and right."})
+
+    def settings(self) -> dict[str, Any]:
+        """What is asked for, as a config holds it."""
+        asked = {"inference_mode": self.inference_mode, "crop_size": self.crop_size, "stride": self.stride}
+        pairs = {k: list(v) * 2 if isinstance(v, (list, tuple)) and len(v) == 1 else v for k, v in asked.items()}
+        given = {name: value for name, value in pairs.items() if value is not None}
+        return given if "crop_size" not in given else {"stride": None, **given}
+
+
+@dataclass
+class WordOptions:
+    """How words are read; what is left open is as published for an untrained CLIP, or as the model was trained."""
+
+    background: list[str] = field(
+        default_factory=list, metadata={"help": "Words for all that is not asked for: its pixels get no class."}
+    )
+    threshold: float = field(
+        default=0.0, metadata={"help": "Pixels whose class is less probable (0 to 1) get none, in masks the id 255."}
+    )
+    area_threshold: float = field(
+        default=0.0, metadata={"help": "Classes on at most this share of the pixels beside the background get none."}
+    )
+    templates: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Sentences with one {} for the word: short (five), openai (80, from the package open_clip_torch), "
+            "a text file with one a line, or the sentences. By default short, or a trained model's own prompt."
+        },
+    )
+    scale: float | None = field(default=None, metadata={"help": "What cosines are multiplied by before the softmax."})
+    short_side: int | None = field(default=None, metadata={"help": "Pixels that images are resized to."})
+    last_block: str | None = field(
+        default=None,
+        metadata={"help": "How the image tower's last block attends: naclip, sfp, …, see DenseCLIPConfig."},
+    )
+    refine: int = field(default=0, metadata={"help": "Steps that move borders to edges of color (PAMR): 10 is usual."})
+    dilations: list[int] = field(
+        default_factory=lambda: [8, 16], metadata={"help": "Distances of the pixels that such a step compares."}
+    )
+
+    def __post_init__(self):
+        for name in ("threshold", "area_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
+        if self.scale is not None and self.scale <= 0 or self.refine < 0 or min(self.dilations, default=0) < 1:
+            raise ValueError(
+                f"`scale` and `dilations` must be above 0 and `refine` at least 0, got {self.scale}, {self.dilations} "
+                f"and {self.refine}."
+            )
+        self.background = [self.background] if isinstance(self.background, str) else list(self.background)
+        self.templates = read_templates(self.templates)
+
+    def settings(self) -> dict[str, Any]:
+        """What a config holds of it."""
+        temperature = None if self.scale is None else 1 / self.scale
+        asked = {"last_block": self.last_block, "temperature": temperature}
+        return {name: value for name, value in asked.items() if value is not None}
+
+
+def read_templates(given: str | Sequence[str] | None) -> list[str] | None:
+    """
+    The sentences that words are put into, see [`WordOptions`].
+
+    Raises:
+        ValueError: for another name, or a package that is missing.
+    """
+    given = [given] if isinstance(given, str) else given
+    if given is None or len(given) != 1 or "{}" in given[0]:
+        return None if given is None else list(given)
+    name = given[0]
+    if name == "short":
+        return list(ZERO_SHOT_TEMPLATES)
+    if name == "openai":
+        try:
+            from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+        except ImportError as error:
+            raise ValueError(
+                "the 80 templates are open_clip's: `pip install open_clip_torch`, or give a file with one a line."
+            ) from error
+        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+    if not Path(name).is_file():
+        raise ValueError(f"`templates` {name!r} is none of short, openai, a text file, or sentences with {{}}.")
+    return [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def set_options(model: DenseCLIPModel, settings: dict[str, Any]) -> None:
+    """
+    Give the config of `model` the `settings` of [`WindowOptions`] and [`WordOptions`].
+
+    Raises:
+        ValueError: for values that a config refuses, or a `last_block` that the tower does not have.
+    """
+    if not settings:
+        return
+    try:
+        checked = type(model.config)(**{**model.config.to_dict(), **settings})
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+    if checked.inference_mode == "whole" and not {"crop_size", "stride"}.isdisjoint(settings):
+        raise ValueError(
+            "`crop_size` and `stride` are a sliding window's, but this model takes whole images: add "
+            '`inference_mode` "slide", or leave them out.'
+        )
+    check_last_block(model.tower, checked)
+    for name in settings:
+        setattr(model.config, name, getattr(checked, name))
+
+
+@contextmanager
+def options_set(model: DenseCLIPModel, settings: dict[str, Any]) -> Iterator[None]:
+    """[`set_options`], until the block ends."""
+    before = {name: getattr(model.config, name) for name in settings}
+    set_options(model, settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+
+
+def as_word_model(model: Any) -> DenseCLIPModel:
+    """
+    `model`, or a [`DenseCLIPModel`] around it if it is an image-text model such as `CLIPModel`.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(model, DenseCLIPModel):
+        return model
+    return DenseCLIPModel.from_clip(model).to(device=model.device, dtype=model.dtype).eval()
+
+
+def word_image_processor(model: DenseCLIPModel) -> DenseCLIPImageProcessorPil:
+    """How images are prepared for a model that comes without: a CLIP's own processor would crop them."""
+    window: Any = model.config.crop_size
+    size = {"shortest_edge": min(window) if is_trained(model) else SHORT_SIDE, "longest_edge": LONG_SIDE}
+    return DenseCLIPImageProcessorPil(size=size, image_mean=model.tower.image_mean, image_std=model.tower.image_std)
+
+
+def is_trained(model: DenseCLIPModel) -> bool:
+    """Whether a model has learnt prompts or segmentation, and so is not a CLIP as it is."""
+    config = model.config
+    has_learnt = config.num_context_tokens > 0 or config.context_decoder_num_layers > 0
+    return isinstance(model, DenseCLIPForSemanticSegmentation) or has_learnt
+
+
+class WordReader:
+    """
+    A model, asked for words.
+
+    Args:
+        model ([`DenseCLIPModel`]): a CLIP as it is, or a trained segmenter; both are read by their score maps or, with
+            cost aggregation, by the decoder.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        image_processor ([`DenseCLIPImageProcessor`], *optional*): its preprocessing, [`word_image_processor`] if it is
+            another family's or none.
+    """
+
+    def __init__(self, model: DenseCLIPModel, tokenizer: Any, image_processor: Any = None):
+        if tokenizer is None:
+            raise ValueError("words need the model's tokenizer, and none lies beside the model: pass `tokenizer=`.")
+        self.model, self.tokenizer = model, tokenizer
+        is_ours = isinstance(image_processor, DenseCLIPImageProcessorBase)
+        self.image_processor = image_processor if is_ours else word_image_processor(model)
+        self._kept: tuple[Any, torch.Tensor] | None = None  # words and their embeddings, for the next image
+
+    @property
+    def uses_decoder(self) -> bool:
+        """Whether the model has a decoder that takes any words."""
+        is_segmenter = isinstance(self.model, DenseCLIPForSemanticSegmentation)
+        return is_segmenter and self.model.config.decode_head == "cost_aggregation"
+
+    def preprocess(self, image: Any, short_side: int | None = None) -> torch.Tensor:
+        """`pixel_values` `(3, h, w)` of an image, its short side resized to so many pixels."""
+        options = {}
+        if short_side is not None:
+            options["size"] = {"shortest_edge": short_side, "longest_edge": max(LONG_SIDE, short_side)}
+        return self.image_processor(image, return_tensors="pt", **options)["pixel_values"][0]
+
+    def encode(self, words: tuple[str, ...], templates: Sequence[str] | None = None) -> torch.Tensor:
+        """An embedding for each word, `(Q, D)`, kept for the next image."""
+        sentences = None if templates is None else tuple(templates)
+        if sentences is None and not is_trained(self.model):
+            sentences = ZERO_SHOT_TEMPLATES
+        if self._kept is None or self._kept[0] != (words, sentences):
+            # A word may stand in two classes, or be a class and background.
+            unique = {word: number for number, word in enumerate(dict.fromkeys(words))}
+            embeds = self.model.encode_texts(list(unique), self.tokenizer, sentences)
+            self._kept = (words, sentences), embeds[[unique[word] for word in words]]
+        return self._kept[1]
+
+    def queries(self, classes: Sequence[Sequence[str]], options: WordOptions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings `(Q, D)` of all phrasings, the background's first, and the class `(Q,)` of each, or -1."""
+        asked = class_phrasings(options.background) if options.background else []
+        others = [word for phrasings in asked for word in phrasings]
+        groups = [others, *classes]
+        embeds = self.encode(tuple(word for group in groups for word in group), options.templates)
+        owners = [k - 1 for k, group in enumerate(groups) for _ in group]
+        return embeds, torch.tensor(owners, device=embeds.device)
+
+    def score(self, pixel_values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """
+        Scores `(B, Q, h, w)` of places of images `(B, 3, H, W)` for each query, before the softmax or sigmoid.
+
+        Raises:
+            ValueError: for more queries than memory allows.
+        """
+        fit = MAX_SCORES // math.prod(pixel_values.shape[-2:])
+        if len(queries) > fit:
+            raise ValueError(
+                f"{len(queries)} words are too many for an image of {' x '.join(map(str, pixel_values.shape[-2:]))} "
+                f"pixels: {fit} fit, or more in a smaller one (`short_side`)."
+            )
+        if self.uses_decoder:
+            pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+            return self.model(pixel_values, text_embeds=queries).logits.float()
+        return self.model.score(pixel_values, queries).float() / self.model.config.temperature
+
+    @torch.no_grad()
+    def read(
+        self,
+        images: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
+        classes: Sequence[Sequence[str]],
+        options: WordOptions,
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Maps of the classes, and of their probability.
+
+        Args:
+            images (sequence of tensors `(3, h, w)`): preprocessed, of any sizes.
+            sizes (sequence of (height, width)): of the maps.
+            classes (sequence of sequences of `str`): K classes' phrasings, as [`class_phrasings`] gives them.
+            options ([`WordOptions`]): whose `settings` the model's config has already.
+
+        Returns:
+            For each image its classes `(H, W)`, int64, 0 … K-1 or -1 for none, and their probabilities `(H, W)`.
+        """
+        queries, owners = self.queries(classes, options)
+        found = forward_by_size(lambda pixels: {"scores": self.score(pixels, queries)}, images)["scores"]
+        return [
+            self.choose(scores, owners, size, pixels, options)
+            for scores, size, pixels in zip(found, sizes, images, strict=True)
+        ]
+
+    def choose(
+        self,
+        scores: torch.Tensor,
+        owners: torch.Tensor,
+        size: tuple[int, int],
+        pixel_values: torch.Tensor,
+        options: WordOptions,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The class of the query of highest score `(Q, h, w)` at each pixel of an image, and its probability.
+
+        It is the softmax of all queries' scores; with a decoder, which decides for every class by itself, the sigmoid.
+        A few queries are resized at a time, so that memory does not grow with their number.
+
+        Raises:
+            ValueError: for scores that are NaN or infinite, or an area threshold without a background.
+        """
+        check_finite(scores)
+        parts = self._resized(scores, size, pixel_values, options)
+        if options.area_threshold:
+            if owners[0] >= 0 or self.uses_decoder:
+                raise ValueError("`area_threshold` needs `background` words, and a model without a decoder for words.")
+            probabilities = class_probabilities(torch.cat(list(parts))[None], owners + 1, 1.0)
+            confidence, found = without_small_classes(probabilities, options.area_threshold)[0].max(0)
+            found = found - 1
+        else:
+            best, total = (scores.new_full(size, -torch.inf) for _ in range(2))
+            query, first = torch.zeros(size, dtype=torch.int64, device=scores.device), 0
+            for part in parts:
+                highest, index = part.max(0)
+                query = torch.where(highest > best, index + first, query)
+                best, total = torch.maximum(best, highest), torch.logaddexp(total, part.logsumexp(0))
+                first += len(part)
+            found = owners[query]
+            if not self.uses_decoder:
+                confidence = (best - total).exp()
+            else:
+                confidence = best if self.model.config.inference_mode == "slide_and_whole" else best.sigmoid()
+        return found.masked_fill(confidence < options.threshold, -1), confidence
+
+    def _resized(
+        self, scores: torch.Tensor, size: tuple[int, int], pixel_values: torch.Tensor, options: WordOptions
+    ) -> Iterator[torch.Tensor]:
+        """`scores` at `size`, refined as `options` say, a few queries at a time."""
+        step = max(1, CHUNK_ELEMENTS // math.prod(size))
+        affinity = None
+        if options.refine:
+            shrink = math.sqrt(min(1.0, MAX_REFINED_PIXELS / math.prod(size)))
+            colors = (max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink)))
+            images = resize_bilinear(pixel_values[None].to(scores.device).float(), colors)
+            affinity = color_affinity(images, options.dilations)
+        for part in scores.split(step):
+            if affinity is not None:
+                part = resize_bilinear(part[None], tuple(affinity.shape[-2:]))
+                part = refine_scores(part, affinity, options.refine, options.dilations)[0]
+            yield resize_bilinear(part[None], size)[0]
+
+
+__all__ = [
+    "WindowOptions",
+    "WordOptions",
+    "WordReader",
+    "as_word_model",
+    "is_trained",
+    "options_set",
+    "set_options",
+    "word_image_processor",
+]
