@@ -98,7 +98,8 @@ class Runs:
         if not self.number:  # schedulers repeat it
             self.number = number
             logger.warning("%s: the run in progress is waited for.", signal.Signals(number).name)
-            self.hand_on()
+            if number == signal.SIGTERM:  # Ctrl-C reaches every process of a terminal
+                self.hand_on()
 
     def hand_on(self) -> None:
         """Send SIGTERM to every process that trains, whatever launcher started it."""
