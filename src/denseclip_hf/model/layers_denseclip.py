@@ -52,7 +52,7 @@ def resize_position_grid(
         positions (`torch.Tensor` of shape `(first + n * n, C)`): the global (or class) positions and a square grid's.
         size (`tuple[int, int]`): rows and columns of the wanted grid.
         mode (`str`): `"bilinear"`, or `"bicubic"`.
-        antialias (`bool`): whether a smaller grid is smoothed first.
+        antialias (`bool`): whether a smaller grid is smoothed first; bilinear only.
         first (`int`): positions before the grid's, which stay as they are.
 
     Returns:
@@ -60,8 +60,21 @@ def resize_position_grid(
     """
     side = int((positions.shape[0] - first) ** 0.5 + 0.5)
     grid = positions[first:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # n*n, C -> 1, C, n, n
-    grid = F.interpolate(grid, size=size, mode=mode, align_corners=False, antialias=antialias)
+    if antialias:  # torch's own cannot be exported for any size
+        rows, columns = (_triangle_weights(side, length, positions) for length in size)
+        grid = (rows @ grid.float() @ columns.T).to(positions.dtype)
+    else:
+        grid = F.interpolate(grid, size=size, mode=mode, align_corners=False)
     return torch.cat([positions[:first], grid[0].flatten(1).T])  # 1, C, h, w -> first + h*w, C
+
+
+def _triangle_weights(old: int, new: int, like: torch.Tensor) -> torch.Tensor:
+    """`(new, old)` float32: what each new place takes of the old ones, bilinear and antialiased."""
+    places = torch.arange(new, device=like.device) + 0.5
+    step = old / (places[-1:] + 0.5)  # a tensor, which exported programs follow
+    distance = torch.arange(old, device=like.device) + 0.5 - (places * step)[:, None]
+    weights = (1 - distance.abs() / step.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class MultiHeadAttention(nn.Module):

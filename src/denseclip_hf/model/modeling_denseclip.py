@@ -391,7 +391,7 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = PRETRAINING_KEYS
     _no_split_modules = [
-        "CLIPTextEmbeddings", "CLIPEncoderLayer", "ResizedPositionEmbeddings", "CLIPResNetBottleneck",
+        "CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "CLIPResNetBottleneck",
         "CLIPResNetAttentionPool", "ContextDecoderLayer", "ContextPrompts", "CostAggregationLayer",
     ]  # fmt: skip
 

@@ -8,6 +8,7 @@ Shapes: B images, H x W pixels, h x w the grid of the dense embedding map, C tow
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from .configuration_denseclip import DenseCLIPConfig, LastBlockName
 from .dense_attention_denseclip import LAST_BLOCKS, last_block, repaired_features, word_positions
@@ -32,22 +33,6 @@ class ImageFeatures(NamedTuple):
     ]  # (B, C_i, H / s, W / s): a ResNet's strides 4, 8, 16, 32; a ViT's one, four times
     context: torch.Tensor | None  # [z_bar, z] as (B, 1 + h*w, D), not normalized, row-major; None without guidance
     grid: tuple[int, int]  # h, w
-
-
-class ResizedPositionEmbeddings(CLIPVisionEmbeddings):
-    """CLIP's patch embeddings with positions for images of any size, resized as `position_interpolation` says."""
-
-    def __init__(self, config, mode: str):
-        super().__init__(config)
-        self.mode = mode
-
-    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        grid = (height // self.patch_size, width // self.patch_size)
-        # The module is called, rather than its weight read, so that accelerate's offload hooks run.
-        positions = self.position_embedding(self.position_ids)[0]
-        if self.mode == "bicubic_by_factor":
-            return word_positions(positions, grid)
-        return resize_position_grid(positions, grid, self.mode)
 
 
 class ViTPyramid(nn.Module):
@@ -125,12 +110,15 @@ class ViTTower(TextTower):
     @classmethod
     def adapt(cls, clip: Any, config: DenseCLIPConfig) -> None:
         """
-        Give the image tower stochastic depth; drop what nothing uses.
+        Give the image tower positions for any size and stochastic depth; drop what nothing uses.
 
         Raises:
             ValueError: for a `last_block` that only towers like CLIP's have.
         """
         check_last_block(cls, config)
+        embeddings = clip.vision_model.embeddings
+        # The family's own method has a shortcut for images of the pretrained size, which exported programs would keep.
+        embeddings.interpolate_pos_encoding = partial(cls.positions_for, embeddings, config)
         blocks = clip.get_submodule(cls.blocks)
         for index, block in enumerate(blocks):
             rate = config.drop_path_rate * index / max(len(blocks) - 1, 1)
@@ -147,6 +135,25 @@ class ViTTower(TextTower):
         side = round((wanted[-2] - first) ** 0.5)
         grid = positions.float().reshape(-1, wanted[-1])
         return resize_position_grid(grid, (side, side), **cls.position_options).reshape(wanted)
+
+    @classmethod
+    def positions_for(
+        cls, embeddings: nn.Module, config: DenseCLIPConfig, _: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        """Learned positions of the tokens of images of `height` x `width` pixels, `(first + h*w, C)`."""
+        grid = (height // config.embedding_stride, width // config.embedding_stride)
+        return cls.resize_to_grid(cls.learned_positions(embeddings), grid, config)
+
+    @staticmethod
+    def learned_positions(embeddings: Any) -> torch.Tensor:
+        """`(first + n * n, C)`."""
+        # The module is called, rather than its weight read, so that accelerate's offload hooks run.
+        return embeddings.position_embedding(embeddings.position_ids)[0]
+
+    @classmethod
+    def resize_to_grid(cls, positions: torch.Tensor, grid: tuple[int, int], config: DenseCLIPConfig) -> torch.Tensor:
+        """`positions` `(first + n * n, C)` for a grid (h, w)."""
+        return resize_position_grid(positions, grid, **cls.position_options)
 
     @staticmethod
     def pyramid(config: DenseCLIPConfig) -> nn.Module | None:
@@ -216,10 +223,10 @@ class CLIPTower(ViTTower):
         return CLIPModel
 
     @classmethod
-    def adapt(cls, clip, config) -> None:
-        vision = clip.vision_model
-        vision.embeddings = ResizedPositionEmbeddings(vision.config, config.position_interpolation)
-        super().adapt(clip, config)
+    def resize_to_grid(cls, positions, grid, config):
+        if config.position_interpolation == "bicubic_by_factor":
+            return word_positions(positions, grid)
+        return resize_position_grid(positions, grid, config.position_interpolation)
 
 
 class ResNetTower(TextTower):
@@ -290,7 +297,7 @@ class SiglipTower(BidirectionalTextTower, ViTTower):
     """
     SigLIP, and SigLIP 2 of a fixed size: attention pools an image's tokens; texts are padded to the last position.
 
-    A place's embedding is the pooling's of this place alone: attention to one token is that token's value.
+    A place's embedding is what the pooling makes of this place alone.
     """
 
     image_mean, image_std = (0.5,) * 3, (0.5,) * 3
@@ -317,11 +324,8 @@ class SiglipTower(BidirectionalTextTower, ViTTower):
     @staticmethod
     def embed_places(clip, hidden):
         head, hidden = clip.vision_model.head, clip.vision_model.post_layernorm(hidden)
-        attention, width = head.attention, hidden.shape[-1]
-        values = F.linear(hidden, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
-        places = attention.out_proj(values)
-        places = places + head.mlp(head.layernorm(places))
-        return torch.cat([head(hidden)[:, None], places], dim=1)
+        places = head(hidden.flatten(0, 1)[:, None])  # B * h * w pools of one place each, C
+        return torch.cat([head(hidden)[:, None], places.unflatten(0, hidden.shape[:2])], dim=1)
 
     @classmethod
     def check_token_ids(cls, ids, config) -> None:
@@ -353,6 +357,10 @@ class Tipsv2Tower(BidirectionalTextTower, ViTTower):
     branches = ("attention", "mlp")
     position_key = "vision_model.embeddings.position_embeddings"
     position_options = {"antialias": True}
+
+    @staticmethod
+    def learned_positions(embeddings):
+        return embeddings.position_embeddings[0]
 
     @staticmethod
     def model_class():
