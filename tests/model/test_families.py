@@ -1,82 +1,22 @@
 """Image-text models of every family: what DenseCLIP reads from them is what they say themselves."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSemanticSegmentation, PreTrainedTokenizerFast
+from transformers import AutoModelForSemanticSegmentation
 
-from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPModel
+from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor, DenseCLIPModel
+from denseclip_hf.sharing import add_code, export
+from denseclip_hf.sharing.export import run_exported
+from helpers.families import FAMILIES, NAMES, SIZES, VISION, image_text_model, segmenter_of, tokenizer_of
 
 
-NAMES = ["cat", "wet road", "tall green tree"]
-SIZES = {
-    "num_context_tokens": 4, "context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2,
-    "context_decoder_num_layers": 1, "neck_hidden_size": 8, "decode_head_hidden_size": 8, "image_size": 64,
-}  # fmt: skip
-TEXT = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}  # fmt: skip
-VISION = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
-FAMILIES = {
-    "MetaClip2": (
-        {"text_config": {**TEXT, "eos_token_id": 2, "projection_dim": 12},
-         "vision_config": {**VISION, "intermediate_size": 32, "projection_dim": 12}, "projection_dim": 12},
-        "<s> $A </s>", "<pad>",
-    ),
-    "Siglip": (
-        {"text_config": {**TEXT, "projection_size": 16}, "vision_config": {**VISION, "intermediate_size": 32}},
-        "$A </s>", "</s>",
-    ),
-    # The fixed-size checkpoints of SigLIP 2 are SigLIPs whose tokenizer pads with another token than the config names.
-    "Siglip 2": (
-        {"text_config": {**TEXT, "projection_size": 16}, "vision_config": {**VISION, "intermediate_size": 32}},
-        "$A </s>", "<pad>",
-    ),
-    "Tipsv2": (
-        {"text_config": TEXT, "vision_config": {**VISION, "mlp_ratio": 2, "num_register_tokens": 1}},
-        "$A", "<pad>",
-    ),
-}  # fmt: skip
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def image_text_model(family, **vision):
-    """A tiny model of the family's own class, every weight random."""
-    options = FAMILIES[family][0]
-    name = family.removesuffix(" 2")
-    options = {**options, "vision_config": {**options["vision_config"], **vision}}
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # many start at zero or one, where a forgotten one makes no difference
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def tokenizer_of(family):
-    """A tokenizer of a few words that ends, and pads, its texts as the family's does."""
-    _, template, pad = FAMILIES[family]
-    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "photo", "of", *" ".join(NAMES).split()]
-    tokens = {word: index for index, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = [(word, tokens[word]) for word in ("<s>", "</s>") if word in template]
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-    ends = {"<s>": "bos_token", "</s>": "eos_token"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=pad, unk_token="<unk>", model_max_length=16,
-        **{ends[word]: word for word, _ in special},
-    )  # fmt: skip
-
-
-def segmenter_of(family, **options):
-    """A tiny segmenter in eval mode around `image_text_model(family)`, which is returned too."""
-    clip = image_text_model(family)
-    options = {**SIZES, **options}
-    model = DenseCLIPForSemanticSegmentation.from_clip(clip, NAMES, tokenizer=tokenizer_of(family), **options)
-    return model.eval(), clip
+every_architecture = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Siglip 2"])
 
 
 @every_family
@@ -176,6 +116,71 @@ def test_new_classes(family):
     model.set_classes(["tall green tree", "cat"], tokenizer_of(family))
     torch.testing.assert_close(model.encode_classes(), before[[2, 0]], atol=1e-5, rtol=0)
     assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 2, 16, 16)
+
+
+REMOTE = """
+import sys, torch
+sys.modules["denseclip_hf"] = None
+from pathlib import Path
+from transformers import AutoModelForSemanticSegmentation
+for folder in Path(sys.argv[1]).iterdir():
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True)
+    saved = torch.load(folder / "saved.pt", weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(model(saved["images"]).logits, saved["logits"]), folder
+    print(folder.name)
+"""
+
+
+@pytest.mark.slow
+def test_remote_code_without_the_package(tmp_path):
+    families = [name for name in FAMILIES if name != "Siglip 2"]
+    for family in families:
+        model, _ = segmenter_of(family)
+        model.save_pretrained(tmp_path / "models" / family)
+        DenseCLIPImageProcessor().save_pretrained(tmp_path / "models" / family)
+        add_code(tmp_path / "models" / family)
+        images = torch.randn(1, 3, 64, 96)
+        with torch.no_grad():
+            saved = {"images": images, "logits": model(images).logits}
+        torch.save(saved, tmp_path / "models" / family / "saved.pt")
+    result = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(tmp_path / "models")],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert sorted(result.stdout.split()) == sorted(families), result.stderr
+
+
+@pytest.mark.slow
+@every_architecture
+def test_exported_programs_take_any_size(family, tmp_path):
+    model, _ = segmenter_of(family)
+    files = [export(model, DenseCLIPImageProcessor(), tmp_path, kind) for kind in ("onnx", "torch_export")]
+    for shape in ((1, 3, 64, 64), (2, 3, 96, 64), (1, 3, 64, 160)):  # of pretraining, and others
+        images = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(images).logits
+        for file in files:
+            torch.testing.assert_close(run_exported(file, images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@every_architecture
+def test_compiles_as_one_graph(family):
+    model, _ = segmenter_of(family, drop_path_rate=0.0, decode_head_dropout=0.0, context_decoder_dropout=0.0)
+    images, labels = torch.randn(2, 3, 96, 64), torch.randint(3, (2, 96, 64))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images).logits, model(images).logits, rtol=1e-5, atol=1e-5)
+    model.train()
+    loss = compiled(images, labels).loss
+    torch.testing.assert_close(loss, model(images, labels).loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert model.prompts.context_vectors.grad.any()
 
 
 @every_family
