@@ -90,7 +90,9 @@ def photometric_distortion(pixels: torch.Tensor, rng: np.random.Generator) -> to
         if apply_contrast and contrast_first:
             rows.mul_(contrast).clamp_(max=255)
         if apply_saturation or apply_hue:
-            rows.copy_(_change_colors(rows, saturation if apply_saturation else 1.0, turn if apply_hue else 0))
+            rows.copy_(
+                _change_colors(rows, saturation if apply_saturation else 1.0, float(turn) if apply_hue else 0.0)
+            )
         if apply_contrast and not contrast_first:
             rows.mul_(contrast).clamp_(max=255)
     return pixels

@@ -48,7 +48,7 @@ def test_whole_number_arithmetic_is_within_a_grey_level_in_any_strips(monkeypatc
     expected = F.interpolate(image[None].float(), size=new, mode="bilinear", align_corners=False)[0]
     resized = resize_image(image, new)
     assert resized.dtype == torch.uint8 and (resized - expected).abs().max() < 1
-    monkeypatch.setattr(resizing_denseclip, "_PICTURE_STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(resizing_denseclip, "_IMAGE_STRIP_ELEMENTS", 1)
     assert torch.equal(resize_image(image, new), resized)
 
 

@@ -399,7 +399,8 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
                     f"image_mean and image_std have {len(mean)} and {len(std)} values, but the image has "
                     f"{len(image)} channels: pass do_convert_rgb=True or one value per channel."
                 )
-            image = (image.float() - mean) / std
+            # what rescaling made is ours to change
+            image = (image.sub_(mean) if do_rescale else image.float() - mean).div_(std)
         return image
 
     def _to_labels(
