@@ -222,6 +222,21 @@ def test_what_does_not_is_none(flags):
     assert recipe_of(*parse_arguments(KINDS, [])) == recipe_of(*parse_arguments(KINDS, flags))
 
 
+def test_a_data_set_may_move_but_not_change(tmp_path):
+    data = write_folder(tmp_path / "here", 3, ".png")
+
+    def recipe(folder):
+        return recipe_of(*parse_arguments(KINDS, ["--dataset", str(folder)]))
+
+    make_checkpoint(tmp_path / "run" / "checkpoint-2")
+    write_recipe(tmp_path / "run", recipe(data))
+    moved = data.rename(tmp_path / "there")
+    assert prepare_run(tmp_path / "run", recipe(moved))
+    (moved / "masks" / "0.png").unlink()
+    with pytest.raises(ValueError, match="another recipe .dataset "):
+        prepare_run(tmp_path / "run", recipe(moved))
+
+
 def test_a_checkpoint_of_another_recipe_or_of_none_is_refused(tmp_path):
     checkpoint = tmp_path / "other" / "checkpoint-4"
     with pytest.raises(ValueError, match="checkpoint-4 is no checkpoint"):

@@ -78,6 +78,10 @@ def test_workers_leave_signals_to_the_main_process():
     for number in ("INT", "TERM"):  # from another process, as a terminal or scheduler sends it
         os.system(f"kill -{number} {worker.pid}")
     assert len(list(loader)) == 7
+    loader = iter(DataLoader(range(800), num_workers=1, worker_init_fn=leave_signals_to_main_process))
+    next(loader)
+    (worker,) = loader._workers
+    worker.terminate()
     worker.join(timeout=30)
     assert worker.exitcode == 0
 

@@ -258,6 +258,26 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"checkpoint-1", "checkpoint-5"}
 
 
+def test_the_best_model_is_found_after_the_run_has_moved(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    options |= {"metric_for_best_model": "loss", "learning_rate": 1e-2, "load_best_model_at_end": True}
+    trainer_for(tmp_path / "here", **options).train()
+    (tmp_path / "here").rename(tmp_path / "there")
+    trainer = trainer_for(tmp_path / "there", tiny_model(seed=9), **options)
+    trainer.train(resume_from_checkpoint=True)
+    best = load_file(tmp_path / "there" / "checkpoint-1" / "model.safetensors")
+    weights = trainer.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in best.items())
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 9, "metric_for_best_model": "iou/class 1"}
+    trainer = trainer_for(tmp_path, learning_rate=1e-9, early_stopping_patience=2, **options)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert "eval_iou/class 1" in trainer.state.log_history[-1 - ("train_loss" in trainer.state.log_history[-1])]
+
+
 def model_of_still_batch_norms():
     """One for which it makes no difference how the pictures of a step are spread over batches."""
     model = tiny_model(**NO_DROPOUT)

@@ -150,7 +150,6 @@ class CheckpointingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        self._find_best_checkpoint(Path(self._get_output_dir(None)))
         if getattr(self.model, "_hf_peft_config_loaded", False):
             load_added_adapter(self.model, str(self.state.best_model_checkpoint))
         else:

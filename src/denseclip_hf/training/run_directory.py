@@ -1,5 +1,6 @@
 """The directory of a training run: kept from other runs, resumed where a run was broken off, finished by a card."""
 
+import hashlib
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ DECISIVE_ARGUMENTS = (
     "min_learning_rate", "poly_power", "warmup_start_ratio", "exempt_norms_and_biases",
 )  # fmt: skip
 HARMLESS_OPTIONS = ("check_data",)  # of the model and the data
+FILES = "dataset_files"  # a digest: a data set may move, with the files that it has
 LENGTHS = ("max_steps", "num_train_epochs")
 
 
@@ -52,7 +54,17 @@ def recipe_of(model_args: Any, data_args: Any, args: DenseCLIPTrainingArguments)
         recipe["dataloader_num_workers"] = args.dataloader_num_workers
     for name in HARMLESS_OPTIONS:
         recipe.pop(name, None)
+    recipe[FILES] = _fingerprint(recipe["dataset"])
     return json.loads(json.dumps(recipe, default=str))
+
+
+def _fingerprint(dataset: str | None) -> str | None:
+    """SHA-256 of names and sizes of the files in a folder; `None` for a name on the Hub."""
+    folder = Path(dataset or "")
+    if not dataset or not folder.is_dir():
+        return None
+    files = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*.*"))
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 @contextmanager
@@ -150,6 +162,8 @@ def changes_of_recipe(folder: Path, recipe: dict[str, Any], may_grow: Sequence[s
     before = _recipe_in(folder)
     # An option that an earlier version did not write down cannot be compared.
     different = [name for name in recipe if name in before and before[name] != recipe[name]]
+    if recipe.get(FILES) and recipe[FILES] == before.get(FILES):
+        different = [name for name in different if name != "dataset"]
     different = [name for name in different if not (name in may_grow and recipe[name] > before[name] > 0)]
     return ", ".join(f"{name} {before[name]!r} -> {recipe[name]!r}" for name in different[:5])
 

@@ -5,11 +5,13 @@ of its own, on which the others wait for ever.
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -87,11 +89,21 @@ def leave_signals_to_main_process(worker_id: int) -> None:
     """
     `worker_init_fn` of a data loader, whose workers would die of the signals that the main process waits to answer.
 
-    A terminal sends Ctrl-C to every process of a command, a scheduler SIGTERM. A worker ends with the main process.
+    A terminal sends Ctrl-C to every process of a command, a scheduler SIGTERM. SIGTERM from the main process, by which
+    it ends its workers, is obeyed.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = lambda *_: None  # a thread that hands tensors over would print that the main process has ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_main_process, daemon=True).start()
+
+
+def _obey_main_process() -> None:
+    main = parent_process()
+    while main is not None:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == main.pid:
+            os._exit(0)
 
 
 __all__ = ["StopCallback", "TrainingStopped", "leave_signals_to_main_process"]

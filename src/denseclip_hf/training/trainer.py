@@ -141,8 +141,9 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         return output
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
-        """[`Trainer._init_training_state`]; from the last step's checkpoint no further step is taken."""
+        """[`Trainer._init_training_state`]; a moved run finds its best model, one that is over takes no step."""
         start = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs)
+        self._find_best_checkpoint(Path(str(self.args.output_dir)))
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else start
 
     def end(self):
