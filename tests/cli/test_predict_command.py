@@ -93,7 +93,6 @@ def test_it_goes_on_after_what_it_cannot_read(word_model_dir, photos, tmp_path, 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--batch_size", "0"], "batch_size"),
         (["--words", "cat,cat"], "cat"),
         (["--words", "cat,,dog"], "empty"),
         (["--score_maps", "sky,sky"], "sky"),

@@ -16,9 +16,11 @@ from denseclip_hf.files import OutputError
 from helpers.checkpoints import FORMATS, IMAGE, tokenizer, write_clip
 from helpers.clip_reference import reference_clip
 from helpers.forked import run_script
+from helpers.golden import FIXTURES
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+RELEASED = json.loads((FIXTURES / "keys.json").read_text())["models"]
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_openai_clip.py"
 
 
@@ -79,21 +81,14 @@ def test_from_clip_takes_the_result(tmp_path, kind):
     assert logits.shape[:2] == (1, 2) and torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "depths", "heads", "size"),
-    [("RN50", (64, 1024, 512, 49), [3, 4, 6, 3], 32, 224), ("RN101", (64, 512, 512, 49), [3, 4, 23, 3], 32, 224)],
-)
-def test_openai_sizes(name, shape, depths, heads, size):
-    width, output, text, grid = shape
-    config = CLIPResNetModel.config_class(
-        text_config={"hidden_size": text, "projection_dim": output},
-        vision_config={"embedding_size": width, "depths": depths, "projection_dim": output, "image_size": size},
-    )
-    with torch.device("meta"):
-        weights = _original_names(CLIPResNetModel(config))
-    found = clip_config_from_weights(weights)
-    assert found.vision_config.num_attention_heads == heads and found.text_config.num_attention_heads == 8
-    assert list(found.vision_config.depths) == depths and found.vision_config.image_size == size
+@pytest.mark.parametrize(("size", "depths", "output"), [("res50", [3, 4, 6, 3], 1024), ("res101", [3, 4, 23, 3], 512)])
+def test_openais_resnets_have_the_published_heads(size, depths, output):
+    """Read from the released DenseCLIPs, which have the names of their CLIPs."""
+    (released,) = [shapes["state_dict"] for name, shapes in RELEASED.items() if size in name]
+    clip = {key.replace("backbone.", "visual.").replace("text_encoder.", ""): shape for key, shape in released.items()}
+    found = clip_config_from_weights({key: torch.empty(shape, device="meta") for key, shape in clip.items()})
+    assert found.vision_config.num_attention_heads == 32 and found.text_config.num_attention_heads == 8
+    assert list(found.vision_config.depths) == depths and found.vision_config.image_size == 512
     assert found.projection_dim == output and found.text_config.num_hidden_layers == 12
 
 
@@ -232,26 +227,3 @@ def _save_script_of(weights, path):
             module = getattr(module, parent)
         module.register_buffer(name, value)
     torch.jit.script(root).save(str(path))
-
-
-def _original_names(model):
-    """Shapes of `model`'s weights under OpenAI's names, those that the config is read from."""
-    state = model.state_dict()
-    text, vision = "text_model.", "vision_model."
-    names = {
-        "positional_embedding": f"{text}embeddings.position_embedding.weight",
-        "token_embedding.weight": f"{text}embeddings.token_embedding.weight",
-        "visual.conv1.weight": f"{vision}stem.0.convolution.weight",
-        "visual.attnpool.positional_embedding": f"{vision}attention_pool.position_embedding",
-        "visual.attnpool.c_proj.weight": f"{vision}attention_pool.attention.out_proj.weight",
-        "transformer.resblocks.0.mlp.c_fc.weight": f"{text}encoder.layers.0.mlp.fc1.weight",
-    }
-    weights = {original: state[ours] for original, ours in names.items()}
-    weights["text_projection"] = state["text_projection.weight"].T
-    for key in state:
-        if key.startswith(f"{vision}stages."):
-            _, _, stage, block, *_ = key.split(".")
-            weights[f"visual.layer{int(stage) + 1}.{block}.conv1.weight"] = state[key]
-        elif key.startswith(f"{text}encoder.layers."):
-            weights[f"transformer.resblocks.{key.split('.')[3]}.ln_1.bias"] = state[key]
-    return weights

@@ -102,13 +102,6 @@ def test_score_maps_of_own_classes_are_the_models():
         torch.testing.assert_close(result.score_maps, asked.model(pixel_values).score_maps[0, [2, 0]])
 
 
-@pytest.mark.parametrize("opacity", [3, -0.1, float("nan")])
-def test_an_opacity_is_a_share(tmp_path, opacity):
-    with pytest.raises(ValueError, match="opacity"):
-        predict_sources(segmenter(), [], tmp_path / "out", opacity=opacity, progress=False)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_image_without_finite_scores_is_left_out(tmp_path, bad):
     """Of one batch only this one; its numbers are as if float16 had overflowed."""

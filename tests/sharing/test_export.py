@@ -178,8 +178,6 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=package):
         export(tiny_model(), PROCESSOR, tmp_path, "onnx")
-    with pytest.raises(ValueError, match="coreml"):
-        export(tiny_model(), PROCESSOR, tmp_path, "coreml")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The built-in example from nothing to an image of what a model sees.
+"""The built-in example, from drawn data to an image of what a model sees.
 
     denseclip demo --output_dir outputs/demo
 

@@ -114,7 +114,7 @@ class Canvas:
     """
     What a scene is drawn on: `image`, the `owner` of each pixel (a number in `things`) and `light`, 255 in full light.
 
-    `things` holds (class name, adjective); `horizon` is a row and `metre` the pixels of a metre at the bottom.
+    `things` holds (class name, adjective); `horizon` is a row and `meter` the pixels of a meter at the bottom.
     """
 
     def __init__(self, size: tuple[int, int], rng: np.random.Generator):
@@ -123,7 +123,7 @@ class Canvas:
         self.layers = [ImageDraw.Draw(layer) for layer in (self.image, self.owner, self.light)]
         self.things: list[tuple[str, str]] = []
         self.horizon = round(self.height * rng.uniform(0.34, 0.5))
-        self.metre = self.height * rng.uniform(0.18, 0.23)
+        self.meter = self.height * rng.uniform(0.18, 0.23)
         self.taken: list[tuple[float, float]] = []
 
     def begin(self, name: str, adjective: str) -> None:
@@ -136,7 +136,7 @@ class Canvas:
             draw.polygon(list(points), fill=fill)  # type: ignore[arg-type]
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, color: Color, shadow: bool = False) -> None:
-        """Paint an ellipse by centre and radii in pixels; a shadow only darkens what is there."""
+        """Paint an ellipse by center and radii in pixels; a shadow only darkens what is there."""
         fills = zip(self.layers, (color, len(self.things) - 1, 255), strict=True)
         for draw, fill in [(self.layers[2], 175)] if shadow else fills:
             draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ class Canvas:
         for _ in range(30):
             depth, x = self.rng.uniform(near, far), self.rng.uniform(0.06, 0.94) * self.width
             ground = self.things[self.owner.getpixel((int(x), int(self.row(depth) - 1)))][0]  # type: ignore[call-overload]
-            gap = 1.6 * self.metre * (0.4 + depth)
+            gap = 1.6 * self.meter * (0.4 + depth)
             if ground in fitting and all(abs(x - other) > gap or below < depth - 0.1 for below, other in self.taken):
                 break
         self.taken.append((depth, x))
@@ -276,7 +276,7 @@ def draw_background(canvas: Canvas, wanted: str) -> None:
 
 
 def draw_clouds(canvas: Canvas, haze: Color) -> None:
-    """One to four clouds, grey below and lit above."""
+    """One to four clouds, gray below and lit above."""
     rng = canvas.rng
     name, color = (("white", (247, 247, 245)), ("grey", (180, 182, 190)), ("dark", (130, 132, 142)))[
         rng.choice(3, p=[0.6, 0.25, 0.15])
@@ -330,8 +330,8 @@ def draw_road(canvas: Canvas) -> None:
 
         def point(along: float, across: float) -> tuple[float, float]:
             depth = along**2
-            centre = start + (end - start) * depth + bend * np.sin(np.pi * along)
-            return (centre + across * (0.012 + wide * depth)) * width, canvas.row(1.02 * depth)
+            center = start + (end - start) * depth + bend * np.sin(np.pi * along)
+            return (center + across * (0.012 + wide * depth)) * width, canvas.row(1.02 * depth)
 
     steps = np.linspace(0, 1, 25)
 
@@ -351,11 +351,11 @@ def draw_road(canvas: Canvas) -> None:
 
 
 class Pen:
-    """Draws a thing in metres around its foot, x to the side it faces and y up."""
+    """Draws a thing in meters around its foot, x to the side it faces and y up."""
 
     def __init__(self, canvas: Canvas, x: float, depth: float):
         self.canvas, self.rng = canvas, canvas.rng
-        self.x, self.y, self.scale = x, canvas.row(depth), depth * canvas.metre
+        self.x, self.y, self.scale = x, canvas.row(depth), depth * canvas.meter
         self.side = int(canvas.rng.choice([-1, 1]))
 
     def polygon(self, points: Sequence[tuple[float, float]], color: Color) -> None:

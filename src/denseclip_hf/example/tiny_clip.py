@@ -128,7 +128,7 @@ def pretrain_example_clip(
         mirrored = torch.from_numpy(rng.random(len(numbers)) < 0.5)[:, None, None, None]
         batch = torch.where(mirrored, pixels[numbers].flip(-1), pixels[numbers])
         words = tokenizer(captions, padding=True, return_tensors="pt")
-        loss = model(**words, pixel_values=normalised(batch), return_loss=True).loss
+        loss = model(**words, pixel_values=normalized(batch), return_loss=True).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -171,7 +171,7 @@ def stacked(found: list[Crop]) -> torch.Tensor:
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
 
 
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, H, W) as CLIP's image processor would give it."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (pixels / 255 - mean) / std
@@ -184,7 +184,7 @@ def zero_shot_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, found: list[C
     right: dict[str, list[bool]] = {name: [] for name in NAMES}
     for start in range(0, len(found), 64):
         batch = found[start : start + 64]
-        guesses = model(**words, pixel_values=normalised(stacked(batch))).logits_per_image.argmax(-1).tolist()
+        guesses = model(**words, pixel_values=normalized(stacked(batch))).logits_per_image.argmax(-1).tolist()
         for crop, guess in zip(batch, guesses, strict=True):
             right[crop.name].append(NAMES[guess] == crop.name)
     return {name: sum(hits) / len(hits) for name, hits in right.items() if hits}

@@ -176,8 +176,8 @@ def confusion_image(matrix, names: Sequence[str], columns: Sequence[str] | None 
     margin = 12 + round(max(font.getlength(label) for label in [*labels[0], *labels[1]]))
     rows = counts.sum(1, keepdims=True)
     share = np.divide(counts, rows, out=np.full_like(counts, 0.5), where=rows > 0)
-    grey = Image.fromarray((255 * share).round().astype(np.uint8))
-    grid = grey.resize((cell * counts.shape[1], cell * counts.shape[0]), Image.Resampling.NEAREST)
+    gray = Image.fromarray((255 * share).round().astype(np.uint8))
+    grid = gray.resize((cell * counts.shape[1], cell * counts.shape[0]), Image.Resampling.NEAREST)
     sheet = Image.new("RGB", (margin + grid.width + 8, margin + grid.height + 8), (235, 240, 250))
     sheet.paste(grid.convert("RGB"), (margin, margin))
     every = max(1, -(-12 // cell)) if not named else 1

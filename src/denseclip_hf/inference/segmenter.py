@@ -222,13 +222,9 @@ def predict_sources(
         [`Summary`]
 
     Raises:
-        ValueError: for a `batch_size` or `every` below 1, an `opacity` outside 0 … 1, or masks of other words there.
+        ValueError: for masks of other words there.
         OutputError: if `output_dir` cannot be written, or the disk is full.
     """
-    if batch_size < 1 or every < 1:
-        raise ValueError(f"`batch_size` and `every` must be at least 1, got {batch_size} and {every}.")
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"`opacity` must be from 0 to 1, got {opacity}.")
     folder, summary = Path(output_dir), Summary()
     make_directory(folder)
     if segmenter.classes or (folder / "classes.json").exists():

@@ -114,10 +114,8 @@ def export(
         `Path` of the model file.
 
     Raises:
-        ValueError: for another `kind`, for "onnx" where one of its packages is missing, and as [`export_program`].
+        ValueError: for "onnx" where one of its packages is missing, and as [`export_program`].
     """
-    if kind not in FORMATS:
-        raise ValueError(f"`kind` must be one of {', '.join(FORMATS)}, got {kind!r}.")
     path = Path(directory) / FORMATS[kind]
     if kind == "onnx":
         _require("onnx", "onnxscript")
