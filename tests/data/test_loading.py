@@ -139,7 +139,7 @@ def test_columns_given_by_the_caller():
     assert np.array_equal(data.train[1]["image"], make_pixels(1))
 
 
-def test_a_class_number_per_picture_is_not_a_mask():
+def test_a_class_number_per_image_is_not_a_mask():
     rows = hub_like(label="annotation").add_column("label", [0, 1, 2, 0])
     assert load_segmentation_dataset(rows, classes=NAMES).train[0]["mask"].shape == SIZE[::-1]
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain
@@ -21,6 +22,7 @@ from .coco import MARK, draw
 
 
 NAMELESS = "a sample without a file name"
+UNREADABLE = "cannot be read as an image ({}); save it anew or remove the sample"
 EXIF_ORIENTATION, SAMPLES_PER_PIXEL = 0x0112, 277
 # What turns an image of that EXIF orientation upright. (ImageOps.exif_transpose writes all tags anew, which fails for
 # damaged ones.)
@@ -71,6 +73,25 @@ def file_stem(name: str) -> str:
     return stem.encode()[:200].decode(errors="ignore").strip(" .")
 
 
+@contextmanager
+def _blaming(name: str, fault: str = UNREADABLE) -> Iterator[None]:
+    """Turn what goes wrong with a file, in any of many ways, into one sentence that names it."""
+    try:
+        yield
+    except (MemoryError, ImportError):
+        raise
+    except FileNotFoundError as error:
+        kind = "missing, or its server does not answer" if "://" in name else "missing"
+        raise FileNotFoundError(f"{name} is {kind}; restore the file or remove the sample.") from error
+    except Exception as error:
+        reason: object = error
+        if isinstance(error, UnidentifiedImageError):  # which calls the file by where it lies in memory
+            reason = f"it is none of {', '.join(_formats())}, or of a kind that Pillow does not know"
+        elif "://" in name and type(error) is not ValueError:  # what a server says may repeat a password
+            reason = type(error).__name__
+        raise ValueError(f"{name} {fault.format(reason)}.") from error
+
+
 def _open(source: Any) -> tuple[Image.Image, bytes, str]:
     """A PIL image, opened but not decoded, its file's content and name, from anything that [`read_image`] takes."""
     name = name_of(source)
@@ -78,29 +99,10 @@ def _open(source: Any) -> tuple[Image.Image, bytes, str]:
         return source, b"", name
     if isinstance(source, (str, Path)):
         source = {"path": str(source), "bytes": None}
-    try:
-        content = source["bytes"]
-        if content is None:
-            content = _content(str(source["path"]))
+    with _blaming(name):
+        content = _content(str(source["path"])) if source["bytes"] is None else source["bytes"]
         image = Image.open(BytesIO(content), formats=_formats())
-    except MemoryError:
-        raise
-    except FileNotFoundError as error:
-        kind = "missing, or its server does not answer" if "://" in name else "missing"
-        raise FileNotFoundError(f"{name} is {kind}; restore the file or remove the sample.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{name} has more pixels than are decoded ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if "
-            "you trust the file."
-        ) from error
-    except UnidentifiedImageError as error:  # which calls the file by where it lies in memory
-        raise _broken(
-            name, f"it is none of {', '.join(_formats())}, or of a kind that Pillow does not know"
-        ) from error
-    except Exception as error:  # A damaged file fails in any of many ways; what a server says may repeat a password.
-        is_own = type(error) is ValueError or "://" not in name
-        raise _broken(name, error if is_own else type(error).__name__) from error
-    _refuse_huge(image, name)
+        _refuse_huge(image)
     return image, content, name
 
 
@@ -126,11 +128,10 @@ def _content(path: str) -> bytes:
     return content
 
 
-def _refuse_huge(image: Image.Image, name: str) -> None:
+def _refuse_huge(image: Image.Image) -> None:
     """Refuse an image whose decoding, conversion and turning would take more than `MAX_DECODED_BYTES`."""
-    is_deep = image.mode[0] in "IF"
     stored = BYTES_PER_PIXEL.get(image.mode, 4) + (4 * len(image.getbands()) if image.format == "JPEG2000" else 0)
-    converted = 0 if image.mode == "RGB" else 20 if is_deep else 4
+    converted = 0 if image.mode == "RGB" else 20 if image.mode[0] in "IF" else 4
     # Whether EXIF turns it is not asked, which would decode a PNG.
     turns = 2 if "exif" in image.info or getattr(image, "tag_v2", {}).get(EXIF_ORIENTATION, 1) != 1 else 1
     # Pillow keeps a pointer to each line of an image.
@@ -138,25 +139,9 @@ def _refuse_huge(image: Image.Image, name: str) -> None:
     needed += 16 * image.width * (turns - 1)
     if needed > MAX_DECODED_BYTES:
         raise ValueError(
-            f"{name} has more pixels than are decoded: {image.width}x{image.height} in mode {image.mode} would take "
-            f"{needed >> 20} MiB of {MAX_DECODED_BYTES >> 20}; shrink or divide it."
+            f"{image.width}x{image.height} pixels of mode {image.mode} would take {needed >> 20} MiB of "
+            f"{MAX_DECODED_BYTES >> 20}"
         )
-
-
-def _broken(name: str, error: object) -> ValueError:
-    return ValueError(f"{name} cannot be read as an image ({error}); save it anew or remove the sample.")
-
-
-def _decode(image: Image.Image, name: str) -> None:
-    try:
-        if getattr(image, "filename", ""):  # opened by somebody else
-            read_pixels(image)
-        else:
-            image.load()
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _broken(name, error) from error
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -169,10 +154,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def read_image(source: Any) -> Image.Image:
     """
-    An RGB image of 8 bits per channel, turned upright as its EXIF tag says.
-
-    Grey, palette, CMYK and RGBA images are converted (alpha is dropped); of more than 8 bits they are scaled as
-    [`decode_image`] does it for the image processor: 16 bits from 0…65535, floats from 0…1 if none is above 1.
+    An RGB image of 8 bits per channel as [`decode_image`] makes it, turned upright as its EXIF tag says.
 
     Args:
         source: path, `{"path": …, "bytes": …}` as `datasets` stores images, or PIL image.
@@ -183,19 +165,20 @@ def read_image(source: Any) -> Image.Image:
             without a meaning as grey.
     """
     image, _, name = _open(source)
-    if 0 in image.size:
-        raise _broken(name, "it has no pixels")
-    _decode(image, name)
-    turn = _turn(image)  # asked after decoding, which turns a TIFF by itself
-    if turn is not None:
-        image = image.transpose(turn)
-        image.info = {"turned": True}  # and nothing shall turn it again
-    if image.mode in (*SIXTEEN_BIT_MODES, "F"):
-        image = _eight_bit(image, name)
-    try:
-        image = image if image.mode == "RGB" else image.convert("RGB")
-    except ValueError as error:  # some color spaces have no way to RGB
-        raise _broken(name, error) from error
+    with _blaming(name):
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
+        read_pixels(image)
+        turn = _turn(image)  # asked after decoding, which turns a TIFF by itself
+        if image.mode != "RGB":
+            levels = decode_image(image)
+            lowest, highest = levels.aminmax()
+            if lowest < 0 or highest > 255:
+                raise ValueError(f"its values go from {lowest:g} to {highest:g}, not from 0 to 1 or 255")
+            image = Image.fromarray(levels.permute(1, 2, 0).round().to(torch.uint8).numpy())
+        if turn is not None:
+            image = image.transpose(turn)
+            image.info = {"turned": True}  # and nothing shall turn it again
     image.filename = name  # type: ignore[attr-defined]
     return image
 
@@ -213,22 +196,11 @@ def remarks(source: Any) -> list[str]:
     if _turn(image) is not None:
         found.append("EXIF turns the image upright: masks must be drawn on it as it is shown, not as it is stored")
     if image.mode in SIXTEEN_BIT_MODES:
-        _decode(image, name)
+        with _blaming(name):
+            read_pixels(image)
         if 255 < np.asarray(image).max(initial=0) < 4096:
             found.append("its 16-bit values stay below 4096 of 65535, which is nearly black: scale 12-bit data by 16")
     return found
-
-
-def _eight_bit(image: Image.Image, name: str) -> Image.Image:
-    """A grey image of more than 8 bits with the levels that the image processor sees in it, rounded."""
-    try:
-        levels = decode_image(image)[0]
-    except ValueError as error:
-        raise _broken(name, error) from error
-    lowest, highest = levels.min().item(), levels.max().item()
-    if lowest < 0 or highest > 255:
-        raise _broken(name, f"its values go from {lowest:g} to {highest:g}, not from 0 to 1 or 255")
-    return Image.fromarray(levels.round().to(torch.uint8).numpy())
 
 
 def _lossy(image: Image.Image, content: bytes) -> str | None:
@@ -251,7 +223,8 @@ def _stored_samples(image: Image.Image, content: bytes, name: str) -> np.ndarray
     """The samples of a grey file as they are stored, which Pillow stretches to 0…255 (or 65535), or inverts."""
     layout = next((part for part in _codec_arguments(image) if isinstance(part, str)), "")
     header = re.match(rb"P[25]%s\d+%s\d+%s(\d+)\s" % ((rb"(?:\s|#[^\n]*\n)+",) * 3), content)
-    _decode(image, name)
+    with _blaming(name):
+        read_pixels(image)
     values = np.asarray(image)
     if image.mode == "1":
         values = values.astype(np.uint8)
@@ -423,17 +396,13 @@ class SampleReader:
     def _ids_of_annotation(self, source: Mapping[str, Any], image: Image.Image | None) -> np.ndarray:
         """Class ids of a mask that is drawn from polygons, or made from a panoptic PNG."""
         name = name_of(source)
-        try:
+        with _blaming(name, "holds a mask that cannot be drawn ({}); correct its annotation"):
             mask = json.loads(source["bytes"].removeprefix(MARK))
             height, width = mask["size"]
             if not 0 < height * width * 8 <= MAX_DECODED_BYTES:
                 raise ValueError(f"a size of {width}x{height}")
             segments = np.asarray(read_image(mask["file"])) if "file" in mask else None
             ids = draw(mask, segments, self.ignore_index) if image is None or image.size == (width, height) else None
-        except (MemoryError, ImportError, FileNotFoundError):
-            raise
-        except Exception as error:
-            raise ValueError(f"The mask {name} cannot be drawn ({error}); correct its annotation.") from error
         _check_size((height, width), name, image)
         return self._ids(np.asarray(ids), name)
 
