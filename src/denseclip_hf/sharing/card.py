@@ -10,13 +10,14 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from safetensors import safe_open
 
 from ..files import write_atomically
 from ..model.configuration_denseclip import DenseCLIPConfig
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 
 
 CARD = "README.md"
@@ -46,7 +47,6 @@ TOWERS = {
     "tipsv2": "TIPSv2's vision transformer",
 }
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # What stands between these comments is replaced with every measurement; the rest of a card is anybody's to edit.
 BEGIN, END = "<!-- results: replaced when the model is evaluated -->", "<!-- end of results -->"
 
@@ -110,7 +110,7 @@ def write_card(
         model=MODEL,
         num_labels=config.num_labels,
         method=METHODS[config.decode_head if config.use_text_guidance else "unguided"],
-        facts=_rows(_facts(config, folder, source, base_model)),
+        facts=_rows(_facts(config, source, base_model)),
         image=image,
         results=f"{BEGIN}\n{END}",
         training=_rows(rows) if dataset or training else None,
@@ -258,28 +258,20 @@ def protocol_words(protocol: Mapping[str, Any]) -> str:
     return ", ".join(words + [f"{key} {value}" for key, value in rest.items()])
 
 
-def _facts(config: DenseCLIPConfig, folder: Path, source: str | None, base_model: str | None) -> dict[str, Any]:
+def _facts(config: DenseCLIPConfig, source: str | None, base_model: str | None) -> dict[str, Any]:
     clip: Any = config.clip_config
     tower = TOWERS.get(clip.model_type, clip.model_type)
+    with torch.device("meta"):
+        parameters = DenseCLIPForSemanticSegmentation(config).num_parameters()
     prompt = f"{config.num_context_tokens} learned context vectors" if config.num_context_tokens else "fixed"
     return {
         "Image encoder": f"{tower}, trained at {config.image_size} x {config.image_size} pixels",
         "Classes": config.num_labels,
         "Prompt": f'{prompt}, template "{config.prompt_template}"' if config.use_text_guidance else None,
-        "Parameters": f"{_parameters(folder) / 1e6:.1f} M",
+        "Parameters": f"{parameters / 1e6:.1f} M",
         "Started from": base_model and shown_name(base_model),
         "Weights": source,
     }
-
-
-def _parameters(folder: Path) -> int:
-    """Weights in the safetensors files, from their headers; the statistics of batch norms are not counted."""
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            keys = [key for key in tensors.keys() if not key.endswith(BUFFERS)]  # noqa: SIM118  # no mapping
-            count += sum(math.prod(tensors.get_slice(key).get_shape()) for key in keys)
-    return count
 
 
 def _classes(config: DenseCLIPConfig) -> str:
