@@ -18,7 +18,7 @@ from denseclip_hf.data import SampleReader, file_stem, load_segmentation_dataset
 from denseclip_hf.evaluation import EvaluationArguments, measure
 from denseclip_hf.inference import find_sources, load_model, predict_sources
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
-from denseclip_hf.training.run_directory import write_manifest
+from denseclip_hf.training.checkpoints import write_manifest
 from helpers.forked import run_script
 from helpers.models import segmenter, tiny_model
 from helpers.sample_data import save_data

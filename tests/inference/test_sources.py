@@ -47,14 +47,6 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
     assert caplog.messages == [f"Left out of {tmp_path}: .heic, README."]
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "I;16", "1"])
-def test_any_kind_of_image_is_read(tmp_path, mode):
-    file = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
-    (Image.new("I;16", (40, 30)) if mode == "I;16" else photo((40, 30)).convert(mode)).save(file)
-    image = read_image_of(find_sources([file])[0][0])
-    assert (image.mode, image.size) == ("RGB", (40, 30))
-
-
 def test_photographs_are_upright_and_animations_show_their_first_frame(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -71,7 +63,7 @@ def test_huge_images_are_refused(tmp_path, monkeypatch, limit):
     photo((90, 70)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     summary = predict_sources(segmenter(), find_sources([tmp_path])[0], tmp_path / "out", progress=False)
-    assert summary.done == 0 and "huge.png" in summary.problems[0] and "more" in summary.problems[0]
+    assert summary.done == 0 and "huge.png" in summary.problems[0] and "pixels" in summary.problems[0]
 
 
 class Handler(BaseHTTPRequestHandler):
