@@ -16,7 +16,7 @@ def optimize_for_inference(model: DenseCLIPForSemanticSegmentation) -> DenseCLIP
     """
     A copy of `model` that does the same with less work; `model` stays as it is.
 
-    - classes are frozen: their embeddings are constants and the text tower is gone
+    - classes are frozen, unless the image prompts them: their embeddings are constants and the text tower is gone
     - batch norms are folded into the convolutions before them
     - of a ViT's pyramid, transposed convolutions and the neck's laterals behind them become one (no norm and no
       activation stands between them), so the first two of `hidden_states` have the neck's channels
@@ -33,7 +33,7 @@ def optimize_for_inference(model: DenseCLIPForSemanticSegmentation) -> DenseCLIP
         the model it was made from.
     """
     optimized = copy.deepcopy(model).eval().requires_grad_(False)
-    if optimized.config.use_text_guidance:
+    if optimized.config.use_text_guidance and optimized.config.prompting == "post_model":
         optimized.freeze_classes()
     for module in list(optimized.modules()):
         if isinstance(module, CLIPResNetConvLayer):
@@ -43,7 +43,7 @@ def optimize_for_inference(model: DenseCLIPForSemanticSegmentation) -> DenseCLIP
             _fold_batch_norms(module)
     if optimized.pyramid is not None:
         _join_pyramid_and_laterals(optimized)
-        if optimized.device.type == "cpu":
+        if optimized.backbone is None and optimized.device.type == "cpu":
             _convolve_instead_of_multiplying(optimized.clip.vision_model.encoder)
     optimized.save_pretrained = _refuse("be saved")
     optimized.train = MethodType(_train, optimized)  # a method, which belongs to the copy in a copy

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, CLIPConfig, CLIPTextConfig, PreTrainedC
 
 
 # Before transformers 5.20, which reads `sub_configs` alone, the class itself will do.
-SubConfigSpec = getattr(configuration_utils, "SubConfigSpec", lambda config_class: config_class)
+SubConfigSpec = getattr(configuration_utils, "SubConfigSpec", lambda config_class, **options: config_class)
 
 # What PreTrainedConfig itself understands beside the declared fields; everything else is a misspelt option.
 _BASE_OPTIONS = {

@@ -1,11 +1,12 @@
-"""Configuration of DenseCLIP on top of either kind of CLIP, with the published models as presets."""
+"""Configuration of DenseCLIP on top of any image-text model or backbone, with the published models as presets."""
 
 import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import as_validated_field, strict
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoBackbone, AutoConfig, CLIPConfig, PreTrainedConfig
 
 from .class_names_denseclip import class_names
 from .configuration_clip_resnet import (
@@ -91,11 +92,24 @@ class DenseCLIPConfig(PreTrainedConfig):
         clip_config (`dict`, `CLIPConfig` or [`CLIPResNetConfig`]): the CLIP underneath, by default ViT-B/16 at 640. A
             dict is a ResNet CLIP if its `model_type` is `"clip_resnet"` or its `vision_config` says so, else a ViT.
             `vision_config.image_size` is the training resolution, which the position grid belongs to.
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*): a backbone of transformers that encodes the images,
+            in place of the CLIP's own image tower; its `out_features` name four maps. An attention pool on the last
+            of them, learned from nothing, embeds places in the space of texts.
+        backbone_image_size (`int`, *optional*): training resolution with a backbone, which the positions of its
+            attention pool belong to; by default 512, for a plain ViT about 640.
+        backbone_image_mean, backbone_image_std (`list[float]`, *optional*): what images are normalized with for the
+            backbone, per channel; ImageNet's by default.
+        backbone_pool (`str`, defaults to `"attention"`): what embeds the backbone's places; `"linear"` is one linear
+            layer.
+        backbone_pool_num_attention_heads (`int`, *optional*): by default as many as have 64 channels or a few more.
         class_token_ids (`list[list[int]]`, *optional*): for each of the K labels the token ids `[SOS, …, EOS]`.
         num_context_tokens (`int`, defaults to 8): learnable vectors N between SOS and the name; 0 is a fixed prompt.
         prompt_template (`str`, *optional*): sentence with one `{}` that class names are put into before they are
             tokenised; by default `"{}"` with learnable contexts, `"a photo of a {}."` without.
         context_init_std (`float`, defaults to 1.0): standard deviation of the contexts' truncated normal start.
+        prompting (`str`, defaults to `"post_model"`): the image refines the class embeddings, or with `"pre_model"` it
+            makes the contexts (section 3.3): the context decoder turns N learned queries into them, and the text tower
+            runs for every image.
         use_text_guidance (`bool`, defaults to `True`): `False` is the plain CLIP + FPN baseline.
         context_decoder_hidden_size (`int`, defaults to 256): width of the context decoder.
         context_decoder_num_layers (`int`, defaults to 3): its layers; with 0 there is no context decoder, and t' = t.
@@ -114,7 +128,7 @@ class DenseCLIPConfig(PreTrainedConfig):
             map joins; by default the one with the score map's own stride (ViT: 2, ResNet: 3).
         out_indices (`list[int]`, *optional*): ViT blocks (0-based) whose outputs are the feature maps; by default
             those after a third, a half, two thirds and all of the blocks, for `"cost_aggregation"` after a third and
-            two thirds. Must be `None` for a ResNet.
+            two thirds. Must be `None` for a ResNet or a backbone.
         last_block (`str`, defaults to `"plain"`): `"class_token"` takes only the values of the ViT's last attention
             and adds the class token in place of each token's own residual, as CAT-Seg does. The others make the
             places of an untrained CLIP comparable with words: `"naclip"` (keys that match, and are near), `"kk"`,
@@ -125,6 +139,7 @@ class DenseCLIPConfig(PreTrainedConfig):
         tower_image_size (`int`, *optional*): side in pixels of the square that images and windows are resized to
             before the image tower; with cost aggregation by default `image_size`, otherwise they are not.
         drop_path_rate (`float`, defaults to 0.1): stochastic depth of the ViT's last block, rising linearly from 0.
+            A backbone has its own, in its config.
         decode_head (`str`, defaults to `"semantic_fpn"`): one output channel for each class of the training, or
             `"cost_aggregation"`: the same weights for every class, so that any words can be asked for.
         aggregator (`dict`, *optional*): options of the cost aggregation that differ from CAT-Seg's, see
@@ -166,16 +181,26 @@ class DenseCLIPConfig(PreTrainedConfig):
     """
 
     model_type = "denseclip"
-    sub_configs = {"clip_config": CLIPConfig}
-    sub_configs_defaults = {"clip_config": SubConfigSpec(CLIPConfig)}
+    sub_configs = {"clip_config": CLIPConfig, "backbone_config": AutoConfig}
+    sub_configs_defaults = {
+        "clip_config": SubConfigSpec(CLIPConfig),
+        "backbone_config": SubConfigSpec(AutoConfig, model_type="resnet", optional=True),
+    }
     keys_to_ignore_at_inference = ["decode_loss", "auxiliary_loss", "score_maps", "text_embeds", "hidden_states"]
 
     clip_config: dict | PreTrainedConfig | None = None
+    backbone_config: dict | PreTrainedConfig | None = None
+    backbone_image_size: int | None = positive(default=None)
+    backbone_image_mean: list[float] | tuple[float, ...] | None = None
+    backbone_image_std: list[float] | tuple[float, ...] | None = None
+    backbone_pool: Literal["attention", "linear"] = "attention"
+    backbone_pool_num_attention_heads: int | None = positive(default=None)
     id2label: Any = None  # typed in `__post_init__`: before 5.20 transformers validated it first
     class_token_ids: list[list[int]] | None = None
     num_context_tokens: int = between(0)(default=8)
     prompt_template: str | None = None
     context_init_std: float | int = between(0)(default=1.0)
+    prompting: Literal["post_model", "pre_model"] = "post_model"
     use_text_guidance: bool = True
     context_decoder_hidden_size: int = positive(default=256)
     context_decoder_num_layers: int = between(0)(default=3)
@@ -220,7 +245,15 @@ class DenseCLIPConfig(PreTrainedConfig):
             self.clip_config = clip_config_class(self.clip_config)(**self.clip_config)
         else:
             self.clip_config = copy.deepcopy(self.clip_config)
-        for part in (self.clip_config, self.clip_config.text_config, self.clip_config.vision_config):
+        if isinstance(self.backbone_config, dict):
+            kind = self.backbone_config.get("model_type")
+            if kind not in CONFIG_MAPPING:
+                raise ValueError(f"`backbone_config` is of the type {kind!r}, which transformers does not know.")
+            self.backbone_config = CONFIG_MAPPING[kind].from_dict(self.backbone_config)
+        else:
+            self.backbone_config = copy.deepcopy(self.backbone_config)
+        clip, backbone = self.clip_config, self.backbone_config
+        for part in (clip, clip.text_config, clip.vision_config, *([] if backbone is None else [backbone])):
             part.dtype = None  # only the segmenter's dtype is used
         if self.id2label is not None:
             self.id2label = dict(enumerate(class_names(self.id2label)))
@@ -238,9 +271,12 @@ class DenseCLIPConfig(PreTrainedConfig):
         vision = self.clip_config.vision_config
         if self.prompt_template is None:
             self.prompt_template = "{}" if self.num_context_tokens else "a photo of a {}."
+        if backbone is not None and self.backbone_image_size is None:
+            patch = self.embedding_stride
+            self.backbone_image_size = 512 if self.is_hierarchical else max(640 // patch, 1) * patch
         if self.score_map_level is None:
-            self.score_map_level = 3 if hasattr(vision, "hidden_sizes") else 2
-        if self.out_indices is None and not hasattr(vision, "hidden_sizes"):
+            self.score_map_level = 3 if self.is_hierarchical else 2
+        if self.out_indices is None and backbone is None and not self.is_hierarchical:
             n = vision.num_hidden_layers
             third, half, two_thirds = (max(part, 1) - 1 for part in (n // 3, n // 2, 2 * n // 3))
             four = [third, half, two_thirds, n - 1]
@@ -296,16 +332,34 @@ class DenseCLIPConfig(PreTrainedConfig):
     @property
     def image_size(self) -> int:
         """Training resolution in pixels."""
-        return self.clip_config.vision_config.image_size
+        clip_size = self.clip_config.vision_config.image_size
+        return clip_size if self.backbone_config is None else self.backbone_image_size or clip_size
+
+    @property
+    def is_hierarchical(self) -> bool:
+        """Whether the image tower makes maps at strides 4 to 32 by itself, as those that are built in stages do."""
+        if self.backbone_config is None:
+            return hasattr(self.clip_config.vision_config, "hidden_sizes")
+        return hasattr(self.backbone_config, "depths") or not hasattr(self.backbone_config, "patch_size")
 
     @property
     def embedding_stride(self) -> int:
         """Pixels per position of the dense embedding map and of the score map."""
-        return getattr(self.clip_config.vision_config, "patch_size", 32)
+        tower = self.clip_config.vision_config if self.backbone_config is None else self.backbone_config
+        patch = 32 if self.is_hierarchical else tower.patch_size
+        return patch if isinstance(patch, int) else patch[0]
+
+    @property
+    def coarsest_stride(self) -> int:
+        """Pixels per position of the last feature map; images are not smaller."""
+        return self.embedding_stride if self.is_hierarchical else 2 * self.embedding_stride
 
     @property
     def feature_channels(self) -> list[int]:
         """Channels of the feature maps c2 … c5, before the score map joins one of them."""
+        if self.backbone_config is not None:
+            with torch.device("meta"):  # only the model knows, each kind in a way of its own
+                return list(AutoBackbone.from_config(copy.deepcopy(self.backbone_config)).channels)
         vision = self.clip_config.vision_config
         return list(getattr(vision, "hidden_sizes", [vision.hidden_size] * 4))
 
@@ -317,15 +371,32 @@ class DenseCLIPConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict` validation: what fields say together."""
         vision = self.clip_config.vision_config
-        depth = getattr(vision, "num_hidden_layers", 0)
+        depth = getattr(vision, "num_hidden_layers", 0) if self.backbone_config is None else 0
         aggregates = self.decode_head == "cost_aggregation"
         count = 2 if aggregates else 4
         if self.out_indices is not None and (
             len(self.out_indices) != count or not all(0 <= index < depth for index in self.out_indices)
         ):
             raise ValueError(
-                f"`out_indices` must be {count} ViT blocks in 0 … {depth - 1}, or `None` for a ResNet, got "
-                f"{list(self.out_indices)}."
+                f"`out_indices` must be {count} ViT blocks in 0 … {depth - 1}, or `None` for a ResNet or a backbone, "
+                f"got {list(self.out_indices)}."
+            )
+        if self.backbone_config is not None and len(self.backbone_config.out_indices or ()) != 4:
+            raise ValueError(
+                f"a backbone must give four maps, but the `out_features` of `backbone_config` are "
+                f"{self.backbone_config.out_features}: choose four of {self.backbone_config.stage_names}."
+            )
+        if self.prompting == "pre_model" and not (
+            self.use_text_guidance
+            and self.num_context_tokens
+            and self.context_decoder_num_layers
+            and not aggregates
+            and not self.frozen_classes
+        ):
+            raise ValueError(
+                '`prompting="pre_model"` makes contexts from images: it needs `use_text_guidance`, '
+                '`num_context_tokens` and `context_decoder_num_layers` above 0, the decoder "semantic_fpn" and '
+                "classes that are not frozen."
             )
         if aggregates and not (self.use_text_guidance and depth):
             raise ValueError(

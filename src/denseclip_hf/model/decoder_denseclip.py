@@ -40,24 +40,28 @@ class ContextDecoderLayer(GradientCheckpointingLayer):
 
 
 class ContextDecoder(nn.Module):
-    """Refines class embeddings by what the image shows (post-model prompting, section 3.3)."""
+    """
+    Lets texts look at the image (section 3.3): class embeddings, which it refines, or queries that become contexts.
 
-    def __init__(self, config: DenseCLIPConfig):
+    Args:
+        config ([`DenseCLIPConfig`]): sizes of the decoder, and D of the image context.
+        text_size (`int`): of what goes in and comes out: D, or the text tower's width.
+    """
+
+    def __init__(self, config: DenseCLIPConfig, text_size: int):
         super().__init__()
-        size, embedding, eps = (
-            config.context_decoder_hidden_size,
-            config.embedding_size,
-            config.layer_norm_eps,
-        )
+        size, eps = config.context_decoder_hidden_size, config.layer_norm_eps
         self.memory_projection = nn.Sequential(
-            nn.LayerNorm(embedding, eps=eps), nn.Linear(embedding, size), nn.LayerNorm(size, eps=eps)
+            nn.LayerNorm(config.embedding_size, eps=eps),
+            nn.Linear(config.embedding_size, size),
+            nn.LayerNorm(size, eps=eps),
         )
-        self.text_projection = nn.Sequential(nn.LayerNorm(embedding, eps=eps), nn.Linear(embedding, size))
+        self.text_projection = nn.Sequential(nn.LayerNorm(text_size, eps=eps), nn.Linear(text_size, size))
         self.layers = nn.ModuleList(ContextDecoderLayer(config) for _ in range(config.context_decoder_num_layers))
-        self.output_projection = nn.Sequential(nn.LayerNorm(size, eps=eps), nn.Linear(size, embedding))
+        self.output_projection = nn.Sequential(nn.LayerNorm(size, eps=eps), nn.Linear(size, text_size))
 
     def forward(self, text_embeds: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """t `(B, K, D)` and `[z_bar, z]` `(B, M, D)` -> the update of t `(B, K, D)`."""
+        """t `(B, K, D)` and `[z_bar, z]` `(B, M, D)` -> the update of t; or N queries `(B, N, C)` -> contexts."""
         memory = self.memory_projection(context)
         x = self.text_projection(text_embeds)
         for layer in self.layers:

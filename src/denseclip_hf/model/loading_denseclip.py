@@ -1,17 +1,22 @@
-"""Loading pretrained CLIPs and bringing their weights into a model."""
+"""Loading pretrained CLIPs and backbones, and bringing their weights into a model."""
 
+import copy
 import os
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from .configuration_clip_resnet import clip_config_class
-from .towers_denseclip import TOWERS
+from .towers_denseclip import TOWERS, new_backbone
 
+
+logger = logging.get_logger(__name__)
 
 # Where a tokenizer has its words. Without any, transformers may make up a CLIP's without words.
 TOKENIZER_FILES = {"tokenizer.json", "vocab.json"}
@@ -91,6 +96,63 @@ def load_clip(clip: "str | os.PathLike | PreTrainedModel", tokenizer=None):
     return clip, tokenizer
 
 
+def load_backbone(
+    backbone: "str | os.PathLike | PreTrainedConfig | PreTrainedModel",
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """
+    A backbone in float32 that gives four maps, and the options of [`DenseCLIPConfig`] that belong to it.
+
+    A name is loaded with what its image processor normalizes with; a config makes random weights. Where it names no
+    four `out_features` these are the last four stages, of a plain ViT a third, a half, two thirds and all blocks.
+
+    Raises:
+        ImportError, OSError, ValueError: if it cannot be loaded or built, or is no backbone of transformers.
+    """
+    if isinstance(backbone, PreTrainedModel):
+        if not hasattr(backbone, "channels"):
+            raise ValueError(f"`backbone` is a {type(backbone).__name__}: give an `AutoBackbone`, or its name.")
+        return backbone, {}
+    if isinstance(backbone, PreTrainedConfig):
+        return new_backbone(with_four_maps(backbone)), {}
+    config = load_pretrained(AutoConfig, backbone)
+    if type(config) not in MODEL_FOR_BACKBONE_MAPPING or not hasattr(config, "stage_names"):
+        config = getattr(config, "vision_config", config)  # of an image-text model, its image tower
+    if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
+        raise ValueError(
+            f"`{backbone}` holds a model of type {config.model_type!r}, which has no backbone in transformers: name a "
+            "Swin, ConvNeXt, DINOv3, ResNet or another that has, or a whole CLIP for `from_clip`."
+        )
+    # Not `AutoBackbone.from_pretrained`, which takes a folder for a name of timm's.
+    model, info = load_pretrained(
+        MODEL_FOR_BACKBONE_MAPPING[type(config)],
+        backbone,
+        config=with_four_maps(config),
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    new = sorted(info["missing_keys"])
+    logger.info("Of the backbone %s, these are not pretrained: %s.", backbone, ", ".join(new) or "none")
+    try:
+        normalization = ImageProcessingMixin.get_image_processor_dict(backbone)[0]
+    except OSError:
+        return model, {}
+    keys = {f"backbone_{key}": normalization.get(key) for key in ("image_mean", "image_std")}
+    return model, {key: value for key, value in keys.items() if value is not None}
+
+
+def with_four_maps(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a backbone's `config` whose `out_features`, unless they are four, are four for a decoder."""
+    config = copy.deepcopy(config)
+    names = getattr(config, "stage_names", None)
+    if len(config.out_indices or ()) != 4 and names is not None and len(names) >= 4:
+        count = len(names) - 1  # without the stem
+        parts = range(count - 3, count + 1)
+        if not hasattr(config, "depths") and count >= 6:  # a plain ViT's blocks
+            parts = (count // 3, count // 2, 2 * count // 3, count)
+        config.out_features = [names[part] for part in parts]
+    return config
+
+
 class ConfigDict:
     """The raw contents of a model's config, read as models are."""
 
@@ -108,23 +170,27 @@ def load_clip_weights(model: nn.Module, clip: PreTrainedModel) -> None:
     model.clip.load_state_dict(weights)
 
 
-def clip_report(model: nn.Module, clip: PreTrainedModel) -> str:
-    """What came from `clip` and what is new, in one message."""
+def loading_report(model: nn.Module, clip: PreTrainedModel, backbone: PreTrainedModel | None = None) -> str:
+    """What came from `clip`, and from `backbone` where there is one, and what is new, in one message."""
     counts = {"loaded": 0}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
-        part = "loaded" if part == "clip" else part
+        part = "loaded" if part in ("clip", "backbone") else part
         counts[part] = counts.get(part, 0) + parameter.numel()
     loaded = counts.pop("loaded")
     before, after = clip.config.vision_config.image_size, model.config.image_size
     stride = model.config.embedding_stride
-    grid = f"{before // stride}x{before // stride} positions" + (
-        f" resized to {after // stride}x{after // stride}" if before != after else ""
-    )
-    grid += f" for images of {after} pixels"
+    grid = ""
+    if backbone is None:
+        grid = f"{before // stride}x{before // stride} positions"
+        grid += f" resized to {after // stride}x{after // stride} " if before != after else " "
     new = ", ".join(f"{part} ({count:,} parameters)" for part, count in counts.items())
-    name = clip.config.name_or_path or type(clip).__name__
-    return f"Loaded {loaded:,} parameters from {name} ({grid}). Newly initialized, to be trained: {new}."
+    sources = [clip] if backbone is None else [backbone, clip]
+    names = " and ".join(source.config.name_or_path or type(source).__name__ for source in sources)
+    return (
+        f"Loaded {loaded:,} parameters from {names} ({grid}for images of {after} pixels). Newly initialized, to be "
+        f"trained: {new}."
+    )
 
 
 @torch.no_grad()
@@ -143,10 +209,11 @@ def resized_convolution(old: nn.Conv2d, kept: list[tuple[int, int]], in_channels
 
 __all__ = [
     "ConfigDict",
-    "clip_report",
+    "load_backbone",
     "load_clip",
     "load_clip_weights",
     "load_pretrained",
+    "loading_report",
     "reason_of",
     "resized_convolution",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTextModel, PreTrainedModel
+from transformers import CLIPModel, CLIPTextModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
@@ -75,15 +75,29 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
 
 
 class CLIPResNetAttentionPool(nn.Module):
-    """Attention pooling that keeps all positions: the mean token and every position are queries."""
+    """
+    Attention pooling that keeps all positions: the mean token and every position are queries.
 
-    def __init__(self, config: CLIPResNetVisionConfig):
+    Args:
+        config (`PreTrainedConfig`): only its attention implementation is read.
+        grid (`int`): rows and columns that there are learned positions for; other grids' are resized from these.
+        hidden_size (`int`): channels of the map.
+        num_heads (`int`): heads; must divide `hidden_size`.
+        output_size (`int`): D.
+    """
+
+    def __init__(self, config: PreTrainedConfig, grid: int, hidden_size: int, num_heads: int, output_size: int):
         super().__init__()
-        grid = config.image_size // 32
-        self.position_embedding = nn.Parameter(torch.empty(1 + grid**2, config.hidden_size))
-        self.attention = MultiHeadAttention(
-            config, config.hidden_size, config.num_attention_heads, output_size=config.projection_dim
-        )
+        self.position_embedding = nn.Parameter(torch.empty(1 + grid**2, hidden_size))
+        self.attention = MultiHeadAttention(config, hidden_size, num_heads, output_size=output_size)
+
+    def initialize(self) -> None:
+        """Start values, as CLIP's: all from a normal with one over the root of `hidden_size`, no biases."""
+        std = self.position_embedding.shape[1] ** -0.5
+        init.normal_(self.position_embedding, std=std)
+        for layer in self.attention.children():
+            init.normal_(layer.weight, std=std)
+            init.zeros_(layer.bias)
 
     def forward(self, c5: torch.Tensor) -> torch.Tensor:
         """`c5` `(B, C, h, w)` -> tokens `(B, 1 + h*w, D)`, the global one first."""
@@ -115,12 +129,8 @@ class CLIPResNetPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=self.config.hidden_size**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
         elif isinstance(module, CLIPResNetAttentionPool):
-            init.normal_(module.position_embedding, std=self.config.hidden_size**-0.5)
+            module.initialize()
         else:
             super()._init_weights(module)
         if isinstance(module, CLIPResNetBottleneck):
@@ -165,7 +175,9 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
                 in_channels = out_channels
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
-        self.attention_pool: CLIPResNetAttentionPool | None = CLIPResNetAttentionPool(config)
+        self.attention_pool: CLIPResNetAttentionPool | None = CLIPResNetAttentionPool(
+            config, config.image_size // 32, config.hidden_size, config.num_attention_heads, config.projection_dim
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -240,4 +252,10 @@ class CLIPResNetModel(CLIPModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
 
-__all__ = ["CLIPResNetModel", "CLIPResNetPreTrainedModel", "CLIPResNetVisionModel", "CLIPResNetVisionModelOutput"]
+__all__ = [
+    "CLIPResNetAttentionPool",
+    "CLIPResNetModel",
+    "CLIPResNetPreTrainedModel",
+    "CLIPResNetVisionModel",
+    "CLIPResNetVisionModelOutput",
+]

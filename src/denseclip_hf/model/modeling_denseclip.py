@@ -27,7 +27,15 @@ from .configuration_denseclip import COST_AGGREGATION_OPTIONS, DenseCLIPConfig
 from .cost_aggregation_denseclip import ClassBlock, CostAggregationHead, Linear
 from .decoder_denseclip import ContextDecoder, FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, cosine_score_maps
 from .layers_denseclip import choose_hidden_states, is_transformed, resize_bilinear
-from .loading_denseclip import clip_report, load_clip, load_clip_weights, load_pretrained, resized_convolution
+from .loading_denseclip import (
+    load_backbone,
+    load_clip,
+    load_clip_weights,
+    load_pretrained,
+    loading_report,
+    resized_convolution,
+)
+from .modeling_clip_resnet import CLIPResNetAttentionPool
 from .resizing_denseclip import resize_argmax
 from .text_encoder_denseclip import (
     ClassEmbeddingCache,
@@ -36,7 +44,7 @@ from .text_encoder_denseclip import (
     encode_prompts,
     tokenize_classes,
 )
-from .towers_denseclip import PRETRAINING_KEYS, ImageFeatures, check_images, drop, tower_of
+from .towers_denseclip import PRETRAINING_KEYS, ImageFeatures, check_images, drop, image_tower_of, tower_of
 
 
 logger = logging.get_logger(__name__)
@@ -413,7 +421,7 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
             if module.max_classes:
                 init.zeros_(module.padding_token)
                 init.zeros_(module.padding_guidance)
-        elif isinstance(module, ContextPrompts):
+        elif isinstance(module, (ContextPrompts, CLIPResNetAttentionPool)):
             module.initialize()
         elif isinstance(module, DenseCLIPModel):
             if module.gamma is not None:
@@ -430,7 +438,7 @@ class DenseCLIPPreTrainedModel(PreTrainedModel):
 
 class DenseCLIPModel(DenseCLIPPreTrainedModel):
     """
-    Matches every place of an image with words: CLIP's two towers, prompts and the context decoder.
+    Matches every place of an image with words: the two towers, prompts and the context decoder.
 
     Args:
         config ([`DenseCLIPConfig`]): its architecture and class names.
@@ -440,20 +448,23 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
 
     def __init__(self, config: DenseCLIPConfig):
         super().__init__(config)
-        self.tower = tower_of(config.clip_config)
-        self.clip = self.tower.model_class()(config.clip_config)
-        self.tower.adapt(self.clip, config)
+        self.tower, self.text_tower = image_tower_of(config), tower_of(config.clip_config)
+        self.clip = self.text_tower.model_class()(config.clip_config)
+        self.backbone = self.pool = None
+        self.tower.adapt(self)
         self.prompts = self.context_decoder = self.gamma = None
         if not config.use_text_guidance or config.frozen_classes:
-            drop(self.clip, self.tower.text_parts)
+            drop(self.clip, self.text_tower.text_parts)
         if config.use_text_guidance:
             size = config.embedding_size
             if config.frozen_classes:
                 self.register_buffer("class_embeddings", torch.empty(config.num_labels, size))
             else:
-                self.prompts = ContextPrompts(config, self.tower)
-            if config.context_decoder_num_layers:
-                self.context_decoder = ContextDecoder(config)
+                self.prompts = ContextPrompts(config, self.text_tower)
+            if config.prompting == "pre_model":
+                self.context_decoder = ContextDecoder(config, config.clip_config.text_config.hidden_size)
+            elif config.context_decoder_num_layers:
+                self.context_decoder = ContextDecoder(config, size)
                 del self.gamma
                 if config.gamma_learnable:
                     self.gamma = nn.Parameter(torch.empty(size))
@@ -512,7 +523,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.clip.vision_model.get_input_embeddings()
+        return (self.backbone or self.clip.vision_model).get_input_embeddings()
 
     def encode_image(self, pixel_values: torch.Tensor, plain: bool = False) -> ImageFeatures:
         """
@@ -522,7 +533,10 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             ValueError: if there is no batch of images, or one is smaller than a position of the coarsest map.
         """
         check_images(pixel_values, self.config)
-        return self.tower.encode(self.clip, pixel_values, self.config, plain)
+        if self.config.tower_image_size is not None:
+            # Images of that size too, which stay as they are: exported programs take any without a question.
+            pixel_values = F.interpolate(pixel_values, size=[self.config.tower_image_size] * 2, mode="bilinear")
+        return self.tower.encode(self, pixel_values, plain)
 
     def get_dense_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """One embedding in the space of texts per place of images `(B, 3, H, W)`, not normalized: `(B, D, h, w)`."""
@@ -548,6 +562,10 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         if not self.config.use_text_guidance:
             raise ValueError(f"this model has no text guidance (`use_text_guidance=False`), so it cannot {action}.")
 
+    def _refuse_pre_model(self, consequence: str) -> None:
+        if self.config.prompting == "pre_model":
+            raise ValueError(f'this model makes its contexts from images (`prompting="pre_model"`): {consequence}.')
+
     def encode_classes(self) -> torch.Tensor:
         """
         Class embeddings t `(K, D)`, before an image touches them; a tensor of the caller's own.
@@ -555,16 +573,17 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         Computed once in eval mode (see [`ClassEmbeddingCache`]), with their graph where a gradient is asked for.
 
         Raises:
-            ValueError: if the model has no text guidance or no class names.
+            ValueError: if the model has no text guidance, no class names, or embeddings that depend on the image.
         """
         self._refuse_without_text("encode classes")
+        self._refuse_pre_model("its classes have no embeddings without an image")
         if self.config.frozen_classes:
             return self.class_embeddings.clone()
         prompts: Any = self.prompts
         device = self.clip.text_model.final_layer_norm.weight.device
         return self._class_embeddings.get(
-            lambda: encode_prompts(self.tower, self.clip, prompts.layout(device), prompts),
-            [prompts, *(self.clip.get_submodule(name) for name in self.tower.text_parts)],
+            lambda: encode_prompts(self.text_tower, self.clip, prompts.layout(device), prompts),
+            [prompts, *(self.clip.get_submodule(name) for name in self.text_tower.text_parts)],
             self.training,
         )
 
@@ -579,13 +598,34 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         self._class_embeddings.share_until_next = until_next
 
     def match(
-        self, classes: torch.Tensor, context: torch.Tensor, grid: tuple[int, int], use_context_decoder: bool = True
+        self,
+        classes: torch.Tensor | None,
+        context: torch.Tensor,
+        grid: tuple[int, int],
+        use_context_decoder: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """t `(K, D)` and `[z_bar, z]` `(B, 1 + h*w, D)` -> score maps `(B, K, h, w)` and t' `(B, K, D)`."""
-        text_embeds = classes.expand(context.shape[0], -1, -1)  # K, D -> B, K, D; len() is fixed by torch.export
-        if use_context_decoder and self.context_decoder is not None:
-            text_embeds = text_embeds + self.gamma * self.context_decoder(text_embeds, context)
+        """
+        t `(K, D)`, the model's own for `None`, and `[z_bar, z]` `(B, 1 + h*w, D)` -> score maps `(B, K, h, w)` and t'
+        `(B, K, D)`.
+        """
+        is_pre_model = self.config.prompting == "pre_model"
+        if classes is None and is_pre_model:
+            text_embeds = self._encode_classes_for(context)
+        else:
+            classes = self.encode_classes() if classes is None else classes
+            text_embeds = classes.expand(context.shape[0], -1, -1)  # K, D -> B, K, D; len() is fixed by torch.export
+            if use_context_decoder and self.context_decoder is not None and not is_pre_model:
+                text_embeds = text_embeds + self.gamma * self.context_decoder(text_embeds, context)
         return cosine_score_maps(context, text_embeds, grid), text_embeds
+
+    def _encode_classes_for(self, context: torch.Tensor) -> torch.Tensor:
+        """Pre-model prompting: `[z_bar, z]` `(B, 1 + h*w, D)` -> class embeddings of each image `(B, K, D)`."""
+        prompts: Any = self.prompts
+        layout = prompts.layout(self.clip.text_model.final_layer_norm.weight.device)
+        queries = prompts.context_vectors.expand(context.shape[0], -1, -1)  # N, C -> B, N, C
+        contexts = self.context_decoder(queries, context)
+        embeds = encode_prompts(self.text_tower, self.clip, layout, prompts, contexts)
+        return embeds.unflatten(0, (context.shape[0], -1))  # B * K, D -> B, K, D
 
     @can_return_tuple
     def forward(
@@ -604,8 +644,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         _, context, grid = self.encode_image(pixel_values)
         if text_embeds is None and self.config.class_token_ids is None and not self.config.frozen_classes:
             return DenseCLIPSemanticSegmenterOutput(hidden_states=(context[:, 1:].transpose(1, 2).unflatten(2, grid),))
-        embeds = self.encode_classes() if text_embeds is None else text_embeds
-        score_maps, text_embeds = self.match(embeds, context, grid)
+        score_maps, text_embeds = self.match(text_embeds, context, grid)
         return DenseCLIPSemanticSegmenterOutput(score_maps=score_maps, text_embeds=text_embeds)
 
     @torch.no_grad()
@@ -628,7 +667,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             templates (`Sequence[str]`, *optional*): sentences with one `{}`, such as `ZERO_SHOT_TEMPLATES`; by default
                 the model's own prompt, with the contexts it has learned.
             use_contexts (`bool`, *optional*): whether learned contexts come before each text; by default only without
-                `templates`. Contexts nobody has trained yet are noise.
+                `templates`, and not if they depend on the image. Contexts nobody has trained yet are noise.
 
         Returns:
             `torch.Tensor` of shape `(K, D)`, without gradient.
@@ -638,7 +677,10 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         """
         self._refuse_without_text("encode texts")
         refuse_if_frozen(self.config, "encode texts")
-        use_contexts = templates is None if use_contexts is None else use_contexts
+        if use_contexts is None:
+            use_contexts = templates is None and self.config.prompting == "post_model"
+        if use_contexts:
+            self._refuse_pre_model("texts cannot have contexts without an image")
         templates = [str(self.config.prompt_template)] if templates is None else list(templates)
         if not templates or any(template.count("{}") != 1 for template in templates):
             raise ValueError(f"`templates` must be sentences with one {{}} each, got {templates}.")
@@ -648,13 +690,13 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         owners: list[int] = []
         for template in templates:
             for index, phrasings in enumerate(classes):
-                token_ids += tokenize_classes(phrasings, tokenizer, self.tower, self.config, template, contexts)
+                token_ids += tokenize_classes(phrasings, tokenizer, self.text_tower, self.config, template, contexts)
                 owners += [index] * len(phrasings)
         chunks = []
         for first in range(0, len(token_ids), PROMPTS_PER_PASS):
-            layout = self.tower.lay_out(token_ids[first : first + PROMPTS_PER_PASS], contexts)
+            layout = self.text_tower.lay_out(token_ids[first : first + PROMPTS_PER_PASS], contexts)
             layout = PackedPrompts(*(tensor.to(self.device) for tensor in layout))
-            chunks.append(encode_prompts(self.tower, self.clip, layout, self.prompts if contexts else None))
+            chunks.append(encode_prompts(self.text_tower, self.clip, layout, self.prompts if contexts else None))
         embeds = torch.cat(chunks)
         if len(owners) == len(classes):
             return embeds
@@ -681,8 +723,10 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         """
         self._refuse_without_text("compare places with words")
         dimension = self.config.embedding_size
-        embeds = self.encode_classes() if text_embeds is None else text_embeds.to(self.device, self.dtype)
-        if embeds.dim() != 2 or embeds.shape[1] != dimension or not len(embeds):
+        if text_embeds is None and self.config.prompting == "post_model":
+            text_embeds = self.encode_classes()
+        embeds = None if text_embeds is None else text_embeds.to(self.device, self.dtype)
+        if embeds is not None and (embeds.dim() != 2 or embeds.shape[1] != dimension or not len(embeds)):
             raise ValueError(f"`text_embeds` must have the shape (classes, {dimension}), got {tuple(embeds.shape)}.")
 
         def whole(pixels: torch.Tensor) -> torch.Tensor:
@@ -767,11 +811,11 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         return cls._around(clip, None if id2label is None else class_names(id2label), tokenizer, size, options)
 
     @classmethod
-    def _around(cls, clip, names: list[str] | None, tokenizer, image_size: int, options: dict[str, Any]):
-        clip_config = clip.config.to_dict()
-        if os.path.exists(clip.config.name_or_path):  # where a folder lies here is not saved, and so not shared
-            clip_config.pop("_name_or_path", None)
+    def _around(cls, clip, names: list[str] | None, tokenizer, image_size: int | None, options: dict[str, Any]):
+        """The model around `clip`; its positions are resized to `image_size`, unless a backbone sees the images."""
+        clip_config = shared_config(clip)
         patch = getattr(clip.config.vision_config, "patch_size", 32)
+        image_size = clip.config.vision_config.image_size if image_size is None else image_size
         if image_size % patch:
             below = image_size // patch * patch
             raise ValueError(
@@ -816,7 +860,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         if config.use_text_guidance:
             if isinstance(tokenizer, (str, os.PathLike)):
                 tokenizer = load_pretrained(AutoTokenizer, tokenizer)
-            token_ids = tokenize_classes(names, tokenizer, self.tower, config)
+            token_ids = tokenize_classes(names, tokenizer, self.text_tower, config)
             self.prompts.set_token_ids(token_ids)
             self._class_embeddings.clear()
         rows = {label: index for index, label in config.id2label.items()}
@@ -845,7 +889,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         with torch.no_grad():
             embeddings = self.encode_classes().detach().clone()
         self.prompts = None
-        drop(self.clip, self.tower.text_parts)
+        drop(self.clip, self.text_tower.text_parts)
         self.register_buffer("class_embeddings", embeddings)
         self.requires_grad_(False)
         self.config.frozen_classes = True
@@ -998,8 +1042,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         """The method: encode the image, prompt the text, contextualize, score, decode."""
         features, context, grid = self.encode_image(pixel_values)
         if isinstance(self.decode_head, CostAggregationHead):
-            classes = self.encode_classes() if text_embeds is None else text_embeds
-            score_maps, text_embeds = self.match(classes, context, grid)
+            score_maps, text_embeds = self.match(text_embeds, context, grid)
             places = context[:, 1:].transpose(1, 2).unflatten(2, grid)  # B, M, D -> B, D, h, w
             logits = self.decode_head(places, text_embeds[:, :, None], features)
             return Segmentation(logits, score_maps, text_embeds, tuple(features))
@@ -1008,7 +1051,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         feature_maps = tuple(features)
         if not self.config.use_text_guidance:
             return Segmentation(self.decode_head(self.neck(features)), feature_maps=feature_maps)
-        score_maps, text_embeds = self.match(self.encode_classes(), context, grid)
+        score_maps, text_embeds = self.match(None, context, grid)
         level = self.config.score_map_level
         joining = resize_bilinear(score_maps, features[level].shape[-2:]).to(features[level].dtype)
         features[level] = torch.cat([features[level], joining], dim=1)
@@ -1063,7 +1106,40 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
             config = {**COST_AGGREGATION_OPTIONS, "tower_image_size": image_size or 384, **config}
             size = clip.config.vision_config.image_size
         model = cls._around(clip, class_names(id2label), tokenizer, size, config)
-        logger.info(clip_report(model, clip))
+        logger.info(loading_report(model, clip))
+        return model
+
+    @classmethod
+    def from_backbone(
+        cls, backbone, clip, id2label, tokenizer=None, image_size: int | None = None, **config
+    ) -> "DenseCLIPForSemanticSegmentation":
+        """
+        A segmenter whose images go through a backbone without language, its texts through a CLIP's tower.
+
+        An attention pool on the backbone's last map, freshly initialized like the decoder, learns from the auxiliary
+        loss to embed places in the space of the texts (Rao et al. 2022, section 3.5).
+
+        Args:
+            backbone (`str`, `os.PathLike`, `PreTrainedModel` or `PreTrainedConfig`): Hub name or directory of a model
+                that transformers has a backbone of, an `AutoBackbone` with four `out_features`, or the config of one
+                with random weights.
+            clip (`str`, `os.PathLike` or `PreTrainedModel`): the image-text model whose text tower it takes.
+            id2label (`dict[int, str]` or `list[str]`): the K class names.
+            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): CLIP's; loaded from `clip` if that is a name.
+            image_size (`int`, *optional*): training resolution in pixels, which the pool's positions belong to; by
+                default 512, for a plain ViT about 640.
+            config: further options of [`DenseCLIPConfig`].
+
+        Raises:
+            ImportError: if the backbone is of a library that is not installed.
+            ValueError: if the backbone does not give four maps, or a class name does not fit the text tower.
+        """
+        clip, tokenizer = load_clip(clip, tokenizer)
+        backbone, normalization = load_backbone(backbone)
+        options = {"backbone_config": shared_config(backbone), "backbone_image_size": image_size, **normalization}
+        model = cls._around(clip, class_names(id2label), tokenizer, None, {**options, **config})
+        model.backbone.load_state_dict(backbone.state_dict())
+        logger.info(loading_report(model, clip, backbone))
         return model
 
     def _resize_decoder(self, kept: list[tuple[int, int]], num_labels: int) -> None:
@@ -1075,6 +1151,14 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
             first = self.config.feature_channels[level]  # the score map's channels come after the features'
             columns = [(i, i) for i in range(first)] + [(first + new, first + old) for new, old in kept]
             laterals[level] = resized_convolution(laterals[level], columns, in_channels=first + num_labels)
+
+
+def shared_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The config of `model` for that of another, without where a folder lies here, which is not to be shared."""
+    config = model.config.to_dict()
+    if os.path.exists(model.config.name_or_path):
+        config.pop("_name_or_path", None)
+    return config
 
 
 def refuse_random_classes(config: DenseCLIPConfig, loading_info: dict[str, Any]) -> None:

@@ -40,6 +40,12 @@ class PackedPrompts(NamedTuple):
         seen = (self.owners[:, :, None] == self.owners[:, None, :]) | (self.owners == PREFIX)[:, None, :]
         return (seen.tril() if causal else seen)[:, None]
 
+    def repeated(self, times: int) -> "PackedPrompts":
+        """The same prompts `times` times over, as sequences of their own."""
+        first = torch.arange(times, device=self.last_index.device)[:, None] * self.token_ids.numel()
+        rows = (tensor.repeat(times, 1) for tensor in self[:3])
+        return PackedPrompts(*rows, last_index=(first + self.last_index).flatten())
+
 
 def pack_prompts(
     class_token_ids: list[list[int]], num_context_tokens: int, max_tokens: int = MAX_PACKED_TOKENS
@@ -256,31 +262,45 @@ class ContextPrompts(nn.Module):
             return layout
         return PackedPrompts(*(tensor.to(device) for tensor in layout))
 
-    def forward(self, token_embeds: torch.Tensor) -> torch.Tensor:
-        """`token_embeds` `(G, L, C)` with the contexts in place of the N tokens after SOS, or of the first N."""
+    def forward(self, token_embeds: torch.Tensor, contexts: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        `token_embeds` `(G, L, C)` with the contexts in place of the N tokens after SOS, or of the first N; for B
+        images' `contexts` `(B, N, C)`, of `token_embeds` `(B * G, L, C)`.
+        """
         if self.context_vectors is None:
             return token_embeds
-        contexts = self.context_vectors.to(token_embeds.dtype).expand(len(token_embeds), -1, -1)
+        contexts = self.context_vectors[None] if contexts is None else contexts
+        each = token_embeds.shape[0] // contexts.shape[0]
+        contexts = contexts.to(token_embeds.dtype)[:, None].expand(-1, each, -1, -1).flatten(0, 1)
         start = self.tower.num_start_tokens
         return torch.cat([token_embeds[:, :start], contexts, token_embeds[:, start + contexts.shape[1] :]], dim=1)
 
 
 def encode_prompts(
-    tower: type[TextTower], clip: PreTrainedModel, layout: PackedPrompts, prompts: ContextPrompts | None = None
+    tower: type[TextTower],
+    clip: PreTrainedModel,
+    layout: PackedPrompts,
+    prompts: ContextPrompts | None = None,
+    contexts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Embeddings `(K, D)` of prompts: through `clip`'s text tower, in the space that it shares with the images.
+
+    With `contexts` of B images, all prompts go through it for each of them: `(B * K, D)`.
 
     Args:
         tower (subclass of [`TextTower`]): of `clip`'s family.
         clip (`PreTrainedModel`): with its text tower.
         layout ([`PackedPrompts`]): on the tower's device.
         prompts ([`ContextPrompts`], *optional*): puts its contexts into the places that `layout` leaves for them.
+        contexts (`torch.Tensor` of shape `(B, N, C)`, *optional*): in place of those that `prompts` has learned.
     """
     text = clip.text_model
+    if contexts is not None:
+        layout = layout.repeated(contexts.shape[0])  # len() is fixed by torch.export
     hidden = tower.embed_tokens(clip, layout.token_ids)  # G, L, C
     if prompts is not None:
-        hidden = prompts(hidden)
+        hidden = prompts(hidden, contexts)
     hidden = hidden + text.embeddings.position_embedding(layout.position_ids).to(hidden.dtype)
     mask = layout.attention_mask(tower.is_causal)
     if text.config._attn_implementation == "eager":  # adds its mask, where sdpa selects by it

@@ -2,7 +2,7 @@
 
 Of images: four feature maps, and one embedding per place in the space of the texts; of texts: one embedding per
 prompt. Nothing else asks which family a model is of: what depends on it is here, in one class per family and one row
-of `TOWERS`.
+of `TOWERS`; [`BackboneTower`] reads images in place of a family's own tower.
 
 Shapes: B images, H x W pixels, h x w the grid of the dense embedding map, C tower width, D embedding size.
 """
@@ -13,15 +13,19 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers import AutoBackbone, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from .configuration_denseclip import DenseCLIPConfig, LastBlockName
 from .dense_attention_denseclip import LAST_BLOCKS, last_block, repaired_features, word_positions
 from .layers_denseclip import ImageNorm, StochasticDepth, resize_position_grid
-from .modeling_clip_resnet import CLIPResNetModel
+from .modeling_clip_resnet import CLIPResNetAttentionPool, CLIPResNetModel
 from .text_encoder_denseclip import BidirectionalTextTower, PackedPrompts, TextTower
 
 
@@ -81,9 +85,10 @@ def check_last_block(tower: Any, config: DenseCLIPConfig) -> None:
         ValueError: for a `last_block` that this kind of tower does not have.
     """
     if config.last_block not in tower.last_blocks:
+        kind = (config.backbone_config or config.clip_config).model_type
         raise ValueError(
-            f"`last_block={config.last_block!r}` needs a tower like CLIP's ViT; of {config.clip_config.model_type!r} "
-            f"it can be {' or '.join(tower.last_blocks)}."
+            f"`last_block={config.last_block!r}` needs a tower like CLIP's ViT; of {kind!r} it can be "
+            f"{' or '.join(tower.last_blocks)}."
         )
 
 
@@ -108,13 +113,14 @@ class ViTTower(TextTower):
         raise NotImplementedError
 
     @classmethod
-    def adapt(cls, clip: Any, config: DenseCLIPConfig) -> None:
+    def adapt(cls, model: Any) -> None:
         """
-        Give the image tower positions for any size and stochastic depth; drop what nothing uses.
+        Give the image tower of `model.clip` positions for any size and stochastic depth; drop what nothing uses.
 
         Raises:
             ValueError: for a `last_block` that only towers like CLIP's have.
         """
+        clip, config = model.clip, model.config
         check_last_block(cls, config)
         embeddings = clip.vision_model.embeddings
         # The family's own method has a shortcut for images of the pretrained size, which exported programs would keep.
@@ -161,13 +167,9 @@ class ViTTower(TextTower):
         return ViTPyramid(config.feature_channels[0], config.batch_norm_eps)
 
     @classmethod
-    def encode(
-        cls, clip: Any, pixel_values: torch.Tensor, config: DenseCLIPConfig, plain: bool = False
-    ) -> ImageFeatures:
+    def encode(cls, model: Any, pixel_values: torch.Tensor, plain: bool = False) -> ImageFeatures:
         """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]; `plain` whatever `config.last_block` says."""
-        if config.tower_image_size is not None:
-            # Images of that size too, which stay as they are: exported programs take any without a question.
-            pixel_values = F.interpolate(pixel_values, size=[config.tower_image_size] * 2, mode="bilinear")
+        clip, config = model.clip, model.config
         patch = config.embedding_stride
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
         hidden = cls.embed_patches(clip.vision_model, pixel_values)  # B, tokens, C: the last h*w are the grid's
@@ -246,31 +248,30 @@ class ResNetTower(TextTower):
         return CLIPResNetModel
 
     @staticmethod
-    def adapt(clip: CLIPResNetModel, config: DenseCLIPConfig) -> None:
+    def adapt(model: Any) -> None:
         """
         Drop what nothing uses.
 
         Raises:
             ValueError: for a `last_block` that only vision transformers have.
         """
-        check_last_block(ResNetTower, config)
-        drop(clip, ["logit_scale"])
-        if not config.use_text_guidance:
-            drop(clip, ["visual_projection", "vision_model.attention_pool"])
+        check_last_block(ResNetTower, model.config)
+        drop(model.clip, ["logit_scale"])
+        if not model.config.use_text_guidance:
+            drop(model.clip, ["visual_projection", "vision_model.attention_pool"])
 
     @staticmethod
     def pyramid(config: DenseCLIPConfig) -> None:
         """The stages have strides 4 to 32 themselves."""
 
     @staticmethod
-    def encode(
-        clip: CLIPResNetModel, pixel_values: torch.Tensor, config: DenseCLIPConfig, plain: bool = False
-    ) -> ImageFeatures:
+    def encode(model: Any, pixel_values: torch.Tensor, plain: bool = False) -> ImageFeatures:
         """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]."""
-        outputs = clip.vision_model(pixel_values)
+        vision = model.clip.vision_model
+        outputs = vision(pixel_values)
         maps, context = list(outputs.feature_maps), outputs.last_hidden_state
-        if config.last_block == "maskclip" and context is not None and not plain:  # places keep their own values
-            attention = clip.vision_model.attention_pool.attention
+        if model.config.last_block == "maskclip" and context is not None and not plain:  # places keep their values
+            attention = vision.attention_pool.attention
             values = attention.out_proj(attention.v_proj(maps[-1].flatten(2).transpose(1, 2)))  # B, h*w, D
             context = torch.cat([context[:, :1], values], dim=1)
         return ImageFeatures(maps, context, tuple(maps[-1].shape[-2:]))
@@ -394,6 +395,92 @@ class Tipsv2Tower(BidirectionalTextTower, ViTTower):
         return hidden.sum(dim=1) / (is_text.sum(dim=1) + clip.text_model.config.pooling_epsilon)
 
 
+class LinearPool(nn.Module):
+    """One linear layer that embeds the mean and every position, in place of [`CLIPResNetAttentionPool`]."""
+
+    def __init__(self, hidden_size: int, output_size: int):
+        super().__init__()
+        self.projection = nn.Linear(hidden_size, output_size)
+
+    def forward(self, c5: torch.Tensor) -> torch.Tensor:
+        """`c5` `(B, C, h, w)` -> tokens `(B, 1 + h*w, D)`, the global one first."""
+        places = self.projection(c5.flatten(2).transpose(1, 2))  # B, C, h, w -> B, h*w, D
+        return torch.cat([places.mean(dim=1, keepdim=True), places], dim=1)
+
+
+class BackboneTower:
+    """
+    Any backbone of transformers in place of a family's image tower; the texts stay the family's.
+
+    It knows nothing of language: an attention pool like CLIP's ResNet's on its last map, learned from nothing, brings
+    its places into the space of the texts (Rao et al. 2022, section 3.5).
+    """
+
+    last_blocks = ("plain",)
+    words_options: dict[str, Any] = {}
+    position_key = ""  # the backbone resizes its own positions, and so does the pool
+
+    def __init__(self, config: DenseCLIPConfig):
+        self.image_mean = tuple(config.backbone_image_mean or IMAGENET_DEFAULT_MEAN)
+        self.image_std = tuple(config.backbone_image_std or IMAGENET_DEFAULT_STD)
+
+    @staticmethod
+    def adapt(model: Any) -> None:
+        """
+        Give `model` its backbone and pool; drop what CLIP has for images.
+
+        Raises:
+            ImportError: if the backbone is of a library that is not installed.
+            ValueError: for a `last_block`, or heads that do not divide the width.
+        """
+        config, clip = model.config, model.clip
+        check_last_block(BackboneTower, config)
+        parts = [name for name, _ in (*clip.named_children(), *clip.named_parameters(recurse=False))]
+        drop(clip, [name for name in parts if name not in model.text_tower.text_parts])
+        model.backbone = new_backbone(config.backbone_config)
+        if not config.use_text_guidance:
+            return
+        width, heads = model.backbone.channels[-1], config.backbone_pool_num_attention_heads
+        if config.backbone_pool == "linear":
+            model.pool = LinearPool(width, config.embedding_size)
+            return
+        if heads is None:
+            heads = next(count for count in range(max(width // 64, 1), 0, -1) if width % count == 0)
+        if width % heads:
+            raise ValueError(
+                f"`backbone_pool_num_attention_heads` ({heads}) must divide the {width} channels of the backbone's "
+                "last map: leave it out, or choose a divisor."
+            )
+        grid = max(config.image_size // config.embedding_stride, 1)
+        model.pool = CLIPResNetAttentionPool(config, grid, width, heads, config.embedding_size)
+
+    @staticmethod
+    def pyramid(config: DenseCLIPConfig) -> nn.Module | None:
+        """Makes maps of strides 4 to 32 of a plain ViT's; the others' have them already."""
+        return None if config.is_hierarchical else ViTPyramid(config.feature_channels[0], config.batch_norm_eps)
+
+    @staticmethod
+    def encode(model: Any, pixel_values: torch.Tensor, plain: bool = False) -> ImageFeatures:
+        """`pixel_values` `(B, 3, H, W)` -> [`ImageFeatures`]."""
+        maps = list(model.backbone(pixel_values).feature_maps)
+        context = None if model.pool is None else model.pool(maps[-1])
+        return ImageFeatures(maps, context, tuple(maps[-1].shape[-2:]))
+
+
+def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    A backbone with random weights.
+
+    Raises:
+        ImportError: if it is of a library that is not installed.
+    """
+    try:
+        return AutoBackbone.from_config(config)
+    except ImportError as error:
+        reason = " ".join(str(error).split()).partition(".")[0]
+        raise ImportError(f"a backbone of the type {config.model_type!r} cannot be built: {reason}.") from error
+
+
 # Image-text model's `model_type` -> how it is read.
 TOWERS: dict[str, type] = {
     "clip": CLIPTower,
@@ -423,6 +510,11 @@ def tower_of(clip_config: PreTrainedConfig) -> Any:
     return TOWERS[clip_config.model_type]
 
 
+def image_tower_of(config: DenseCLIPConfig) -> Any:
+    """How a model of `config` reads images: with its backbone, or as the family of its `clip_config` does."""
+    return tower_of(config.clip_config) if config.backbone_config is None else BackboneTower(config)
+
+
 def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
     """
     Raises:
@@ -436,7 +528,7 @@ def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
     if config.tower_image_size is not None and len(pixel_values):
         return
     height, width = pixel_values.shape[-2:]
-    smallest = config.embedding_stride * (2 if config.out_indices else 1)  # the coarsest map of a ViT's pyramid
+    smallest = config.coarsest_stride
     if not len(pixel_values) or min(height, width) < smallest:
         raise ValueError(
             f"{len(pixel_values)} images of {height} x {width} pixels cannot be segmented: give at least one, "
@@ -447,6 +539,7 @@ def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
 __all__ = [
     "PRETRAINING_KEYS",
     "TOWERS",
+    "BackboneTower",
     "ImageFeatures",
     "ResNetTower",
     "ViTPyramid",
@@ -454,5 +547,6 @@ __all__ = [
     "check_images",
     "check_last_block",
     "drop",
+    "image_tower_of",
     "tower_of",
 ]

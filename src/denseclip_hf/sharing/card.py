@@ -37,7 +37,7 @@ METHODS = {
     "score maps to a Semantic-FPN decoder.",
     "cost_aggregation": "It matches every place's embedding with that of every class name, and a decoder that "
     "knows no classes (CAT-Seg's cost aggregation) refines the score maps: it takes any words.",
-    "unguided": "CLIP's image encoder under a Semantic-FPN decoder, without guidance by language (a baseline).",
+    "unguided": "An image encoder under a Semantic-FPN decoder, without guidance by language (a baseline).",
 }
 TOWERS = {
     "clip": "CLIP's vision transformer",
@@ -46,6 +46,7 @@ TOWERS = {
     "siglip": "SigLIP's vision transformer",
     "tipsv2": "TIPSv2's vision transformer",
 }
+POOLS = {"attention": "an attention pool", "linear": "a linear layer"}  # that embed places
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 # What stands between these comments is replaced with every measurement; the rest of a card is anybody's to edit.
 BEGIN, END = "<!-- results: replaced when the model is evaluated -->", "<!-- end of results -->"
@@ -57,7 +58,7 @@ def write_card(
     name: str | None = None,
     source: str | None = None,
     license: str | None = None,
-    base_model: str | None = None,
+    base_model: str | Sequence[str] | None = None,
     dataset: str | None = None,
     training: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
@@ -73,7 +74,8 @@ def write_card(
         name (`str`, *optional*): title, by default the directory's name.
         source (`str`, *optional*): where the weights come from, in words.
         license (`str`, *optional*): the Hub's identifier; "unknown" unless given.
-        base_model (`str`, *optional*): CLIP it started from; in the front matter if it is a name on the Hub.
+        base_model (`str` or `list[str]`, *optional*): CLIP, or backbone and CLIP, it started from; in the front matter
+            if that is a name on the Hub.
         dataset (`str`, *optional*): what it was trained on; likewise.
         training (`Mapping[str, Any]`, *optional*): the recipe, versions and hardware, by what they are called.
         results (`Mapping[str, Any]`, *optional*): a measurement, see [`add_results`].
@@ -93,13 +95,14 @@ def write_card(
     if path.is_file():
         return add_results(folder, results) if results else path
     config = DenseCLIPConfig.from_pretrained(folder)
+    bases = [base for base in ([base_model] if isinstance(base_model, str) else base_model or ()) if base]
     name = name or shown_name(folder)
     data = ModelCardData(
         library_name="transformers",
         license=license or "unknown",
         pipeline_tag=TASK,
         tags=["denseclip", "clip", "semantic-segmentation", TASK, "vision"],
-        base_model=base_model if base_model and is_hub_name(base_model) else None,
+        base_model=_one_or_all([base for base in bases if is_hub_name(base)]),
         datasets=[dataset] if dataset and is_hub_name(dataset) else None,
     )
     rows = {"Data": dataset and shown_name(dataset), **(training or {})}
@@ -110,7 +113,7 @@ def write_card(
         model=MODEL,
         num_labels=config.num_labels,
         method=METHODS[config.decode_head if config.use_text_guidance else "unguided"],
-        facts=_rows(_facts(config, source, base_model)),
+        facts=_rows(_facts(config, source, bases)),
         image=image,
         results=f"{BEGIN}\n{END}",
         training=_rows(rows) if dataset or training else None,
@@ -258,9 +261,13 @@ def protocol_words(protocol: Mapping[str, Any]) -> str:
     return ", ".join(words + [f"{key} {value}" for key, value in rest.items()])
 
 
-def _facts(config: DenseCLIPConfig, source: str | None, base_model: str | None) -> dict[str, Any]:
+def _facts(config: DenseCLIPConfig, source: str | None, bases: Sequence[str]) -> dict[str, Any]:
     clip: Any = config.clip_config
+    backbone: Any = config.backbone_config
     tower = TOWERS.get(clip.model_type, clip.model_type)
+    if backbone is not None:
+        tower = f"{backbone.model_type} backbone"
+        tower += f" with {POOLS[config.backbone_pool]}" if config.use_text_guidance else ""
     with torch.device("meta"):
         parameters = DenseCLIPForSemanticSegmentation(config).num_parameters()
     prompt = f"{config.num_context_tokens} learned context vectors" if config.num_context_tokens else "fixed"
@@ -269,7 +276,7 @@ def _facts(config: DenseCLIPConfig, source: str | None, base_model: str | None) 
         "Classes": config.num_labels,
         "Prompt": f'{prompt}, template "{config.prompt_template}"' if config.use_text_guidance else None,
         "Parameters": f"{parameters / 1e6:.1f} M",
-        "Started from": base_model and shown_name(base_model),
+        "Started from": " and ".join(shown_name(base) for base in bases) or None,
         "Weights": source,
     }
 
@@ -280,6 +287,11 @@ def _classes(config: DenseCLIPConfig) -> str:
         return markdown_table(("id", "class"), names)
     colors = [f"`#{red:02x}{green:02x}{blue:02x}`" for red, green, blue in config.palette]
     return markdown_table(("id", "class", "color"), [(*n, color) for n, color in zip(names, colors, strict=True)])
+
+
+def _one_or_all(names: list[str]) -> str | list[str] | None:
+    """What a field of the front matter that lists names has for `names`."""
+    return names if len(names) > 1 else next(iter(names), None)
 
 
 def shown_images(folder: Path, card: str) -> set[str]:

@@ -43,8 +43,7 @@ class _Logits(nn.Module):
 
 def side_step(model: DenseCLIPForSemanticSegmentation) -> int:
     """What the sides of an exported program's images are multiples of: pixels of one place on the coarsest map."""
-    clip: Any = model.config.clip_config
-    return 2 * getattr(clip.vision_config, "patch_size", 16)
+    return model.config.coarsest_stride
 
 
 def export_program(
@@ -57,7 +56,7 @@ def export_program(
     `model` as a program from `pixel_values` `(B, 3, H, W)` to `logits` `(B, K, h, w)`, both in float32.
 
     Images are taken whole: windows that slide are the caller's to cut. The class embeddings are constants in it, so
-    there is no text tower.
+    there is no text tower, unless they depend on the image (`prompting="pre_model"`).
 
     Args:
         model ([`DenseCLIPForSemanticSegmentation`]): it stays as it is.
@@ -76,7 +75,7 @@ def export_program(
             f"(at least {4 * step}), got size {size} and `max_side` {max_side}."
         )
     model = copy.deepcopy(model).eval().to(DTYPES[dtype])
-    if model.config.use_text_guidance:
+    if model.config.use_text_guidance and model.config.prompting == "post_model":
         model.freeze_classes()
     shapes = None
     if size is None:

@@ -38,7 +38,8 @@ def write_training_card(
     Returns:
         `Path` of the card.
     """
-    from_random = model_args.model is None and model_args.clip_config != "{}"
+    parts = ((model_args.backbone, model_args.backbone_config), (model_args.clip, model_args.clip_config))
+    bases = [model_args.model] if model_args.model else [name for name, config in parts if name and config == "{}"]
     results = None
     if metrics and data.validation is not None:
         model = DenseCLIPForSemanticSegmentation.from_pretrained(folder).eval()
@@ -55,8 +56,8 @@ def write_training_card(
     return write_card(
         folder,
         name=shown_name(args.output_dir),
-        base_model=None if from_random else model_args.model or model_args.clip,
-        source="trained from random ones, nothing pretrained" if from_random else None,
+        base_model=bases,
+        source=None if bases else "trained from random ones, nothing pretrained",
         dataset=data_args.dataset,
         training=training_summary(data_args, args),
         results=results,

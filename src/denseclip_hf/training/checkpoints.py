@@ -135,7 +135,8 @@ class CheckpointingTrainer(Trainer):
             add_code(folder)
         in_a_run = folder.name == WRITING_DIR  # which writes its own card at its end
         if not in_a_run and (folder / CONFIG_NAME).is_file() and not (folder / CARD).exists():
-            write_card(folder, base_model=self.model.config.clip_config.name_or_path or None)
+            parts = (self.model.config.backbone_config, self.model.config.clip_config)
+            write_card(folder, base_model=[part.name_or_path for part in parts if part is not None])
 
     def push_to_hub(self, *args, **kwargs):
         """Raises `ValueError`: what is pushed is chosen by `denseclip push`."""

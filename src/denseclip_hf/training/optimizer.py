@@ -21,9 +21,9 @@ ADAPTERS = GroupRow("adapters", "", "one")  # of `peft`; new, wherever they are 
 # The first row whose pattern matches the beginning of a parameter's name has it.
 GROUP_TABLE = [
     GroupRow("text_encoder", r"clip\.text_(model|projection)\.", "text_encoder"),
-    GroupRow("image_encoder", r"clip\.(vision_model|visual_projection)\.|pyramid\.", "image_encoder"),
+    GroupRow("image_encoder", r"clip\.(vision_model|visual_projection)\.|backbone\.|pyramid\.", "image_encoder"),
     GroupRow("context_decoder_norms", r"context_decoder\.layers\.\d+\.norm\d\.", "one", decays=False),
-    GroupRow("decoder", r"(context_decoder|neck|decode_head|prompts)\.|gamma$", "one"),
+    GroupRow("decoder", r"(pool|context_decoder|neck|decode_head|prompts)\.|gamma$", "one"),
 ]
 # With cost aggregation CLIP is trained in the queries and values of its attention alone, as in CAT-Seg. Those queries
 # that its last image block does not use would miss their gradient.
@@ -51,7 +51,8 @@ def parameter_groups(
         model (`DenseCLIPForSemanticSegmentation`): the model, with or without adapters of `peft`.
         lr (`float`): learning rate of what is new.
         weight_decay (`float`): decay of everything but the context decoder's layer norms, as in the original.
-        image_encoder_lr_multiplier (`float`): on `lr`, for the image tower and the ViT's pyramid; 0 freezes them.
+        image_encoder_lr_multiplier (`float`): on `lr`, for the image tower or backbone, and the ViT's pyramid; 0
+            freezes them. A backbone's attention pool is new and has `lr`; the authors trained theirs in this group.
         text_encoder_lr_multiplier (`float`): on `lr`, for the text tower; 0 freezes it.
         exempt_norms_and_biases (`bool`): no decay on any norm, bias or other vector, as transformers does.
 

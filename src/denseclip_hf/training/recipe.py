@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 from ..data import DatasetArguments, SegmentationData, check_dataset
 from ..model.configuration_clip_resnet import clip_config_class, refuse_unknown_options
@@ -31,7 +31,7 @@ CHECKED_SAMPLES = 20
 
 @dataclass
 class ModelArguments:
-    """What is trained: a fresh segmenter around a CLIP, or a trained one that goes on."""
+    """What is trained: a fresh segmenter around a CLIP or a backbone, or a trained one that goes on."""
 
     clip: str = field(
         default="openai/clip-vit-base-patch16",
@@ -39,6 +39,13 @@ class ModelArguments:
     )
     clip_config: str = field(
         default="{}", metadata={"help": "A CLIP's config as JSON: start from random weights instead of `clip`."}
+    )
+    backbone: str | None = field(
+        default=None,
+        metadata={"help": "Backbone that reads the images instead of the CLIP: a directory, or a name on the Hub."},
+    )
+    backbone_config: str = field(
+        default="{}", metadata={"help": "A backbone's config as JSON: random weights instead of `backbone`'s."}
     )
     model: str | None = field(
         default=None, metadata={"help": "A trained DenseCLIP to go on from, directory or Hub name, instead of `clip`."}
@@ -137,10 +144,12 @@ def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int)
         clip = _random_clip(clip_config, tokenizer)
     else:
         clip, tokenizer = load_clip(args.clip, args.tokenizer)
-    model = DenseCLIPForSemanticSegmentation.from_clip(
-        clip, data.id2label, tokenizer=tokenizer, image_size=crop_size, **options
-    )
-    return model, tokenizer
+    options = {"id2label": data.id2label, "tokenizer": tokenizer, "image_size": crop_size, **options}
+    backbone_config = _options(args.backbone_config, "backbone_config")
+    backbone = AutoConfig.for_model(**{"model_type": "", **backbone_config}) if backbone_config else args.backbone
+    if backbone is None:
+        return DenseCLIPForSemanticSegmentation.from_clip(clip, **options), tokenizer
+    return DenseCLIPForSemanticSegmentation.from_backbone(backbone, clip, **options), tokenizer
 
 
 def balanced_weights(data: SegmentationData) -> list[float]:
