@@ -148,7 +148,7 @@ def named_samples(count):
     return samples
 
 
-def test_a_shared_stream_gives_every_picture_once_per_pass_and_no_end():
+def test_a_shared_stream_gives_every_image_once_per_pass_and_no_end():
     shares = []
     for rank in (0, 1):
         stream = AugmentedStream(named_samples(5), SMALL)

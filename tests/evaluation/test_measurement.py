@@ -37,14 +37,13 @@ def test_scores_that_are_not_finite_end_it(arguments, tmp_path, options):
     with torch.no_grad():
         model.decode_head.classifier.bias[1] = float("nan")
     model.save_pretrained(tmp_path / "model")
-    words = r"\.jpg: the model's scores are NaN or infinite and tell no class: .* use bfloat16 or float32"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=r"\.jpg.*NaN"):
         measure(arguments(**options))
     assert not (tmp_path / "output_dir" / "evaluation.json").exists()
 
 
 def test_data_without_a_validation_split_are_refused(arguments):
-    with pytest.raises(ValueError, match="data has no validation split: name one with `--split`"):
+    with pytest.raises(ValueError, match="--split"):
         measure(arguments(validation_fraction=0.0))
 
 

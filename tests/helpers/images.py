@@ -5,7 +5,7 @@ from PIL import Image
 
 
 def photo(size=(96, 64), seed: int = 0) -> Image.Image:
-    """A smooth picture of random colors, of (width, height) pixels."""
+    """A smooth image of random colors, of (width, height) pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 16, size[0] // 16, 3)).astype(np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
@@ -21,13 +21,13 @@ def pictures(count=8, size=(80, 72)):
         mask = np.repeat(np.sort(rng.integers(0, 3, size[1])), size[0]).reshape(size[1], size[0]).astype(np.uint8)
         mask[:, :3] = 255
         colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])[mask % 3]
-        picture = np.clip(colors + rng.normal(0, 20, colors.shape), 0, 255).astype(np.uint8)
-        samples.append({"image": Image.fromarray(picture), "mask": mask})
+        image = np.clip(colors + rng.normal(0, 20, colors.shape), 0, 255).astype(np.uint8)
+        samples.append({"image": Image.fromarray(image), "mask": mask})
     return samples
 
 
 def make_sample(height=60, width=80, seed=0):
-    """A smooth picture and a mask of 3 x 4 blocks of classes 0…4."""
+    """A smooth image and a mask of 3 x 4 blocks of classes 0…4."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     blocks = rng.integers(0, 5, (3, 4), dtype=np.uint8)

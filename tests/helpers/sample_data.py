@@ -70,8 +70,8 @@ def save_data(folder, names=("class 0", "class 1", "class 2"), ids=(0, 1, 2), **
     for index, (width, height) in enumerate(SIZES_OF_SAVED):
         for kind in ("images", "masks"):
             (folder / "val" / kind).mkdir(parents=True, exist_ok=True)
-        picture = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-        Image.fromarray(picture).save(folder / "val" / "images" / f"p{index}.png")
+        image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        Image.fromarray(image).save(folder / "val" / "images" / f"p{index}.png")
         mask = np.array(ids)[rng.integers(0, 3, (height // 8 + 1, width // 8 + 1))].repeat(8, 0).repeat(8, 1)
         mask = mask[:height, :width].astype(np.uint8)
         mask[:4] = 255

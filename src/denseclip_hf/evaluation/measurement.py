@@ -316,9 +316,9 @@ class _Collector:
         if self.args.save_predictions:
             name = name_of(self.samples.samples[index]["image"])
             stem = "" if name == NAMELESS else f"_{file_stem(name.split('::')[0])}"
-            picture = indexed_image(prediction.cpu().numpy(), self.palette)
+            image = indexed_image(prediction.cpu().numpy(), self.palette)
             with writing_into(self.folder):
-                picture.save(self.folder / f"{index:06d}{stem}.png")
+                image.save(self.folder / f"{index:06d}{stem}.png")
 
     def boundary_scores(self, accelerator: Accelerator) -> dict[str, Any]:
         if not self.args.boundary_iou:
@@ -347,8 +347,8 @@ class _Collector:
             titles = ["image", "prediction over image", "prediction", "truth (black: void)"]
             comparison_image(rows, titles, names, self.palette).save(folder / "worst.png")
         if self.args.confusion_matrix:
-            picture = confusion_image(matrix[self.ids], [names[i] for i in self.ids], list(names.values()))
-            picture.save(folder / "confusion_matrix.png")
+            drawn = confusion_image(matrix[self.ids], [names[i] for i in self.ids], list(names.values()))
+            drawn.save(folder / "confusion_matrix.png")
 
 
 __all__ = ["EvaluationArguments", "measure"]

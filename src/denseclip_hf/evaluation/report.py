@@ -30,6 +30,7 @@ import numpy as np
 
 from ..files import write_atomically
 from ..metrics import scores_from_confusion_matrix
+from ..model.class_names_denseclip import same_name
 from ..model.configuration_denseclip import DenseCLIPConfig
 
 
@@ -40,34 +41,29 @@ SCORES = ("iou", "accuracy", "dice", "fscore", "precision")
 
 def match_classes(data: Mapping[int, str], model: Mapping[int, str]) -> list[int]:
     """
-    The model's id of each of the data's classes, by name (surrounding whitespace does not count).
+    The model's id of each of the data's classes, by name as [`same_name`] compares them.
 
     Raises:
-        ValueError: if the data has a class that the model does not know, or a name stands for several classes.
+        ValueError: if the data has a class that the model does not know.
     """
-    names = [data[i].strip() for i in range(len(data))]
-    known = [model[i].strip() for i in range(len(model))]
+    names, known = ([same_name(classes[i]) for i in range(len(classes))] for classes in (data, model))
     if names == known:
         return list(range(len(names)))
-    unknown = [name for name in names if name not in known]
+    unknown = [data[i] for i, name in enumerate(names) if name not in known]
     if unknown:
-        listed = ", ".join(repr(name) for name in unknown[:5]) + (", …" if len(unknown) > 5 else "")
         raise ValueError(
-            f"{len(unknown)} of the data's {len(names)} classes are unknown to the model ({listed}), whose classes "
-            f"start with {', '.join(repr(name) for name in known[:5])}: evaluate on data with the model's classes, or "
-            "rename the data's (`--classes`)."
+            f"{len(unknown)} of the data's {len(names)} classes are unknown to the model ({_some(unknown)}), whose "
+            f"classes start with {_some(list(model.values()))}: evaluate on data with the model's classes, or rename "
+            "the data's (`--classes`)."
         )
-    if len(set(names)) < len(names) or len(set(known)) < len(known):
-        raise ValueError("class names appear twice, so data and model cannot be matched by name.")
-    if len(names) < len(known):
-        absent = [name for name in known if name not in names]
-        logger.warning(
-            "The data has %d of the model's %d classes (not %s): matched by name; means are over the data's classes.",
-            len(names), len(known), ", ".join(absent[:5]) + (", …" if len(absent) > 5 else ""),
-        )  # fmt: skip
-    else:
-        logger.warning("The data has the model's classes in another order: matched by name.")
+    absent = [model[i] for i, name in enumerate(known) if name not in names]
+    which = f"lacks {len(absent)} of the model's classes ({_some(absent)})" if absent else "has another order"
+    logger.warning("The data %s: its classes are matched by name, and means are over them.", which)
     return [known.index(name) for name in names]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 class MatchedSamples:
