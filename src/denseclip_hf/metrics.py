@@ -97,13 +97,9 @@ def boundary_counts(
         `torch.Tensor` of shape `(3, num_labels)`: int64 counts of intersection, prediction and reference.
 
     Raises:
-        ValueError: As [`confusion_matrix`] does, and if the maps are not two-dimensional.
+        ValueError: As [`confusion_matrix`] does.
     """
     predicted, labelled, valid = _checked(prediction, reference, num_labels, ignore_index)
-    if predicted.ndim != 2:
-        raise ValueError(
-            f"Contours need maps of shape (height, width), but these have shape {tuple(predicted.shape)}."
-        )
     distance = max(1, round(boundary_width * float(np.hypot(*predicted.shape))))
     in_prediction = _contour_band(predicted, valid, distance) & valid
     in_reference = _contour_band(labelled, valid, distance) & valid
@@ -116,40 +112,28 @@ def _checked(
     prediction: LabelMap, reference: LabelMap, num_labels: int, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both maps as int64 on the prediction's device, and the mask of pixels that count."""
-    predicted = _integers(prediction, "prediction")
-    labelled = _integers(reference, "reference").to(predicted.device)
+    predicted = _integers(prediction)
+    labelled = _integers(reference).to(predicted.device)
     if predicted.shape != labelled.shape:
-        raise ValueError(
-            f"Prediction and reference must have the same size, but the prediction is "
-            f"{_size(predicted)} and the reference {_size(labelled)}."
-        )
+        sizes = ("×".join(map(str, label_map.shape)) for label_map in (predicted, labelled))
+        raise ValueError(f"The prediction is {' but the reference '.join(sizes)} pixels: make them of one size.")
     valid = labelled != ignore_index
-    _check_range(predicted[valid], num_labels, "The prediction", " where the reference is not ignored")
-    _check_range(labelled[valid], num_labels, "The reference", f" other than ignore_index={ignore_index}")
+    for name, values in (("prediction", predicted[valid]), ("reference", labelled[valid])):
+        lowest, highest = values.aminmax() if values.numel() else (0, 0)
+        if lowest < 0 or highest >= num_labels:
+            raise ValueError(
+                f"The {name}'s values go from {lowest} to {highest} where the reference is not "
+                f"{ignore_index}, but class ids from 0 to {num_labels - 1}: correct them, num_labels or ignore_index."
+            )
     return predicted, labelled, valid
 
 
-def _integers(label_map: LabelMap, name: str) -> torch.Tensor:
+def _integers(label_map: LabelMap) -> torch.Tensor:
     values = label_map if isinstance(label_map, torch.Tensor) else np.asarray(label_map)
     if not holds_integers(values):
-        raise ValueError(f"The {name} must hold integer class ids, but its dtype is {values.dtype}.")
+        raise ValueError(f"Label maps must hold integer class ids, but one has the dtype {values.dtype}: convert it.")
     # astype copies, so read-only and byte-swapped arrays are welcome too
     return values.long() if isinstance(values, torch.Tensor) else torch.from_numpy(values.astype(np.int64))
-
-
-def _check_range(values: torch.Tensor, num_labels: int, name: str, exception: str) -> None:
-    if values.numel() == 0:
-        return
-    lowest, highest = (value.item() for value in values.aminmax())
-    if lowest < 0 or highest >= num_labels:
-        raise ValueError(
-            f"{name} must hold class ids from 0 to {num_labels - 1}{exception}, but its values go from {lowest} to "
-            f"{highest}."
-        )
-
-
-def _size(label_map: torch.Tensor) -> str:
-    return "×".join(map(str, label_map.shape)) or "a single number"
 
 
 def _contour_band(label_map: torch.Tensor, valid: torch.Tensor, distance: int) -> torch.Tensor:
@@ -174,8 +158,6 @@ class _CountingMetric(evaluate.Metric):
     """What the metrics below share: counts that add up over images, on the device where the predictions are."""
 
     def __init__(self, num_labels: int, ignore_index: int = 255, do_reduce_labels: bool = False, **options: Any):
-        if num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
         if do_reduce_labels and 0 <= ignore_index < num_labels:
             raise ValueError(
                 f"With do_reduce_labels, ignore_index must not be a class id, but {ignore_index} is below "
@@ -222,7 +204,7 @@ class _CountingMetric(evaluate.Metric):
         Raises:
             ValueError: If the sizes differ, a map is not made of integers, or a class id is out of range.
         """
-        labels = _integers(reference, "reference")
+        labels = _integers(reference)
         if self.do_reduce_labels:
             labels = reduce_labels(labels, self.ignore_index)
         self._accumulate(self._count(prediction, labels), 1)
@@ -351,9 +333,6 @@ class MeanBoundaryIoU(_CountingMetric):
             one pixel.
 
     `compute` returns `mean_boundary_iou` and `per_category_boundary_iou` (K floats, NaN where the class is absent).
-
-    Raises:
-        ValueError: if `boundary_width` is not positive.
     """
 
     def __init__(
@@ -363,8 +342,6 @@ class MeanBoundaryIoU(_CountingMetric):
         do_reduce_labels: bool = False,
         boundary_width: float = 0.02,
     ):
-        if not boundary_width > 0:
-            raise ValueError(f"boundary_width must be positive, got {boundary_width}.")
         super().__init__(num_labels, ignore_index, do_reduce_labels, boundary_width=boundary_width)
         self.boundary_width = boundary_width
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from denseclip_hf.cli.check_data import main
+from denseclip_hf.cli.check_data import main, samples_per_second
 from denseclip_hf.data import check_dataset, load_segmentation_dataset
 from denseclip_hf.evaluation import EvaluationArguments
 from denseclip_hf.training.recipe import DataArguments
@@ -38,7 +38,7 @@ def test_report_names_every_problem(folder):
     data = load_segmentation_dataset(folder, read_first=False)
     report = check_dataset(data, full=True)
     assert not report.ok and len(report.problems) == 2
-    assert "000.jpg cannot be read" in report.problems[0] and "holds the ids 9" in report.problems[1]
+    assert "000.jpg" in report.problems[0] and "001.png" in report.problems[1]
     assert report.splits["train"].num_checked == 4 and len(report.splits["train"].sizes) == 3
     assert "Problems: 2" in str(report)
 
@@ -57,7 +57,8 @@ def test_problems_of_a_kind_are_printed_together(tmp_path):
 
 def test_a_split_without_samples_is_a_problem():
     data = load_segmentation_dataset({"train": hub_like(4).select([])}, classes=NAMES, read_first=False)
-    assert check_dataset(data).problems == ["train: the split has no samples; remove it or fill it."]
+    (problem,) = check_dataset(data).problems
+    assert problem.startswith("train: ") and "no samples" in problem
 
 
 def test_report_of_a_stream_and_of_a_split_without_sound_samples(folder, tmp_path):
@@ -69,7 +70,7 @@ def test_report_of_a_stream_and_of_a_split_without_sound_samples(folder, tmp_pat
     rows = hub_like(4).to_iterable_dataset()
     stream = load_segmentation_dataset({"train": rows}, classes=NAMES[:2], read_first=False)  # masks hold 0…2
     (problem,) = check_dataset(stream).problems
-    assert problem.startswith("train: sample 0: ") and "holds the ids 2" in problem
+    assert problem.startswith("train: sample 0: ")
 
 
 def test_quick_check_looks_at_the_same_few_samples(folder):
@@ -81,25 +82,27 @@ def test_quick_check_looks_at_the_same_few_samples(folder):
 
 @pytest.mark.parametrize("number", [0, -3])
 def test_looking_at_nothing_is_refused(folder, number):
-    with pytest.raises(ValueError, match=f"`max_samples` is {number}, .*: give 1 or more"):
+    with pytest.raises(ValueError, match="max_samples"):
         check_dataset(load_segmentation_dataset(folder), max_samples=number)
 
 
 def test_script_names_its_options_as_train_and_evaluate_do(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    shown = capsys.readouterr().out
-    asked = set(re.findall(r"--(\w+)", shown)) - {"help", "full", "max_samples"}
+    asked = set(re.findall(r"--(\w+)", capsys.readouterr().out)) - {"help", "full", "max_samples", "speed"}
     fields = {field.name for kind in (DataArguments, EvaluationArguments) for field in dataclasses.fields(kind)}
     assert "dataset_config" in asked and asked <= fields
-    assert "Samples per split without --full. (default: 50)" in " ".join(shown.split())
+
+
+def test_speed_is_that_of_training_samples(folder):
+    assert 0 < samples_per_second(load_segmentation_dataset(folder), workers=1, seconds=0.2) < 10_000
 
 
 def test_script_prints_a_table_and_tells_by_its_exit_code(folder, capsys):
-    for expected, words in ((0, "No problems."), (1, "000.jpg cannot be read"), (1, "no data set that is recognised")):
+    for expected, words in ((0, "No problems."), (1, "000.jpg"), (1, "SPLIT/images")):
         if expected:
             truncated(folder / "train/images/000.jpg")
-        source = folder / "train" / "masks" if "recognised" in words else folder
+        source = folder / "train" / "masks" if "SPLIT" in words else folder
         try:
             code = main([str(source), "--full"])
         except SystemExit as stop:
