@@ -158,15 +158,12 @@ def sliding_window_logits(
         `torch.Tensor` of shape `(batch_size, K, height, width)`: averaged logits in float32.
 
     Raises:
-        ValueError: if `stride` is not between 1 and `crop_size`, or `batch_size` is below 1.
+        ValueError: if `stride` is larger than `crop_size`, so that pixels would be left out.
     """
     if batch_size is None:
         batch_size = 1 if pixel_values.device.type == "cpu" else 4
-    if batch_size < 1 or any(not 1 <= s <= c for s, c in zip(stride, crop_size, strict=True)):
-        raise ValueError(
-            f"`stride` {tuple(stride)} must be between 1 and `crop_size` {tuple(crop_size)}, and `batch_size` "
-            f"({batch_size}) at least 1."
-        )
+    if any(s > c for s, c in zip(stride, crop_size, strict=True)):
+        raise ValueError(f"`stride` {tuple(stride)} is larger than `crop_size` {tuple(crop_size)}: lower it.")
     height, width = pixel_values.shape[-2:]
     h, w = min(crop_size[0], height), min(crop_size[1], width)
     windows = [
@@ -190,8 +187,7 @@ def sliding_window_logits(
                 some = slice(start, start + max(1, _CHUNK_ELEMENTS // (h * w)))
                 resized = resize_bilinear(window[None, some].float(), (h, w))[0]
                 total[image, some, rows, columns] += resized * weights[rows, columns]
-    if total is None:
-        raise ValueError("`pixel_values` holds no image: give at least one.")
+    assert total is not None, "no image"
     return total
 
 
@@ -771,8 +767,6 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
                     lambda pixels: {"score_maps": self.score(pixels, text_embeds, use_context_decoder)}, pixel_values
                 )["score_maps"]
         sizes: list[Any] = [p.shape[-2:] for p in pixel_values] if target_sizes is None else list(target_sizes)
-        if len(sizes) != len(maps):
-            raise ValueError(f"There are {len(maps)} images but {len(sizes)} target sizes.")
         segmentation = [resize_argmax(m[None], size)[0] for m, size in zip(maps, sizes, strict=True)]
         return ScoreSegmentation(segmentation=segmentation, score_maps=maps)
 
