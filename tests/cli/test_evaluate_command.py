@@ -173,3 +173,5 @@ def test_classes_unknown_to_training_are_scored_apart(tmp_path):
     assert "mIoU, unseen classes" in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match="zebra"):
         evaluate(replace(args, unseen=["zebra"]))
+    report = evaluate(replace(args, unseen=[], leave_out=["car"]))
+    assert report["metrics"]["mean_iou"] == pytest.approx(seen) and report["protocol"]["leave_out"] == ["car"]

@@ -193,6 +193,8 @@ def _as_flags(recipe: dict[str, Any]) -> list[str]:
 
 
 def _closest(name: str, known: Any) -> str:
+    if "warmup_ratio" in name:
+        return ": give `--warmup_steps`, which below 1 is a share of all steps."
     close = difflib.get_close_matches(name, known, n=1)
     return f": did you mean `{close[0]}`?" if close else ": see `--help`."
 

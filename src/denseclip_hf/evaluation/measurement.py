@@ -77,6 +77,9 @@ class EvaluationArguments(WindowOptions, DatasetArguments):
     unseen: list[str] = field(
         default_factory=list, metadata={"help": "Classes that training did not know: scored apart from the others."}
     )
+    leave_out: list[str] = field(
+        default_factory=list, metadata={"help": "Classes that the means are not over, such as the background."}
+    )
     max_images: int | None = field(default=None, metadata={"help": "Evaluate on at most N images, the first."})
     scales: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Factors on the image size."})
     flip: bool = field(default=False, metadata={"help": "Average with mirrored views."})
@@ -136,6 +139,11 @@ def measure(args: EvaluationArguments, options: WordOptions | None = None) -> di
             model.set_classes(data.id2label, args.model)  # it takes any
     names = model.config.id2label
     ids = match_classes(data.id2label, names)
+    for flag in ("unseen", "leave_out"):
+        if unknown := [name for name in getattr(args, flag) if name not in data.label2id]:
+            raise ValueError(f"{unknown[0]!r} is none of the data's classes: correct its name in `--{flag}`.")
+    left_out = [ids[data.label2id[name]] for name in args.leave_out]
+    protocol |= {"leave_out": args.leave_out} if left_out else {}
     ignore_index = model.config.semantic_loss_ignore_index
     make_directory(args.output_dir)
     samples = MatchedSamples(data.validation, ids, data.ignore_index, ignore_index)
@@ -151,7 +159,7 @@ def measure(args: EvaluationArguments, options: WordOptions | None = None) -> di
         predict=predict,
         on_prediction=collector,
     )
-    chosen = scores_of_classes(scores["confusion_matrix"], ids) | collector.boundary_scores(accelerator)
+    chosen = scores_of_classes(scores["confusion_matrix"], ids, left_out) | collector.boundary_scores(accelerator)
     if args.unseen:
         chosen |= seen_and_unseen(chosen["per_category_iou"], list(data.id2label.values()), args.unseen)
     worst = collector.gathered_worst()

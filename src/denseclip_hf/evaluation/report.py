@@ -91,25 +91,19 @@ class MatchedSamples:
         return {"image": sample["image"], "mask": matched}
 
 
-def scores_of_classes(matrix, ids: Sequence[int]) -> dict[str, Any]:
-    """[`scores_from_confusion_matrix`] for the classes `ids` alone: lists in their order, means over them."""
+def scores_of_classes(matrix, ids: Sequence[int], leave_out: Sequence[int] = ()) -> dict[str, Any]:
+    """[`scores_from_confusion_matrix`] for the classes `ids` alone, in their order; means are without `leave_out`."""
     scores = scores_from_confusion_matrix(matrix)
     chosen: dict[str, Any] = {"overall_accuracy": scores["overall_accuracy"]}
     for name in SCORES:
         values = [scores[f"per_category_{name}"][i] for i in ids]
-        chosen |= {f"mean_{name}": nan_mean(values), f"per_category_{name}": values}
+        counted = [value for i, value in zip(ids, values, strict=True) if i not in leave_out]
+        chosen |= {f"mean_{name}": nan_mean(counted), f"per_category_{name}": values}
     return chosen
 
 
 def seen_and_unseen(iou: Sequence[float], names: Sequence[str], unseen: Sequence[str]) -> dict[str, float]:
-    """
-    Mean IoU of the classes `names` that training knew and of those it did not, and the two's harmonic mean.
-
-    Raises:
-        ValueError: if one of `unseen` is no class.
-    """
-    if unknown := [name for name in unseen if name not in names]:
-        raise ValueError(f"{unknown[0]!r} is none of the classes {', '.join(names)}: correct its name in `--unseen`.")
+    """Mean IoU of the classes `names` that training knew and of those it did not, and the two's harmonic mean."""
     known, new = (
         nan_mean([value for value, name in zip(iou, names, strict=True) if (name in unseen) == is_new])
         for is_new in (False, True)
