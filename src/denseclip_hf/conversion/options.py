@@ -197,7 +197,7 @@ def _refuse_unsupported(options: dict[str, Any], part: str = "") -> None:
     """
     Raise `ValueError` for options in `part` of an original `model = dict(...)` whose meaning would be lost.
 
-    Unknown ones that are off (`None`, `False`, 0) have none.
+    An unknown option that is off (`None`, `False`, 0) has no meaning to lose.
     """
     for option, value in options.items():
         place, plain = f"{part}.{option}".lstrip("."), list(value) if isinstance(value, tuple) else value
