@@ -13,15 +13,18 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation, AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
 from denseclip_hf.cli.export import main
+from denseclip_hf.example import example_clip_model, example_tokenizer, make_example_clip
+from denseclip_hf.inference import load_model
 from denseclip_hf.sharing import check_export, export, write_card
 from denseclip_hf.sharing.export import export_program, run_exported
 from denseclip_hf.training.tokenizer import learn_tokenizer
+from denseclip_hf.words import WordReader
 from helpers.forked import run_script
-from helpers.models import tiny_config, tiny_model
+from helpers.models import COST_AGGREGATION, tiny_config, tiny_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -189,3 +192,55 @@ def test_a_full_disk_leaves_nothing(directory, tmp_path, format):
     code, said = run_script(*command, largest_file=100_000)
     assert code == 1 and "Traceback" not in said, said
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+# Any words
+
+
+@pytest.fixture(scope="module", params=["clip", "cost_aggregation"])
+def word_model(request, tmp_path_factory):
+    """The directory of a model that takes any words: an untrained CLIP, and a segmenter with such a decoder."""
+    folder = tmp_path_factory.mktemp("words") / request.param
+    if request.param == "clip":
+        return str(make_example_clip(folder, "vit"))
+    tokenizer = example_tokenizer()
+    options = COST_AGGREGATION | {"aggregator": COST_AGGREGATION["aggregator"] | {"max_classes": 12}}
+    torch.manual_seed(0)
+    model = DenseCLIPForSemanticSegmentation.from_clip(
+        example_clip_model(tokenizer, "vit"), ["sky", "road"], tokenizer, image_size=96, **options
+    )
+    for part in (model, tokenizer, PROCESSOR):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onnx", "torch_export"])
+def test_a_program_takes_any_words(word_model, tmp_path, kind, capsys):
+    main([word_model, str(tmp_path / "out"), "--format", kind, "--words", "sky,a red car,tree"])
+    assert "largest difference" in capsys.readouterr().out
+    (path,) = (tmp_path / "out").glob("model.*")
+    assert b"text_model" not in path.read_bytes()
+    labels = json.loads((tmp_path / "out" / "labels.json").read_text())
+    first = torch.from_numpy(np.load(tmp_path / "out" / "text_embeds.npy"))
+    assert list(labels["id2label"].values()) == ["sky", "a red car", "tree"] and len(first) == 3
+    model, processor = load_model(word_model)
+    reader = WordReader(model.eval(), AutoTokenizer.from_pretrained(word_model), processor)
+    torch.testing.assert_close(reader.encode(("sky", "a red car", "tree")), first)
+    model.config.inference_mode = "whole"
+    for words in (["road", "house"], ["road", "house", "tree", "lake", "sun", "field", "a blue car"]):
+        embeds = reader.encode(tuple(words))
+        pixels = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = reader.score(pixels, embeds)
+        torch.testing.assert_close(run_exported(path, pixels, embeds), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_words_need_a_model_that_takes_any(tmp_path, word_model_dir, capsys):
+    with pytest.raises(SystemExit, match="^1$"):
+        main([str(word_model_dir), str(tmp_path / "out"), "--words", "sky,car"])
+    assert "takes no words" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    folder = str(make_example_clip(tmp_path / "clip", "vit"))
+    with pytest.raises(SystemExit, match="^1$"):
+        main([folder, str(tmp_path / "out")])
+    assert "words" in capsys.readouterr().err

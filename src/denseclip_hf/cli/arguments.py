@@ -22,6 +22,7 @@ from torch import distributed
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from ..data import parse_classes
 from ..model.loading_denseclip import reason_of
 
 
@@ -99,6 +100,16 @@ class DataclassParser(HfArgumentParser):
             if option.init:
                 option.type = hints[option.name]
                 self._parse_dataclass_field(group if option.name in names else inherited, option)  # type: ignore[arg-type]
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them, or those of a file that [`parse_classes`] reads (which may hold commas)."""
+    if "," in text:
+        return [name.strip() for name in text.split(",")]
+    try:
+        return list(parse_classes(text).id2label.values())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_arguments(

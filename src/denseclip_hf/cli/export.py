@@ -1,19 +1,24 @@
 """A model to run elsewhere.
 
     denseclip export MODEL OUTPUT_DIR --format onnx [--size 512 512]
+    denseclip export CLIP OUTPUT_DIR --words "sky,a red car"
 
-Formats: onnx and torch_export (programs with the class embeddings folded in), frozen (a model directory without the
-text tower, for the Auto classes).
+Formats: onnx and torch_export (programs), frozen (a model directory without the text tower, for the Auto classes). A
+program has the class embeddings folded in or, with --words, takes those of any words as an input.
 """
 
 import argparse
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from ..devices import DTYPES
 from ..files import new_directory
 from ..inference import load_model
+from ..model.loading_denseclip import load_pretrained
 from ..sharing import FORMATS, MAX_SIDE, check_export, export, export_frozen
-from .arguments import HelpFormatter, one_sentence_errors
+from ..words import WordReader
+from .arguments import HelpFormatter, names, one_sentence_errors
 
 
 @one_sentence_errors
@@ -25,11 +30,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="the only size of images")
     parser.add_argument("--max_side", type=int, default=MAX_SIDE, help="longest side of an image")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights of a program")
+    parser.add_argument(
+        "--words", type=names, help="take any words, for a CLIP or a decoder of any words; these are written beside"
+    )
     parser.add_argument("--opset", type=int, help="of ONNX (default: PyTorch's)")
     args = parser.parse_args(argv)
-    of_programs = args.size or args.max_side != MAX_SIDE or args.dtype != "float32"
+    of_programs = args.size or args.max_side != MAX_SIDE or args.dtype != "float32" or args.words
     if (args.format == "frozen" and of_programs) or (args.format != "onnx" and args.opset):
-        parser.error("--size, --max_side and --dtype are options of programs, --opset of ONNX alone: leave them out")
+        parser.error(
+            "--size, --max_side, --dtype and --words are for programs, --opset for ONNX alone: leave them out"
+        )
     model, processor = load_model(args.model, "fp32")
     with new_directory(args.output_dir) as directory:
         if args.format == "frozen":
@@ -38,8 +48,13 @@ def main(argv: list[str] | None = None) -> None:
         else:
             size = (args.size[0], args.size[1]) if args.size else None
             options = {"size": size, "max_side": args.max_side, "dtype": args.dtype}
-            path = export(model, processor, directory, args.format, args.opset, **options)
-            difference = check_export(model, path, size)
+            embeds = words = None
+            if args.words:
+                reader = WordReader(model, load_pretrained(AutoTokenizer, args.model), processor)
+                embeds = reader.encode(tuple(args.words))
+                words = dict(zip(args.words, embeds, strict=True))
+            path = export(model, processor, directory, args.format, args.opset, words, **options)
+            difference = check_export(model, path, size, embeds)
             megabytes = path.stat().st_size / 1e6
             print(f"{path.name}: {megabytes:.1f} MB, largest difference of a logit {difference:.2e}")
     print(f"Written to {args.output_dir}")

@@ -16,22 +16,11 @@ from dataclasses import fields
 
 from transformers import AutoTokenizer
 
-from ..data import parse_classes
 from ..devices import device_of
 from ..inference import LOADING_DTYPES, Segmenter, find_sources, load_model, predict_sources
 from ..model.loading_denseclip import load_pretrained
 from ..words import WindowOptions, WordOptions, set_options
-from .arguments import DataclassParser, log_to_terminal, one_sentence_errors
-
-
-def names(text: str) -> list[str]:
-    """Names with commas between them, or those of a file that [`parse_classes`] reads (which may hold commas)."""
-    if "," in text:
-        return [name.strip() for name in text.split(",")]
-    try:
-        return list(parse_classes(text).id2label.values())
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+from .arguments import DataclassParser, log_to_terminal, names, one_sentence_errors
 
 
 def make_parser(description: str | None, output_dir: str) -> DataclassParser:

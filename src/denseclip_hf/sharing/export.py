@@ -1,4 +1,4 @@
-"""Models as programs that run without this package: ONNX and `torch.export`, class embeddings folded in."""
+"""Models as programs that run without this package: ONNX and `torch.export`, for their classes or for any words."""
 
 import copy
 import importlib
@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
@@ -19,54 +20,72 @@ from transformers.utils import cached_file
 from ..devices import DTYPES
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_pretrained
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
+from ..model.towers_denseclip import drop
 from .card import CARD, plain, shown_images, shown_name, write_card
 
 
+WORDS_FILE = "text_embeds.npy"
 FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
-MAX_SIDE = 4096
+MAX_SIDE, MAX_WORDS = 4096, 4096
 
 
 class _Logits(nn.Module):
-    """What is exported: pixels to logits, both in float32 whatever the weights are in."""
+    """What is exported: pixels, and words where asked for, to logits; all in float32 whatever the weights are in."""
 
-    def __init__(self, model: DenseCLIPForSemanticSegmentation, step: int):
+    def __init__(self, model: DenseCLIPModel, step: int):
         super().__init__()
         self.model, self.step = model, step
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None) -> torch.Tensor:
         rows, columns = (side // self.step for side in pixel_values.shape[-2:])
         # No change where the sides are multiples of the step; elsewhere the ONNX program fails here.
         blocks = pixel_values.unflatten(2, (rows, self.step)).unflatten(4, (columns, self.step))
-        return self.model.window_logits(blocks.flatten(4, 5).flatten(2, 3).to(self.model.dtype)).float()
+        return whole_logits(self.model, blocks.flatten(4, 5).flatten(2, 3), text_embeds)
 
 
-def side_step(model: DenseCLIPForSemanticSegmentation) -> int:
+def whole_logits(
+    model: DenseCLIPModel, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a program gives: logits of images taken whole; of a model without decoder, cosines over the temperature."""
+    pixel_values = pixel_values.to(model.dtype)
+    text_embeds = text_embeds if text_embeds is None else text_embeds.to(model.dtype)
+    if isinstance(model, DenseCLIPForSemanticSegmentation):
+        return model.window_logits(pixel_values, text_embeds).float()
+    return model(pixel_values, text_embeds).score_maps.float() / model.config.temperature
+
+
+def side_step(model: DenseCLIPModel) -> int:
     """What the sides of an exported program's images are multiples of: pixels of one place on the coarsest map."""
     return model.config.coarsest_stride
 
 
 def export_program(
-    model: DenseCLIPForSemanticSegmentation,
+    model: DenseCLIPModel,
     size: tuple[int, int] | None = None,
     max_side: int = MAX_SIDE,
     dtype: str = "float32",
+    words: bool = False,
 ) -> ExportedProgram:
     """
     `model` as a program from `pixel_values` `(B, 3, H, W)` to `logits` `(B, K, h, w)`, both in float32.
 
-    Images are taken whole: windows that slide are the caller's to cut. The class embeddings are constants in it, so
-    there is no text tower, unless they depend on the image (`prompting="pre_model"`).
+    Images are taken whole: windows that slide are the caller's to cut. The class embeddings are constants or, with
+    `words`, a second input `text_embeds` `(K, D)`, with any number of classes; there is no text tower, unless they
+    depend on the image (`prompting="pre_model"`).
 
     Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): it stays as it is.
+        model ([`DenseCLIPModel`]): it stays as it is.
         size (`tuple[int, int]`, *optional*): the only height and width it takes, one image at a time. By default B is
             free, and H and W are multiples of [`side_step`], at least two of them and at most `max_side`.
         max_side (`int`): bound of H and W.
         dtype (`str`): of the weights, a key of `DTYPES`.
+        words (`bool`): whether the program takes any words, for a model without decoder or with cost aggregation (up
+            to one less than its `max_classes`).
 
     Raises:
-        ValueError: if `size` is no multiple of the step, or `max_side` is less than four of them.
+        ValueError: if `size` is no multiple of the step, or `max_side` is less than four of them; for `words` where
+            the decoder knows only the classes of its training.
     """
     step = side_step(model)
     if any(side % step or side < 2 * step for side in size or ()) or max_side < 4 * step:
@@ -74,16 +93,31 @@ def export_program(
             f"the sides of this model's exported images are multiples of {step}, from {2 * step} to `max_side` "
             f"(at least {4 * step}), got size {size} and `max_side` {max_side}."
         )
+    is_segmenter = isinstance(model, DenseCLIPForSemanticSegmentation)
+    if words and is_segmenter and model.config.decode_head != "cost_aggregation":
+        raise ValueError("the decoder knows only the classes of its training, so its program takes no words.")
+    if not words and not is_segmenter:
+        raise ValueError("a model without decoder has no classes of its own: export it with `words`.")
     model = copy.deepcopy(model).eval().to(DTYPES[dtype])
-    if model.config.use_text_guidance and model.config.prompting == "post_model":
+    if words:
+        drop(model.clip, model.text_tower.text_parts)
+        model.prompts = None
+    elif model.config.use_text_guidance and model.config.prompting == "post_model":
         model.freeze_classes()
-    shapes = None
+    shapes: dict[str, Any] = {"pixel_values": None}
     if size is None:
         rows, columns = (Dim(name, min=2, max=max_side // step) for name in ("rows", "columns"))
-        shapes = {"pixel_values": {0: Dim("batch", min=1, max=1024), 2: step * rows, 3: step * columns}}
-    example = torch.zeros(1 if size else 2, 3, *(size or (3 * step, 4 * step)), device=model.device)
+        shapes["pixel_values"] = {0: Dim("batch", min=1, max=1024), 2: step * rows, 3: step * columns}
+    example = [torch.zeros(1 if size else 2, 3, *(size or (3 * step, 4 * step)), device=model.device)]
+    if words:
+        head: Any = model.decode_head if is_segmenter else None
+        decoded = head.max_classes if head is not None else 0
+        most = decoded - 1 if decoded else MAX_WORDS
+        example.append(torch.ones(3, model.config.embedding_size, device=model.device))
+        # Not a named `Dim`: torch cannot prove of a pooling's strides that they fit every number.
+        shapes["text_embeds"] = {0: Dim.DYNAMIC(min=1, max=most)}
     with torch.no_grad():
-        program = torch.export.export(_Logits(model, step).eval(), (example,), dynamic_shapes=shapes)
+        program = torch.export.export(_Logits(model, step).eval(), tuple(example), dynamic_shapes=shapes)
     for part in program.graph_module.modules():  # traces name the files, and so the folders, of this machine
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
             node.meta.pop("stack_trace", None)
@@ -91,22 +125,25 @@ def export_program(
 
 
 def export(
-    model: DenseCLIPForSemanticSegmentation,
+    model: DenseCLIPModel,
     processor: DenseCLIPImageProcessorPil,
     directory: str | os.PathLike,
     kind: str,
     opset: int | None = None,
+    words: dict[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> Path:
     """
     Write `model` into `directory`, with what is needed to use it: image processor and `labels.json`.
 
     Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): in float32.
+        model ([`DenseCLIPModel`]): in float32.
         processor ([`DenseCLIPImageProcessor`]): its image processor.
         directory (`str` or `os.PathLike`): exists already.
         kind (`str`): "onnx" or "torch_export".
         opset (`int`, *optional*): of ONNX, by default PyTorch's.
+        words (`dict[str, torch.Tensor]`, *optional*): make the program take any words, and write these, each with an
+            embedding `(D,)`, as `labels.json` and `text_embeds.npy` `(K, D)`.
         options: `size`, `max_side` and `dtype` of [`export_program`].
 
     Returns:
@@ -118,7 +155,7 @@ def export(
     path = Path(directory) / FORMATS[kind]
     if kind == "onnx":
         _require("onnx", "onnxscript")
-    program = export_program(model, **options)
+    program = export_program(model, words=words is not None, **options)
     if kind == "onnx":
         save_onnx(program, path, opset)
     else:  # through memory: on a full disk PyTorch's own writer ends the process
@@ -127,19 +164,24 @@ def export(
         path.write_bytes(archive.getvalue())
     processor.save_pretrained(directory)
     labels = {"id2label": model.config.id2label, "palette": model.config.palette, "side_step": side_step(model)}
+    if words is not None:
+        labels |= {"id2label": dict(enumerate(words)), "palette": None}
+        np.save(Path(directory) / WORDS_FILE, torch.stack(list(words.values())).float().cpu().numpy())
     (Path(directory) / "labels.json").write_text(json.dumps(labels, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def save_onnx(program: ExportedProgram, path: str | os.PathLike, opset: int | None = None) -> None:
-    """Write `program` as ONNX; free axes are called batch, height and width."""
+    """Write `program` as ONNX; free axes are called batch, height, width and words."""
+    inputs = ["pixel_values", "text_embeds"][: len(program.graph_signature.user_inputs)]
     exported: Any = torch.onnx.export(
-        program, dynamo=True, input_names=["pixel_values"], output_names=["logits"], opset_version=opset, verbose=False
+        program, dynamo=True, input_names=inputs, output_names=["logits"], opset_version=opset, verbose=False
     )
     graph = exported.model.graph
     for value, names in (
         (graph.inputs[0], ("batch", None, "height", "width")),
-        (graph.outputs[0], ("batch", None, "logits_height", "logits_width")),
+        (graph.outputs[0], ("batch", "words", "logits_height", "logits_width")),
+        *((value, ("words", None)) for value in graph.inputs[1:]),
     ):
         for axis, name in enumerate(names):
             if name and not isinstance(value.shape[axis], int):
@@ -159,40 +201,48 @@ def _require(*packages: str) -> None:
             ) from error
 
 
-def run_exported(path: str | os.PathLike, pixel_values: torch.Tensor) -> torch.Tensor:
+def run_exported(
+    path: str | os.PathLike, pixel_values: torch.Tensor, text_embeds: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    Logits of an exported file (`.onnx` through onnxruntime, or `.pt2`) for `pixel_values` `(B, 3, H, W)`.
+    Logits of an exported file (`.onnx` through onnxruntime, or `.pt2`) for `pixel_values` `(B, 3, H, W)` and, if it
+    takes words, `text_embeds` `(K, D)`.
 
     Raises:
         ValueError: if onnxruntime is missing.
     """
+    inputs = {"pixel_values": pixel_values} | ({} if text_embeds is None else {"text_embeds": text_embeds})
     if str(path).endswith(".pt2"):
         with torch.no_grad():
-            return torch.export.load(path).module()(pixel_values)
+            return torch.export.load(path).module()(*inputs.values())
     _require("onnxruntime")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
+    return torch.from_numpy(session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0])
 
 
 def check_export(
-    model: DenseCLIPForSemanticSegmentation, path: str | os.PathLike, size: tuple[int, int] | None = None
+    model: DenseCLIPModel,
+    path: str | os.PathLike,
+    size: tuple[int, int] | None = None,
+    text_embeds: torch.Tensor | None = None,
 ) -> float:
     """
     Largest absolute difference between the logits of `model` and of the exported file, for an image of noise.
 
     Args:
-        model ([`DenseCLIPForSemanticSegmentation`]): what was exported.
+        model ([`DenseCLIPModel`]): what was exported.
         path (`str` or `os.PathLike`): what [`export`] wrote.
         size (`tuple[int, int]`, *optional*): height and width, by default near those of training.
+        text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): words, if the file takes any.
     """
     step = side_step(model)
     side = max(min(model.config.image_size, 512) // step * step, 2 * step)
     pixel_values = torch.randn(1, 3, *(size or (side, side + step)), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model.eval().window_logits(pixel_values)
-    return (run_exported(path, pixel_values) - expected).abs().max().item()
+        expected = whole_logits(model.eval(), pixel_values, text_embeds)
+    return (run_exported(path, pixel_values, text_embeds) - expected).abs().max().item()
 
 
 def export_frozen(
