@@ -13,6 +13,7 @@ step at batch 2 and its peak memory), data (one core), start (seconds of new pro
 
 import argparse
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -42,11 +43,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
 from denseclip_hf.cli.arguments import HelpFormatter, log_to_terminal, one_sentence_errors
-from denseclip_hf.data import load_segmentation_dataset
+from denseclip_hf.data import load_segmentation_dataset, read_image
 from denseclip_hf.devices import device_of
+from denseclip_hf.model.resizing_denseclip import fit_within
 from denseclip_hf.optimization import optimize_for_inference
 from denseclip_hf.sharing import export
 from denseclip_hf.training import parameter_groups
@@ -271,27 +274,105 @@ def peak_memory(preset: str, way: str, device: str) -> float:
 
 
 def data(args: argparse.Namespace) -> Rows:
-    """Samples read from JPEGs of 640 x 480 pixels, on one core."""
+    """Samples from JPEGs of 640 x 480 pixels, on one core, and the original's pipeline where OpenCV is installed."""
     rng = np.random.default_rng(0)
+    rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind, channels, suffix in (("images", 3, ".jpg"), ("masks", 1, ".png")):
             (Path(folder) / kind).mkdir()
             for index in range(20):
-                coarse = rng.integers(0, 256 if channels == 3 else 2, (12, 16, channels)).astype(np.uint8).squeeze()
+                coarse = rng.integers(0, 256 if channels == 3 else 2, (48, 64, channels)).astype(np.uint8).squeeze()
                 resample = Image.Resampling.BICUBIC if channels == 3 else Image.Resampling.NEAREST
-                Image.fromarray(coarse).resize((640, 480), resample).save(f"{folder}/{kind}/{index}{suffix}")
+                image = Image.fromarray(coarse).resize((640, 480), resample)
+                image.save(f"{folder}/{kind}/{index:02}{suffix}", quality=90)
         (Path(folder) / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road"}}))
-        samples = load_segmentation_dataset(folder).train
+        samples = load_segmentation_dataset(folder, validation_fraction=0).train
         augmented = AugmentedDataset(samples, TrainTransform(crop_size=512, scale=(2048, 512)))
         processor = DenseCLIPImageProcessor(size={"shortest_edge": 512, "longest_edge": 2048})
-        photo = samples[0]["image"]
-        count = len(samples)
-        cases: Cases = {
-            "training samples, read and augmented": lambda: [augmented[index] for index in range(count)],
-            "images, processed for evaluation": lambda: [processor(photo) for _ in range(count)],
-        }
-        seconds = take_turns(cases, args.rounds)
-    return [{"case": name, "per second": f"{count / statistics.median(s):.1f}"} for name, s in seconds.items()]
+        images, masks = (sorted(Path(folder, kind).iterdir()) for kind in ("images", "masks"))
+        training_cases: Cases = {"ours": lambda: [augmented[index] for index in range(len(images))]}
+        evaluation_cases: Cases = {"ours": lambda: [processor(read_image(image)) for image in images]}
+        if importlib.util.find_spec("cv2"):
+            rngs = np.random.default_rng(0)
+            pairs = list(zip(images, masks, strict=True))
+            training_cases = {OPENCV: lambda: [opencv_sample(*pair, rngs) for pair in pairs]} | training_cases
+            evaluation_cases = {OPENCV: lambda: [opencv_image(image) for image in images]} | evaluation_cases
+        for what, cases in (("20 training samples", training_cases), ("20 images for evaluation", evaluation_cases)):
+            rows += table_of(what, cases, args.rounds)
+    return rows
+
+
+OPENCV = "the original's pipeline, OpenCV"
+
+
+def opencv_image(path: Path) -> torch.Tensor:
+    """What the original's test pipeline makes of an image: resized and normalised."""
+    pixels = opencv_resized(_decoded(path), 1.0)
+    return torch.from_numpy(np.ascontiguousarray(_normalised(pixels).transpose(2, 0, 1)))
+
+
+def opencv_sample(image: Path, mask: Path, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the original's training pipeline makes of a sample, step by step and whole images at a time."""
+    import cv2
+
+    ratio, crop = rng.uniform(0.5, 2.0), 512
+    pixels, labels = (opencv_resized(x, ratio) for x in (_decoded(image), np.asarray(Image.open(mask))))
+    for _ in range(11):
+        top, left = (rng.integers(max(side - crop, 0) + 1) for side in labels.shape)
+        window = np.s_[top : top + crop, left : left + crop]
+        counts = np.unique(labels[window], return_counts=True)[1]
+        if len(counts) > 1 and counts.max() / counts.sum() < 0.75:
+            break
+    pixels, labels = pixels[window], labels[window]
+    if rng.random() < 0.5:
+        pixels, labels = np.flip(pixels, 1), np.flip(labels, 1).copy()
+    steps: list[tuple[int | None, float, float]] = [(None, 1.0, rng.uniform(-32, 32))]  # channel of HSV, gain, shift
+    contrast = (None, rng.uniform(0.5, 1.5), 0.0)
+    colors = [(1, rng.uniform(0.5, 1.5), 0.0), (0, 1.0, rng.integers(-18, 18))]
+    steps += [contrast, *colors] if rng.random() < 0.5 else [*colors, contrast]
+    for channel, gain, shift in steps:
+        if rng.random() < 0.5:
+            continue
+        if channel is None:
+            pixels = _linear(pixels, gain, shift)
+            continue
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_BGR2HSV)
+        changed = (hsv[..., 0].astype(int) + int(shift)) % 180 if channel == 0 else _linear(hsv[..., 1], gain, 0)
+        hsv[..., channel] = changed
+        pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+    border = (0, crop - labels.shape[0], 0, crop - labels.shape[1], cv2.BORDER_CONSTANT)
+    pixels = cv2.copyMakeBorder(_normalised(pixels), *border, value=0)
+    labels = cv2.copyMakeBorder(labels, *border, value=255)
+    tensors = np.ascontiguousarray(pixels.transpose(2, 0, 1)), labels.astype(np.int64)
+    return torch.from_numpy(tensors[0]), torch.from_numpy(tensors[1])
+
+
+def _decoded(path: Path) -> np.ndarray:
+    import cv2
+
+    cv2.setNumThreads(torch.get_num_threads())
+    return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+
+
+def opencv_resized(array: np.ndarray, ratio: float) -> np.ndarray:
+    """To a short side of 512 and a long one of 2048 at most, times `ratio`; masks by the nearest pixel."""
+    import cv2
+
+    height, width = fit_within(*array.shape[:2], int(512 * ratio), int(2048 * ratio))
+    return cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR if array.ndim == 3 else cv2.INTER_NEAREST)
+
+
+def _linear(levels: np.ndarray, gain: float, shift: float) -> np.ndarray:
+    return np.clip(levels.astype(np.float32) * gain + shift, 0, 255).astype(np.uint8)
+
+
+def _normalised(pixels: np.ndarray) -> np.ndarray:
+    import cv2
+
+    mean, std = (255 * np.array([values], np.float64) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    result = cv2.cvtColor(pixels.astype(np.float32), cv2.COLOR_BGR2RGB)
+    cv2.subtract(result, mean, result)
+    return cv2.multiply(result, 1 / std, result)
 
 
 def start(args: argparse.Namespace) -> Rows:
