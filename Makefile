@@ -42,7 +42,7 @@ conformance: $(STAMP)  ## run transformers' own common tests on our classes; pip
 	    tests/conformance/check_*.py
 
 docs: $(STAMP)  ## build the documentation as a site into outputs/site
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 EXAMPLES ?= 1000
 fuzz: $(STAMP)  ## try EXAMPLES damaged and invented inputs per reader and per property

@@ -80,6 +80,7 @@ def test_start_page_and_readme(clone, example):
     shutil.copytree(example, clone / "outputs" / "demo")
     shutil.copytree(example / "data", clone / "my_data")
     shutil.copytree(example / "clip", clone / CLIP)  # in place of the Hub's
+    shutil.copy(example / "data" / "val" / "images" / "0000.jpg", clone / "photo.jpg")
     for page, short in (
         ("docs/index.md", {"--bf16": "", "accumulation_steps 4": "accumulation_steps 1"}),
         ("README.md", {}),
@@ -122,8 +123,7 @@ def test_extending(clone, example):
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    mkdocs = Path(sys.executable).with_name("mkdocs")
-    run([str(mkdocs), "build", "--strict", "--quiet", "--site-dir", str(tmp_path)], ROOT)
+    run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)], ROOT)
     page = html.unescape((tmp_path / "reference" / "index.html").read_text())
     assert confusion_matrix.__doc__.strip().split("\n")[0] in page
 
@@ -138,6 +138,13 @@ def test_links_lead_somewhere(page):
             titles = re.findall(r"^#+ (.*)$", found.read_text(), re.M)
             anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in anchors, f"{page.name} links to {target}, but there are {anchors}"
+
+
+def test_the_zoo_has_every_recipe():
+    zoo = (ROOT / "docs" / "zoo.md").read_text()
+    recipes = [path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")]
+    of_training = [path.as_posix() for path in recipes if path.parts[0] not in ("ablations", "accelerate", "zero_shot")]
+    assert of_training and not [name for name in of_training if f"`{name}`" not in zoo]
 
 
 def test_every_page_is_linked_from_the_readme():

@@ -14,7 +14,7 @@ class DatasetArguments:
     """A data set as [`load_segmentation_dataset`] takes it."""
 
     dataset: str | None = field(
-        default=None, metadata={"help": "Needed: a folder (images and masks, see docs/training.md) or a Hub name."}
+        default=None, metadata={"help": "Needed: a folder (images and masks, see docs/data.md) or a Hub name."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str | None = field(default=None, metadata={"help": "Name of the training split."})

@@ -125,7 +125,7 @@ def load_segmentation_dataset(
 
     Args:
         path_or_name: one of
-            - a folder in one of the layouts of docs/training.md, such as SPLIT/images and SPLIT/masks, files paired
+            - a folder in one of the layouts of docs/data.md, such as SPLIT/images and SPLIT/masks, files paired
               by name, with the class names in classes.json;
             - a folder written by `save_to_disk`, a folder `datasets` can load, or the name of one on the Hub;
             - a `Dataset`, `IterableDataset` or mapping of them by split.
@@ -229,7 +229,7 @@ def _load_rows(source: Any, config_name: str | None, streaming: bool, revision: 
         raise FileNotFoundError(
             f"{source} holds no data set that is recognised, but {', '.join(inside[:8]) or 'nothing'}"
             f"{', …' if len(inside) > 8 else ''}; put images into SPLIT/images and masks into SPLIT/masks, or take "
-            "another of the layouts in docs/training.md."
+            "another of the layouts in docs/data.md."
         )
     try:
         if isinstance(source, Path) and _saved_to_disk(source):
