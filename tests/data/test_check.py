@@ -43,6 +43,14 @@ def test_report_names_every_problem(folder):
     assert "Problems: 2" in str(report)
 
 
+def test_an_image_too_narrow_to_be_segmented_is_a_problem(folder):
+    """Training crops it, but the evaluation at its end would fail."""
+    Image.new("RGB", (700, 9)).save(folder / "val/images/001.jpg")
+    Image.new("L", (700, 9)).save(folder / "val/masks/001.png")
+    (problem,) = check_dataset(load_segmentation_dataset(folder), full=True).problems
+    assert "001.jpg is 700x9 pixels" in problem
+
+
 def test_problems_of_a_kind_are_printed_together(tmp_path):
     folder = write_folder(tmp_path / "my set")
     write_pairs(folder / "train", 9)

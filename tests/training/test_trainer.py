@@ -381,6 +381,13 @@ def test_nothing_to_evaluate_is_refused(tmp_path, nothing):
         trainer_for(tmp_path).evaluate(nothing)
 
 
+def test_an_image_that_cannot_be_evaluated_is_named(tmp_path):
+    Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
+    sample = {"image": Image.open(tmp_path / "line.png"), "mask": np.zeros((1, 5000), dtype=np.int64)}
+    with pytest.raises(ValueError, match="line.png: .* cannot be segmented"):
+        trainer_for(tmp_path / "run").evaluate([sample])
+
+
 def test_evaluation_leaves_the_model_training(tmp_path):
     trainer = trainer_for(tmp_path)
     trainer.model.train()

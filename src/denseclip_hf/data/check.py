@@ -14,6 +14,10 @@ from .loading import Rows, SegmentationData
 from .reading import SampleReader, name_of, remarks
 
 
+# An image whose long side is resized to 2048 pixels then has 32, the stride of the coarsest map, on its short side.
+MAX_ASPECT = 64
+
+
 @dataclass
 class SplitReport:
     """
@@ -172,6 +176,11 @@ def _check_split(name: str, rows: Rows, data: SegmentationData, limit: int | Non
         labelled = mask[mask != data.ignore_index]
         counts = np.bincount(labelled, minlength=num_labels)
         report.sizes.append(sample["image"].size)
+        if max(sample["image"].size) > MAX_ASPECT * min(sample["image"].size):
+            report.problems.append(
+                f"sample {position}: {name_of(sample['image'])} is {'x'.join(map(str, sample['image'].size))} pixels: "
+                f"with a side more than {MAX_ASPECT} times the other it cannot be segmented; crop it or remove it."
+            )
         report.pixels_per_class += counts
         report.images_per_class += counts > 0
         report.void_pixels += mask.size - labelled.size

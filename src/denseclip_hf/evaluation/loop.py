@@ -157,7 +157,10 @@ def _predictions(
     if model.config.inference_mode == "whole":  # a sliding window is not trained, so has no loss
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         labels = torch.stack([resize_labels(sample["mask"], size) for sample in batch]).to(device)
-    outputs = model(pixel_values, labels=labels)
+    try:
+        outputs = model(pixel_values, labels=labels)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(str(sample['name']) for sample in batch)}: {error}") from error
     maps = (
         resize_argmax(logits[None], sample["mask"].shape, sample["name"])[0]
         for logits, sample in zip(outputs.logits, batch, strict=True)
