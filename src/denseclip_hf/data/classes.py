@@ -2,7 +2,6 @@
 
 import colorsys
 import csv
-import difflib
 import json
 import math
 import os
@@ -126,11 +125,10 @@ def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
     if isinstance(value, Mapping) and "id2label" in value:
         options = {key: option for key, option in value.items() if key != "id2label"}
         value = value["id2label"]
-    for key in options:
-        if key not in OPTIONS:
-            close = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
-            hint = f"did you mean `{close[0]}`?" if close else f"besides id2label it may have {_list(OPTIONS)}."
-            raise ValueError(f"{source} has the unknown key `{key}`: {hint}")
+    if unknown := [key for key in options if key not in OPTIONS]:
+        raise ValueError(
+            f"{source} has the unknown key `{unknown[0]}`: besides id2label it may have {_list(OPTIONS)}."
+        )
     ignore_index, reduce = options.get("ignore_index"), options.get("do_reduce_labels")
     if type(ignore_index) not in (int, type(None)) or type(reduce) not in (bool, type(None)):
         raise ValueError(f"{source} needs a whole number as ignore_index and true or false as do_reduce_labels.")
@@ -166,11 +164,8 @@ def _content(file: Path) -> Any:
         if file.suffix.lower() in YAML_SUFFIXES:
             content = yaml.safe_load(text)
             return content.get("names", content) if isinstance(content, Mapping) else content
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file}, which should hold the class names, does not exist; add it.") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        kind = {".json": "JSON", ".csv": "CSV", ".yaml": "YAML", ".yml": "YAML"}.get(file.suffix.lower(), "text")
-        raise ValueError(f"{file} is not a {kind} file ({error}); correct it.") from error
+        raise ValueError(f"{file} is no {file.suffix[1:].upper()} file ({error}); correct it.") from error
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if file.suffix.lower() == ".csv":
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
@@ -199,26 +194,19 @@ def _labelmap(rows: list[list[str]]) -> dict[str, Any]:
 
 def _numbered(names: Any, source: str, first: int) -> dict[int, str]:
     """Names by their id 0…K − 1, in that order; ids in a mapping may begin with `first`, too."""
-    message = f"{source} must name the classes 0…K-1, as a list of names or a mapping from id to name"
-    if isinstance(names, Mapping) and names:
-        try:
-            by_id = {int(key): name for key, name in sorted(names.items(), key=lambda item: int(item[0]))}
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{message}; {list(names)[:3]} are no ids.") from error
-        if list(by_id) not in (list(range(len(names))), list(range(first, first + len(names)))):
-            raise ValueError(
-                f"{message}, without gaps, but has the ids {list(by_id)[:5]}. If masks hold other ids, give their "
-                'classes as id_map, such as {"id_map": {"5": 1, "10": 2, "99": null}}.'
-            )
-        names = list(by_id.values())
-    if not isinstance(names, Sequence) or isinstance(names, str) or not names:
-        raise ValueError(f"{message}.")
     try:
+        if isinstance(names, Mapping):
+            by_id = {int(key): name for key, name in names.items()}
+            shift = first if first in by_id and 0 not in by_id else 0
+            names = {index - shift: name for index, name in by_id.items()}
         id2label = dict(enumerate(class_names(names)))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    if any("\ud800" <= character <= "\udfff" for name in id2label.values() for character in name):
-        raise ValueError(f"{message}; one holds half a character (a lone surrogate), which no file can.")
+        "".join(id2label.values()).encode()  # half a character (a lone surrogate) fits into no file
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source} must name the classes 0…K-1, as a list of names or a mapping from id to name ({error}). Where "
+            'masks hold 0 for no class and ids from 1, add "do_reduce_labels": true; where they hold other ids, add '
+            'id_map, such as "id_map": {"5": 1, "10": 2, "99": null}.'
+        ) from error
     return id2label
 
 

@@ -277,9 +277,6 @@ def _standard_columns(
 
 def _columns(features: Mapping[str, Any], image: str | None, label: str | None) -> tuple[str, str]:
     """The image column and the mask column."""
-    for given in (image, label):
-        if given is not None and given not in features:
-            raise ValueError(f"There is no column {given!r}; the data set has {', '.join(features)}.")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     paths = [name for name, feature in features.items() if _is_text(feature)]
     if label is None:
@@ -292,10 +289,10 @@ def _columns(features: Mapping[str, Any], image: str | None, label: str | None) 
         candidates = [name for name in images if name != label]
         named = [name for name in (*candidates, *paths) if name != label and name.lower() in IMAGE_COLUMNS]
         image = _only(named) or _only(candidates)
-    if image is None or label is None or image == label:
+    if image not in features or label not in features or image == label:
         raise ValueError(
             f"Which columns hold images and masks? The data set has {', '.join(features)}; "
-            "set image_column and label_column."
+            "set image_column and label_column to two of them."
         )
     return image, label
 
@@ -330,8 +327,7 @@ def _class_table(known: ClassTable | None, given: Any, source: Any) -> ClassTabl
         if known is None:
             where = f" of {source}" if isinstance(source, (str, Path)) else ""
             raise ValueError(
-                f"The class names{where} are unknown; give `classes`, or put a classes.json with id2label into the "
-                "folder."
+                f"The class names{where} are unknown; give `classes`, or put classes.json into the folder."
             )
         return known
     table = parse_classes(given)
