@@ -24,7 +24,7 @@ from .model.modeling_denseclip import (
     forward_by_size,
 )
 from .model.resizing_denseclip import check_finite
-from .model.towers_denseclip import check_last_block
+from .model.towers_denseclip import check_last_block, check_normalization
 from .model.words_denseclip import class_probabilities, color_affinity, refine_scores, without_small_classes
 
 
@@ -208,6 +208,7 @@ class WordReader:
         self.model, self.tokenizer = model, tokenizer
         is_ours = isinstance(image_processor, DenseCLIPImageProcessorBase)
         self.image_processor = image_processor if is_ours else word_image_processor(model)
+        check_normalization(self.image_processor, model.config)
         self._kept: tuple[Any, torch.Tensor] | None = None  # words and their embeddings, for the next image
 
     @property

@@ -15,6 +15,12 @@ INAPPLICABLE = {
     "DenseCLIP*::test_get_image_features_output_?": "as above",
     "DenseCLIP*::test_get_text_features_hidden_states": "asks for a `text_config`; ours is inside `clip_config`",
     "DenseCLIP*::test_get_text_features_output_?": "as above",
+    "DenseCLIPTipsv2Test::test_model_weights_reload_no_missing_tied_weights": (
+        "Tipsv2Model may lack its temperature in files, which here is a buffer that is never saved"
+    ),
+    "DenseCLIPSiglipTest::test_init_weights_can_init_buffers": (
+        "SiglipModel is built with random scale and bias, its initialization makes them 0; nothing reads them here"
+    ),
     "DenseCLIP*::test_correct_missing_keys": "loads a bare CLIP, which has no class names: we point to `from_clip`",
 }
 if not is_torchvision_available():

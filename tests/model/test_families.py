@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor, DenseCLIPModel
+from denseclip_hf.inference import Segmenter, load_model
 from denseclip_hf.sharing import add_code, export
 from denseclip_hf.sharing.export import run_exported
 from helpers.families import FAMILIES, NAMES, SIZES, VISION, image_text_model, segmenter_of, tokenizer_of
@@ -234,10 +235,40 @@ def test_a_tokenizer_of_another_family_is_refused(family):
         DenseCLIPModel.from_clip(image_text_model(family), NAMES, tokenizer_of(other))
 
 
-def test_a_model_of_another_kind_is_refused():
+@every_family
+def test_a_processor_of_another_family_is_refused(family):
+    model, _ = segmenter_of(family)
+    own = DenseCLIPImageProcessor(image_mean=model.tower.image_mean, image_std=model.tower.image_std)
+    assert Segmenter(model, own)
+    other = [0.5] * 3 if family in ("MetaClip2", "Tipsv2") else [0.0] * 3
+    with pytest.raises(ValueError, match="image_mean"):
+        Segmenter(model, DenseCLIPImageProcessor(image_mean=other, image_std=model.tower.image_std))
+
+
+def test_a_processor_of_another_family_beside_the_weights_is_refused(tmp_path):
+    segmenter_of("Siglip")[0].save_pretrained(tmp_path)
+    DenseCLIPImageProcessor().save_pretrained(tmp_path)  # CLIP's numbers
+    with pytest.raises(ValueError, match="image_mean"):
+        load_model(tmp_path)
+
+
+@every_family
+def test_names_without_a_tokenizer_are_refused(family, tmp_path):
+    clip = image_text_model(family)
+    with pytest.raises(ValueError, match="tokenizer"):
+        DenseCLIPModel.from_clip(clip, NAMES)
+    clip.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer"):
+        DenseCLIPModel.from_clip(tmp_path, NAMES)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
     vision = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION, intermediate_size=32))
     with pytest.raises(ValueError, match="image-text model"):
         DenseCLIPModel.from_clip(vision)
+    vision.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="image-text model"):
+        DenseCLIPModel.from_clip(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["Siglip", "Tipsv2"])

@@ -184,7 +184,7 @@ def test_refusals_of_this_library_keep_their_own_remedy(tmp_path):
 
 def test_a_clip_without_a_tokenizer_is_told_so(tmp_path):
     tiny_clip("vit").save_pretrained(tmp_path / "clip")
-    with pytest.raises(ValueError, match="the folder .*clip has no tokenizer: give one with a tokenizer.json"):
+    with pytest.raises(ValueError, match="the folder .*clip has no tokenizer: give one with .*tokenizer.json"):
         load_clip(tmp_path / "clip")
 
 

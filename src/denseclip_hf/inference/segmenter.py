@@ -21,6 +21,7 @@ from ..files import make_directory, write_atomically, writing_into
 from ..model.class_names_denseclip import class_phrasings
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
 from ..model.resizing_denseclip import check_finite, resize_argmax
+from ..model.towers_denseclip import check_normalization
 from ..words import WordOptions, WordReader, set_options
 from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_image, overlay_with_legend
 from .sources import Source, read_frames, read_image_of
@@ -73,8 +74,8 @@ class Segmenter:
         native_resolution (`bool`): segment in windows of the config's `crop_size` without resizing the image.
 
     Raises:
-        ValueError: for words without a tokenizer, given twice, empty or too long, a model that reads none, or one
-            without classes of its own and without words.
+        ValueError: for an image processor of another family; for words without a tokenizer, given twice, empty or too
+            long; for a model that reads none, or one without classes of its own and without words.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Segmenter:
         certainty: bool = False,
         native_resolution: bool = False,
     ):
+        check_normalization(image_processor, model.config)
         self.model, self.image_processor, self.options = model.eval(), image_processor, options or WordOptions()
         set_options(model, self.options.settings())
         self.certainty, self.native_resolution = certainty, native_resolution

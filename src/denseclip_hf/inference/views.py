@@ -21,7 +21,7 @@ from ..model.loading_denseclip import ConfigDict, load_clip, load_pretrained
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel, eval_mode, window_starts
 from ..model.modeling_denseclip import sliding_window_logits as average_windows
 from ..model.resizing_denseclip import check_finite, resize_argmax
-from ..model.towers_denseclip import TOWERS
+from ..model.towers_denseclip import TOWERS, check_normalization
 from ..words import as_word_model, word_image_processor
 
 
@@ -51,7 +51,8 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:  # a model's 
         dtype (`str`): a key of `LOADING_DTYPES`; `auto` is what the weights were saved in, of a CLIP float32.
 
     Raises:
-        OSError, ValueError: with one sentence, if there is none, or its files are broken.
+        OSError, ValueError: with one sentence, if there is none, its files are broken, or its image processor is
+            another family's.
     """
     config = load_pretrained(ConfigDict, name)
     if config.get("model_type") in TOWERS:
@@ -63,7 +64,9 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:  # a model's 
     model = load_pretrained(kind, name, dtype=LOADING_DTYPES[dtype])
     if is_for_words and not cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
         return model, word_image_processor(model)
-    return model, load_pretrained(AutoImageProcessor, name)
+    image_processor = load_pretrained(AutoImageProcessor, name)
+    check_normalization(image_processor, model.config)
+    return model, image_processor
 
 
 def batches_of_one_size(

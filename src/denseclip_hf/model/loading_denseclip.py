@@ -19,7 +19,7 @@ from .towers_denseclip import TOWERS, new_backbone
 logger = logging.get_logger(__name__)
 
 # Where a tokenizer has its words. Without any, transformers may make up a CLIP's without words.
-TOKENIZER_FILES = {"tokenizer.json", "vocab.json"}
+TOKENIZER_FILES = {"tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
 
 
 def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
@@ -31,7 +31,7 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
         ValueError: if files are missing or damaged, or it is nothing that this library takes.
     """
     if kind is AutoTokenizer and os.path.isdir(name) and not TOKENIZER_FILES & set(os.listdir(name)):
-        raise ValueError(f"the folder {name} has no tokenizer: give one with a tokenizer.json (CLIP's own).")
+        raise ValueError(f"the folder {name} has no tokenizer: give one with the image-text model's tokenizer.json.")
     try:
         return kind.from_pretrained(name, **options)
     except (MemoryError, torch.OutOfMemoryError):

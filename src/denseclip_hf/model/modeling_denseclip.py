@@ -823,7 +823,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         config = cls.config_class(**options)
         if names is not None and config.use_text_guidance and config.class_token_ids is None:
             if tokenizer is None:
-                raise ValueError("class names need CLIP's tokenizer: pass `tokenizer=`.")
+                raise ValueError("class names need the tokenizer of the image-text model: pass `tokenizer=`.")
             config.class_token_ids = tokenize_classes(names, tokenizer, tower_of(config.clip_config), config)
         model = cls(config)
         load_clip_weights(model, clip)
@@ -1095,7 +1095,10 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         """
         clip, tokenizer = load_clip(clip, tokenizer)
         patch = getattr(clip.config.vision_config, "patch_size", 32)
-        size = image_size or tower_of(clip.config).default_image_size // patch * patch
+        default = tower_of(clip.config).default_image_size
+        size = image_size or default // patch * patch
+        if size != (image_size or default):
+            logger.info(f"`image_size` is {size}, {default} rounded to whole patches of {patch} pixels.")
         if config.get("decode_head") == "cost_aggregation":
             config = {**COST_AGGREGATION_OPTIONS, "tower_image_size": image_size or 384, **config}
             size = clip.config.vision_config.image_size

@@ -76,7 +76,7 @@ def drop(model: nn.Module, names: Sequence[str]) -> None:
         setattr(owner, child, None)
         if isinstance(old, nn.Parameter) and not isinstance(model, CLIPModel):
             delattr(owner, child)
-            owner.register_buffer(child, torch.zeros(old.shape, dtype=old.dtype), persistent=False)
+            owner.register_buffer(child, old.detach().clone(), persistent=False)
 
 
 def check_last_block(tower: Any, config: DenseCLIPConfig) -> None:
@@ -515,6 +515,21 @@ def image_tower_of(config: DenseCLIPConfig) -> Any:
     return tower_of(config.clip_config) if config.backbone_config is None else BackboneTower(config)
 
 
+def check_normalization(image_processor: Any, config: DenseCLIPConfig) -> None:
+    """
+    Raises:
+        ValueError: if `image_processor` normalizes images in another way than the image-text model was trained with.
+    """
+    tower = image_tower_of(config)
+    for name in ("image_mean", "image_std"):
+        wanted, given = list(getattr(tower, name)), getattr(image_processor, name, None)
+        if given is not None and max(abs(a - b) for a, b in zip(wanted, given, strict=True)) > 1e-3:
+            raise ValueError(
+                f"the image processor's `{name}` is {list(given)}, but this model's image tower was trained with "
+                f"{wanted}: give a processor of its family, or these numbers to `DenseCLIPImageProcessor`."
+            )
+
+
 def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
     """
     Raises:
@@ -545,6 +560,7 @@ __all__ = [
     "ViTPyramid",
     "ViTTower",
     "check_images",
+    "check_normalization",
     "check_last_block",
     "drop",
     "image_tower_of",
