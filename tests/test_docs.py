@@ -143,7 +143,9 @@ def test_links_lead_somewhere(page):
 def test_the_zoo_has_every_recipe():
     zoo = (ROOT / "docs" / "zoo.md").read_text()
     recipes = [path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")]
-    of_training = [path.as_posix() for path in recipes if path.parts[0] not in ("ablations", "accelerate", "zero_shot")]
+    of_training = [
+        path.as_posix() for path in recipes if path.parts[0] not in ("ablations", "accelerate", "zero_shot")
+    ]
     assert of_training and not [name for name in of_training if f"`{name}`" not in zoo]
 
 

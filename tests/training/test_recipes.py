@@ -35,7 +35,7 @@ def tiny_arguments(folder, **options):
 
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_recipes_parse_and_describe_a_model(recipe):
-    model_args, data_args, args = parse_arguments(KINDS, [str(recipe), "--bf16", "false"])
+    model_args, data_args, args = parse_arguments(KINDS, [str(recipe)])
     options = json.loads(model_args.config)
     assert DenseCLIPConfig(**options).inference_mode in ("whole", "slide", "slide_and_whole")
     assert data_args.crop_size > 0 and args.learning_rate > 0
@@ -46,7 +46,7 @@ def test_shipped_recipes_parse_and_describe_a_model(recipe):
 
 @pytest.mark.parametrize("recipe", [path for path in CONFIGS if path.stem.startswith("ade20k")], ids=lambda p: p.stem)
 def test_published_recipes_keep_the_published_rates(recipe):
-    _, data_args, args = parse_arguments(KINDS, [str(recipe), "--bf16", "false"])
+    _, data_args, args = parse_arguments(KINDS, [str(recipe)])
     assert (args.learning_rate, args.weight_decay, args.max_steps, args.warmup_steps) == (1e-4, 1e-4, 80_000, 1500)
     assert data_args.crop_size == (640 if "vit" in recipe.stem else 512)
     devices = 1 if "one_gpu" in recipe.stem else 8

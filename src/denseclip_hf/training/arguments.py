@@ -16,9 +16,13 @@ NO_PUSH = (
 )
 
 
-def _is_slow_in_bf16() -> bool:
-    """Whether this CPU is one of Intel's kind without AVX-512, on which oneDNN has no fast kernels for bf16."""
-    return platform.machine() in ("x86_64", "AMD64") and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+def has_bf16(cpu: bool) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; others take many times longer for it than for float32."""
+    if not cpu:
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @dataclass
@@ -70,6 +74,12 @@ class DenseCLIPTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`."}
     )
+    precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: `bf16` where the hardware has it, else float32; by default as `--bf16` and `--fp16` say."
+        },
+    )
     save_code: bool = field(
         default=False,
         metadata={"help": "Put the model's code beside the weights, for `trust_remote_code=True`."},
@@ -105,8 +115,14 @@ class DenseCLIPTrainingArguments(TrainingArguments):
             raise ValueError("learning-rate multipliers are at least 0, which freezes.")
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.bf16 and self.use_cpu and _is_slow_in_bf16():
-            logger.warning("This CPU has no AVX-512: bf16 is many times slower on it than float32, leave it out.")
+        if self.precision not in (None, "auto"):
+            raise ValueError(f"`precision` is auto or left out, got {self.precision!r}: see `--bf16` and `--fp16`.")
+        if self.precision == "auto":
+            self.bf16 = has_bf16(self.use_cpu)
+        elif self.bf16 and not has_bf16(self.use_cpu):
+            logger.warning(
+                "This hardware has no bf16 instructions: leave `bf16` out, which is many times faster here."
+            )
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
         super().__post_init__()
