@@ -90,6 +90,16 @@ class DenseCLIPTipsv2Test(FamilyTests, unittest.TestCase):
         """Not listed as inapplicable: a part of it fails, which no mark can expect."""
 
 
+class DenseCLIPBackboneTest(SegmenterTests, unittest.TestCase):
+    options = {
+        "backbone_config": {
+            "model_type": "convnext", "hidden_sizes": [4, 8, 16, 32], "depths": [1, 1, 1, 1],
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        "backbone_image_size": 64,
+    }  # fmt: skip
+
+
 class CLIPResNetVisionModelTest(CommonTests, unittest.TestCase):
     all_model_classes = (CLIPResNetVisionModel,)
 

@@ -109,7 +109,9 @@ def test_saved_model_loads_bit_equal(kind, tmp_path):
 def test_from_directories(kind, tmp_path):
     backbone = AutoBackbone.from_config(config_of(kind))
     backbone.save_pretrained(tmp_path / "backbone")
-    (tmp_path / "backbone" / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.6]}')
+    (tmp_path / "backbone" / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3]}'
+    )
     clip().save_pretrained(tmp_path / "clip")
     model = DenseCLIPForSemanticSegmentation.from_backbone(
         tmp_path / "backbone", tmp_path / "clip", NAMES, Tokenizer(), **SIZES
@@ -118,7 +120,7 @@ def test_from_directories(kind, tmp_path):
     shared = {name: weight for name, weight in model.backbone.state_dict().items() if name in weights}
     assert len(shared) >= len(weights) - 2
     assert all(torch.equal(weight, weights[name]) for name, weight in shared.items())
-    assert model.tower.image_mean == (0.4, 0.5, 0.6)
+    assert (model.tower.image_mean, model.tower.image_std) == ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])
     assert str(tmp_path) not in model.config.to_json_string()
 
 

@@ -48,6 +48,13 @@ def test_a_new_card_is_complete_and_has_no_numbers(directory):
     assert "mIoU" not in path.read_text() and "Rao" in card.text
 
 
+def test_a_card_names_backbone_and_clip(directory):
+    bases = ["someone/swin", "openai/clip-vit-base-patch16"]
+    card = ModelCard(write_card(directory, base_model=bases).read_text())
+    assert card.data.base_model == bases
+    assert "| Started from | someone/swin and openai/clip-vit-base-patch16 |" in card.text
+
+
 def test_a_card_shows_recipe_results_and_image(directory):
     known = {"license": "mit", "training": {"Steps": 3}, "source": "a friend", "name": "Streets", "image": "a.png"}
     card = ModelCard(write_card(directory, results=RESULTS, **known).read_text())

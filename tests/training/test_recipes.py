@@ -8,7 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation, DenseCLIPTrainingArguments
+from denseclip_hf import (
+    DenseCLIPConfig,
+    DenseCLIPForSemanticSegmentation,
+    DenseCLIPImageProcessor,
+    DenseCLIPTrainingArguments,
+)
 from denseclip_hf.cli.arguments import one_sentence_errors, parse_arguments
 from denseclip_hf.training.recipe import (
     DataArguments,
@@ -173,6 +178,26 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
         model_to_train(ModelArguments(model=str(tmp_path / "out")), data, 64)
     model, _ = model_to_train(ModelArguments(model=str(tmp_path / "out"), replace_classes=True), data, 64)
     assert model.config.id2label[2] == "tree"
+
+
+def test_a_backbone_is_trained_beside_the_texts_of_a_clip(folder, tmp_path):
+    stages = {"hidden_sizes": [4, 8, 16, 32], "depths": [1, 1, 1, 1]}
+    args = DenseCLIPTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, learning_rate=1e-3, warmup_steps=0,
+    )  # fmt: skip
+    model_args, data_args = tiny_arguments(folder)
+    model_args = replace(model_args, backbone_config=json.dumps({"model_type": "convnext", **stages}))
+    trainer, _ = make_trainer(model_args, data_args, args)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name.split(".")[0] for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert {"backbone", "pool", "prompts"} <= moved and "clip" not in moved
+    trainer.save_model()
+    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(tmp_path / "out")
+    assert loaded.config.backbone_config.model_type == "convnext" and loaded.config.image_size == 64
+    saved = DenseCLIPImageProcessor.from_pretrained(tmp_path / "out")
+    assert list(saved.image_mean) == list(loaded.tower.image_mean) == [0.485, 0.456, 0.406]
 
 
 def test_balanced_classes_weigh_the_rare_more(folder):

@@ -97,8 +97,8 @@ class DenseCLIPConfig(PreTrainedConfig):
             of them, learned from nothing, embeds places in the space of texts.
         backbone_image_size (`int`, *optional*): training resolution with a backbone, which the positions of its
             attention pool belong to; by default 512, for a plain ViT about 640.
-        backbone_image_mean, backbone_image_std (`list[float]`, *optional*): what images are normalized with for the
-            backbone, per channel; ImageNet's by default.
+        backbone_normalization (`list[list[float]]`, *optional*): mean and standard deviation per channel of the images
+            that the backbone was pretrained on; ImageNet's by default.
         backbone_pool (`str`, defaults to `"attention"`): what embeds the backbone's places; `"linear"` is one linear
             layer.
         backbone_pool_num_attention_heads (`int`, *optional*): by default as many as have 64 channels or a few more.
@@ -191,8 +191,7 @@ class DenseCLIPConfig(PreTrainedConfig):
     clip_config: dict | PreTrainedConfig | None = None
     backbone_config: dict | PreTrainedConfig | None = None
     backbone_image_size: int | None = positive(default=None)
-    backbone_image_mean: list[float] | tuple[float, ...] | None = None
-    backbone_image_std: list[float] | tuple[float, ...] | None = None
+    backbone_normalization: list[list[float]] | None = None
     backbone_pool: Literal["attention", "linear"] = "attention"
     backbone_pool_num_attention_heads: int | None = positive(default=None)
     id2label: Any = None  # typed in `__post_init__`: before 5.20 transformers validated it first

@@ -136,8 +136,8 @@ def load_backbone(
         normalization = ImageProcessingMixin.get_image_processor_dict(backbone)[0]
     except OSError:
         return model, {}
-    keys = {f"backbone_{key}": normalization.get(key) for key in ("image_mean", "image_std")}
-    return model, {key: value for key, value in keys.items() if value is not None}
+    values = [normalization.get(name) for name in ("image_mean", "image_std")]
+    return model, {} if None in values else {"backbone_normalization": [[float(x) for x in row] for row in values]}
 
 
 def with_four_maps(config: PreTrainedConfig) -> PreTrainedConfig:

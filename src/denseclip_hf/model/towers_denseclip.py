@@ -408,6 +408,9 @@ class LinearPool(nn.Module):
         return torch.cat([places.mean(dim=1, keepdim=True), places], dim=1)
 
 
+IMAGENET_NORMALIZATION = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
 class BackboneTower:
     """
     Any backbone of transformers in place of a family's image tower; the texts stay the family's.
@@ -421,8 +424,7 @@ class BackboneTower:
     position_key = ""  # the backbone resizes its own positions, and so does the pool
 
     def __init__(self, config: DenseCLIPConfig):
-        self.image_mean = tuple(config.backbone_image_mean or IMAGENET_DEFAULT_MEAN)
-        self.image_std = tuple(config.backbone_image_std or IMAGENET_DEFAULT_STD)
+        self.image_mean, self.image_std = config.backbone_normalization or IMAGENET_NORMALIZATION
 
     @staticmethod
     def adapt(model: Any) -> None:
