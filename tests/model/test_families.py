@@ -14,6 +14,7 @@ from denseclip_hf.inference import Segmenter, load_model
 from denseclip_hf.sharing import add_code, export
 from denseclip_hf.sharing.export import run_exported
 from helpers.families import FAMILIES, NAMES, SIZES, VISION, image_text_model, segmenter_of, tokenizer_of
+from helpers.models import COST_AGGREGATION
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -217,11 +218,25 @@ def test_adapters(family):
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
+@every_architecture
+def test_a_decoder_that_knows_no_classes(family):
+    last_block = "class_token" if family == "MetaClip2" else "plain"
+    model, _ = segmenter_of(family, **COST_AGGREGATION | {"last_block": last_block})
+    words = model.encode_texts(["tall road", *NAMES], tokenizer_of(family))
+    outputs = model(torch.randn(2, 3, 64, 80), torch.randint(4, (2, 64, 80)), text_embeds=words)
+    assert outputs.logits.shape == (2, 4, 16, 16)
+    outputs.loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.clip.vision_model.embeddings.parameters())
+
+
 def test_a_patch_of_14_has_whole_patches():
     clip = image_text_model("Tipsv2", image_size=56, patch_size=14)
     options = {**SIZES, "image_size": None}
     model = DenseCLIPForSemanticSegmentation.from_clip(clip, NAMES, tokenizer_of("Tipsv2"), **options)
     assert model.config.image_size == 630 and model.config.crop_size == [630, 630]
+    decoder = {"decode_head": "cost_aggregation", "last_block": "plain"}
+    model = DenseCLIPForSemanticSegmentation.from_clip(clip, NAMES, tokenizer_of("Tipsv2"), **decoder)
+    assert model.config.tower_image_size == 336
     with pytest.raises(ValueError, match="504 or 518"):
         DenseCLIPForSemanticSegmentation.from_clip(
             clip, NAMES, tokenizer_of("Tipsv2"), **{**options, "image_size": 512}

@@ -1086,7 +1086,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): CLIP's; loaded from `clip` if that is a name.
             image_size (`int`, *optional*): training resolution in pixels that the position grid is resized to
                 (bilinear); by default the published 640 for a ViT, 512 for a ResNet. With cost aggregation the grid
-                stays CLIP's, and images are resized to this size, by default 384.
+                stays CLIP's, and images are resized to this size, by default to 24 x 24 patches as CAT-Seg's.
             config: further options of [`DenseCLIPConfig`]; with `decode_head="cost_aggregation"` on top of
                 `COST_AGGREGATION_OPTIONS`.
 
@@ -1100,7 +1100,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         if size != (image_size or default):
             logger.info(f"`image_size` is {size}, {default} rounded to whole patches of {patch} pixels.")
         if config.get("decode_head") == "cost_aggregation":
-            config = {**COST_AGGREGATION_OPTIONS, "tower_image_size": image_size or 384, **config}
+            config = {**COST_AGGREGATION_OPTIONS, "tower_image_size": image_size or 24 * patch, **config}
             size = clip.config.vision_config.image_size
         model = cls._around(clip, class_names(id2label), tokenizer, size, config)
         logger.info(loading_report(model, clip))
