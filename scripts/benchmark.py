@@ -8,7 +8,8 @@ this package's modules: the text tower runs over padded prompts in every forward
 one by one, losses are taken at full size, and all parameters have gradients.
 
 Tasks: image (one of the published size, 150 classes), slide (windows over 2048 x 512 pixels), training (an optimizer
-step at batch 2 and its peak memory), data (one core), start (seconds of new processes).
+step at batch 2 and its peak memory), words (on a CLIP as it is, beside a trained segmenter), data (one core), start
+(seconds of new processes).
 """
 
 import argparse
@@ -42,18 +43,25 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import CLIPConfig, CLIPModel, SegformerConfig, SegformerForSemanticSegmentation
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor
+from denseclip_hf import (
+    DenseCLIPConfig,
+    DenseCLIPForSemanticSegmentation,
+    DenseCLIPImageProcessor,
+    DenseCLIPModel,
+)
 from denseclip_hf.cli.arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 from denseclip_hf.data import load_segmentation_dataset, read_image
 from denseclip_hf.devices import device_of
-from denseclip_hf.model.resizing_denseclip import fit_within
+from denseclip_hf.inference import published_image_processor
+from denseclip_hf.model.resizing_denseclip import fit_within, resize_argmax
 from denseclip_hf.optimization import optimize_for_inference
 from denseclip_hf.sharing import export
 from denseclip_hf.training import parameter_groups
 from denseclip_hf.transforms import AugmentedDataset, TrainTransform
+from denseclip_hf.words import WordOptions, WordReader
 
 
 ORIGINAL = "the original's way"
@@ -224,7 +232,10 @@ def training(args: argparse.Namespace) -> Rows:
         steps: Cases = {way: training_step(preset, way, args.device) for way in ways}
         losses = {way: f"{step():.4f}" for way, step in steps.items()}
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-            peaks = {way: f"{pool.submit(peak_memory, preset, way, args.device).result():.1f}" for way in ways}
+            peaks = {
+                way: f"{pool.submit(peak_memory, training_step, preset, way, args.device).result():.1f}"
+                for way in ways
+            }
         rows += table_of(preset, steps, args.rounds, **{"first loss": losses, "peak GiB": peaks})
     return rows
 
@@ -264,13 +275,57 @@ def training_step(preset: str, way: str, device: str) -> Callable[[], float]:
     return step
 
 
-def peak_memory(preset: str, way: str, device: str) -> float:
-    """GiB that a process which does two steps takes at most, on its device."""
-    step = training_step(preset, way, device)
+def peak_memory(make: Callable[..., Callable[[], Any]], *options: Any) -> float:
+    """GiB that a process takes at most which does twice what `make(*options)` gives; a device is the last option."""
+    step, device = make(*options), options[-1]
     step(), step()
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def words(args: argparse.Namespace) -> Rows:
+    """150 words on an untrained CLIP ViT-B/16, beside a trained segmenter: 640 x 480 pixels, text embeddings kept."""
+    cases: Cases = {way: word_case(way, args.device) for way in WORD_WAYS}
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        peaks = {way: f"{pool.submit(peak_memory, word_case, way, args.device).result():.1f}" for way in WORD_WAYS}
+    return table_of("640 x 480", cases, args.rounds, **{"peak GiB": peaks})
+
+
+WORD_WAYS: dict[str, dict[str, Any] | None] = {
+    "trained segmenter, short side 640": None,
+    "words, windows at short side 336": {},
+    "words, whole image at short side 336": {"inference_mode": "whole"},
+    "words, windows, refined 10 times": {"refine": 10},
+}
+
+
+def word_case(way: str, device: str) -> Callable[[], torch.Tensor]:
+    """A function that segments a photo at its own size."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8))
+    size, options = (photo.height, photo.width), WORD_WAYS[way]
+    if options is None:
+        model = build_model("denseclip-vit-b16").to(device)
+        processor = published_image_processor(model.config)
+
+        @torch.no_grad()
+        def own_classes() -> torch.Tensor:
+            pixels = processor(photo, return_tensors="pt")["pixel_values"].to(device)
+            return resize_argmax(model(pixels).logits, size)
+
+        return own_classes
+    options = dict(options)
+    word_options = WordOptions(refine=options.pop("refine", 0))
+    clip = CLIPModel(CLIPConfig(vision_config={"patch_size": 16}))
+    reader = WordReader(DenseCLIPModel.from_clip(clip, **options).eval().to(device), object())
+    queries, owners = torch.randn(150, 512, device=device), torch.arange(150, device=device)
+
+    @torch.no_grad()
+    def asked() -> torch.Tensor:
+        pixels = reader.preprocess(photo)
+        return reader.choose(reader.score(pixels[None], queries)[0], owners, size, pixels, word_options)[0]
+
+    return asked
 
 
 def data(args: argparse.Namespace) -> Rows:
@@ -392,7 +447,7 @@ def start(args: argparse.Namespace) -> Rows:
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Rows]] = {
-    task.__name__: task for task in (image, slide, training, data, start)
+    task.__name__: task for task in (image, slide, training, words, data, start)
 }
 
 

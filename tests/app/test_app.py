@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from denseclip_hf.app.answers import segment
+from denseclip_hf.app.answers import AppModels, segment
+from denseclip_hf.example import make_example_clip
 from helpers.forked import run_script
 from helpers.images import photo
 from helpers.models import CLASSES, WORDS
@@ -159,6 +160,17 @@ def test_app_without_a_model_ends_with_one_sentence(flags, named):
     environment = {k: v for k, v in os.environ.items() if k != "DENSECLIP_MODELS"} | {"HF_HUB_OFFLINE": "1"}
     code, said = run_script(APP, *flags, environment=environment)
     assert code == 1 and named in said and "Traceback" not in said
+
+
+def test_a_clip_opens_the_page_for_words(tmp_path, word_model_dir):
+    pytest.importorskip("gradio")
+    from denseclip_hf.app.page import NEW_WORDS, OWN_CLASSES, build_page
+
+    clip = str(make_example_clip(tmp_path / "clip", "vit"))
+    for models, expected in (([clip, str(word_model_dir)], NEW_WORDS), ([str(word_model_dir), clip], OWN_CLASSES)):
+        parts = build_page(AppModels(models, device="cpu"), [APP]).config["components"]
+        (mode,) = (part["props"]["value"] for part in parts if part["props"].get("elem_id") == "mode")
+        assert mode == expected
 
 
 @pytest.mark.slow
