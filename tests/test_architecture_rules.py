@@ -50,6 +50,13 @@ def test_rooms_import_downwards(room):
         assert above <= allowed, f"{name_of(path)} imports from {above - allowed}"
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent != PACKAGE], ids=name_of)
+def test_others_rooms_are_entered_by_the_door(path):
+    """The model's files have none: they are siblings, which transformers copies. The page is not imported unasked."""
+    inside = {module for level, module in imports(path)[1] if level == 2 and "." in module}
+    assert not {module for module in inside if not module.startswith("model.")} - {"app.page"}
+
+
 def test_every_room_has_its_place():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
 

@@ -26,8 +26,7 @@ from .pipelines import register_pipelines
 
 if TYPE_CHECKING:
     from .metrics import MeanBoundaryIoU, MeanIoU
-    from .training.arguments import DenseCLIPTrainingArguments
-    from .training.trainer import DenseCLIPTrainer
+    from .training import DenseCLIPTrainer, DenseCLIPTrainingArguments
 
 _image_processors: dict[str, type] = {"pil": DenseCLIPImageProcessorPil}
 if is_torchvision_available():  # without it the class would be registered, chosen and fail
@@ -53,8 +52,8 @@ register_pipelines()
 
 # Loaded when first used (PEP 562): the module of each name.
 _LATER = {
-    "DenseCLIPTrainer": ".training.trainer",
-    "DenseCLIPTrainingArguments": ".training.arguments",
+    "DenseCLIPTrainer": ".training",
+    "DenseCLIPTrainingArguments": ".training",
     "MeanBoundaryIoU": ".metrics",
     "MeanIoU": ".metrics",
 }

@@ -14,10 +14,10 @@ from denseclip_hf.files import OutputError
 from denseclip_hf.training.checkpoints import check_whole, newest_whole_checkpoint, write_manifest
 from denseclip_hf.training.run_directory import (
     check_checkpoint,
+    exclusive_directory,
     prepare_run,
     recipe_of,
     results_json,
-    run_directory,
     write_recipe,
 )
 from helpers.forked import Forked
@@ -91,7 +91,7 @@ def test_a_damaged_recipe_is_refused_by_name(run, content):
 
 def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="no run of this program"), run_directory(tmp_path):
+    with pytest.raises(ValueError, match="no run of this program"), exclusive_directory(tmp_path):
         prepare_run(tmp_path, RECIPE)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -112,16 +112,16 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, small_disk):
         (tmp_path / "file" / "run", "File exists|Not a directory"),
         (small_disk("32k") / "run", "space"),
     ):
-        with pytest.raises(OutputError, match=reason), run_directory(folder):
+        with pytest.raises(OutputError, match=reason), exclusive_directory(folder):
             raise AssertionError("it was entered")
         assert not folder.exists()
 
 
 ENTER = """
 import sys, time
-from denseclip_hf.training.run_directory import run_directory
+from denseclip_hf.training.run_directory import exclusive_directory
 try:
-    with run_directory(sys.argv[1]):
+    with exclusive_directory(sys.argv[1]):
         print("in", flush=True)
         time.sleep(float(sys.argv[2]))
 except ValueError as error:

@@ -27,11 +27,20 @@ import psutil
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
-from ..training import DenseCLIPTrainingArguments
-from ..training.ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
-from ..training.recipe import DataArguments, ModelArguments
-from ..training.run_directory import RECIPE_FILE, changes_of_recipe, recipe_of
-from ..training.stopping import STOP_SIGNALS, TrainingStopped
+from ..training import (
+    RECIPE_FILE,
+    STOP_SIGNALS,
+    VARIANTS,
+    DataArguments,
+    DenseCLIPTrainingArguments,
+    ModelArguments,
+    TrainingStopped,
+    ablation_json,
+    ablation_tables,
+    changes_of_recipe,
+    read_measurements,
+    recipe_of,
+)
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors, parse_arguments, recipe_file
 
 

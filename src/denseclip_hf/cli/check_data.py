@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers.hf_argparser import string_to_bool
 
 from ..data import SegmentationData, check_dataset, load_segmentation_dataset
-from ..training.recipe import DataArguments
+from ..training import DataArguments
 from ..transforms import AugmentedDataset, TrainTransform
 from .arguments import HelpFormatter, one_sentence_errors
 

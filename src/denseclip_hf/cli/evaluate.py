@@ -21,7 +21,6 @@ from accelerate import PartialState
 from ..data import DatasetArguments
 from ..evaluation import EvaluationArguments, measure, report_table
 from ..sharing import CARD, add_results
-from ..training.run_directory import RECIPE_FILE
 from ..words import WordOptions
 from .arguments import log_to_terminal, one_sentence_errors, parse_arguments
 
@@ -58,6 +57,8 @@ def evaluate(args: EvaluationArguments, options: WordOptions | None = None) -> d
 
 def as_trained(args: EvaluationArguments) -> EvaluationArguments:
     """`args`; what of `AS_TRAINED` they leave open is from the recipe of a model trained on the same data."""
+    from ..training import RECIPE_FILE  # with the Trainer, which `--help` does without
+
     folder = Path(args.model).resolve()
     if re.fullmatch(r"checkpoint-\d+", folder.name) and not (folder / RECIPE_FILE).exists():
         folder = folder.parent  # the run's

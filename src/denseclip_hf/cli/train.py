@@ -9,18 +9,20 @@ config, image processor, tokenizer and card. The same command goes on from the l
 from contextlib import nullcontext
 from pathlib import Path
 
-from .. import DenseCLIPTrainingArguments
 from ..files import write_atomically
-from ..training.card import write_training_card
-from ..training.recipe import DataArguments, ModelArguments, make_trainer
-from ..training.run_directory import (
+from ..training import (
+    DataArguments,
+    DenseCLIPTrainingArguments,
+    ModelArguments,
     check_checkpoint,
+    exclusive_directory,
+    make_trainer,
     prepare_run,
     recipe_of,
     results_json,
-    run_directory,
     save_final_model,
     write_recipe,
+    write_training_card,
 )
 from .arguments import log_to_terminal, one_sentence_errors, parse_arguments
 
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict:
     kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
     model_args, data_args, args = parse_arguments(kinds, argv, needed=["dataset", "output_dir"], description=__doc__)
     output_dir, recipe = Path(args.output_dir), recipe_of(model_args, data_args, args)
-    with run_directory(output_dir) if args.process_index == 0 else nullcontext():
+    with exclusive_directory(output_dir) if args.process_index == 0 else nullcontext():
         with args.main_process_first(desc="looking at the output directory"):
             if args.resume_from_checkpoint:
                 check_checkpoint(args.resume_from_checkpoint, recipe)

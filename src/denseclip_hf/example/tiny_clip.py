@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ..model.configuration_clip_resnet import CLIPResNetConfig
 from ..model.modeling_clip_resnet import CLIPResNetModel
-from ..training.tokenizer import MAX_TOKENS, learn_tokenizer
+from ..training import MAX_TOKENS, learn_tokenizer
 from .captions import PHOTOS, Crop, crops, subject
 from .scenes import COLORS, DRAWING_VERSION, MATERIALS, NAMES, draw_scene, unless_made
 

@@ -3,28 +3,51 @@
 In: a recipe and a data set. Out: checkpoints, and a directory with the trained model, its results and its card.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+from .ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
+from .arguments import DenseCLIPTrainingArguments
+from .card import write_training_card
+from .optimizer import parameter_groups, poly_learning_rate
+from .recipe import DataArguments, ModelArguments, make_trainer
+from .run_directory import (
+    RECIPE_FILE,
+    changes_of_recipe,
+    check_checkpoint,
+    exclusive_directory,
+    prepare_run,
+    recipe_of,
+    results_json,
+    save_final_model,
+    write_recipe,
+)
+from .stopping import STOP_SIGNALS, TrainingStopped
+from .tokenizer import MAX_TOKENS, learn_tokenizer
+from .trainer import DenseCLIPTrainer
 
 
-if TYPE_CHECKING:
-    from .arguments import DenseCLIPTrainingArguments
-    from .optimizer import parameter_groups, poly_learning_rate
-    from .trainer import DenseCLIPTrainer
-
-# Loaded when first used (PEP 562): the module of each name. A command that only shows its options needs no Trainer.
-_LATER = {
-    "DenseCLIPTrainer": ".trainer",
-    "DenseCLIPTrainingArguments": ".arguments",
-    "parameter_groups": ".optimizer",
-    "poly_learning_rate": ".optimizer",
-}
-
-
-def __getattr__(name: str):
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATER[name], __name__), name)
-
-
-__all__ = ["DenseCLIPTrainer", "DenseCLIPTrainingArguments", "parameter_groups", "poly_learning_rate"]
+__all__ = [
+    "MAX_TOKENS",
+    "RECIPE_FILE",
+    "STOP_SIGNALS",
+    "VARIANTS",
+    "DataArguments",
+    "DenseCLIPTrainer",
+    "DenseCLIPTrainingArguments",
+    "ModelArguments",
+    "TrainingStopped",
+    "ablation_json",
+    "ablation_tables",
+    "changes_of_recipe",
+    "check_checkpoint",
+    "exclusive_directory",
+    "learn_tokenizer",
+    "make_trainer",
+    "parameter_groups",
+    "poly_learning_rate",
+    "prepare_run",
+    "read_measurements",
+    "recipe_of",
+    "results_json",
+    "save_final_model",
+    "write_recipe",
+    "write_training_card",
+]

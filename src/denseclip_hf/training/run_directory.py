@@ -68,7 +68,7 @@ def _fingerprint(dataset: str | None) -> str | None:
 
 
 @contextmanager
-def run_directory(output_dir: str | os.PathLike) -> Iterator[None]:
+def exclusive_directory(output_dir: str | os.PathLike) -> Iterator[None]:
     """
     The directory of a run, made where it is missing and kept from other processes meanwhile; a start that fails leaves
     none behind.
@@ -238,7 +238,7 @@ __all__ = [
     "prepare_run",
     "recipe_of",
     "results_json",
-    "run_directory",
+    "exclusive_directory",
     "save_final_model",
     "write_recipe",
 ]
