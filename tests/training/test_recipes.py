@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from denseclip_hf import (
@@ -15,6 +16,7 @@ from denseclip_hf import (
     DenseCLIPTrainingArguments,
 )
 from denseclip_hf.cli.arguments import one_sentence_errors, parse_arguments
+from denseclip_hf.evaluation.measurement import EvaluationArguments
 from denseclip_hf.training.recipe import (
     DataArguments,
     ModelArguments,
@@ -47,6 +49,22 @@ def test_shipped_recipes_parse_and_describe_a_model(recipe):
     text = recipe.read_text()
     assert f"configs/{recipe.name}" in text, "a recipe opens with the command that runs it"
     assert "mIoU" in text or "demo" in text
+
+
+@pytest.mark.parametrize(
+    ("split", "data"), [("voc_15_5", "voc20"), ("coco_stuff_156_15", "coco_stuff"), ("context_49_10", "context59")]
+)
+def test_split_recipes_name_classes_of_their_data(split, data):
+    folder = CONFIGS[0].parent
+    recipe = folder / "unseen" / f"{split}.yaml"
+    _, data_args, _ = parse_arguments(KINDS, [str(folder / "catseg_vit_b16.yaml"), str(recipe)])
+    (args,) = parse_arguments([EvaluationArguments], [str(recipe), "--model", "model"])
+    zero_shot = yaml.safe_load((folder / "zero_shot" / f"{data}.yaml").read_text())
+    names = [name.strip() for name in zero_shot["classes"].split(",")]
+    unseen = int(split.rsplit("_", 1)[1])
+    assert data_args.unseen == args.unseen and len(set(args.unseen) & set(names)) == unseen == len(args.unseen)
+    assert not any(" " in name for name in names if "-" in name)  # broken at the end of a line
+    assert len(names) == sum(map(int, split.rsplit("_", 2)[1:]))
 
 
 @pytest.mark.parametrize("recipe", [path for path in CONFIGS if path.stem.startswith("ade20k")], ids=lambda p: p.stem)
