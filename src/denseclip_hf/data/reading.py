@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,7 @@ from .coco import MARK, draw
 
 NAMELESS = "a sample without a file name"
 UNREADABLE = "cannot be read as an image ({}); save it anew or remove the sample"
+MASK_FAULT = "cannot be read: {}"
 EXIF_ORIENTATION, SAMPLES_PER_PIXEL = 0x0112, 277
 # What turns an image of that EXIF orientation upright. (ImageOps.exif_transpose writes all tags anew, which fails for
 # damaged ones.)
@@ -219,12 +221,11 @@ def _lossy(image: Image.Image, content: bytes) -> str | None:
     return None
 
 
-def _stored_samples(image: Image.Image, content: bytes, name: str) -> np.ndarray:
+def _stored_samples(image: Image.Image, content: bytes) -> np.ndarray:
     """The samples of a grey file as they are stored, which Pillow stretches to 0…255 (or 65535), or inverts."""
     layout = next((part for part in _codec_arguments(image) if isinstance(part, str)), "")
     header = re.match(rb"P[25]%s\d+%s\d+%s(\d+)\s" % ((rb"(?:\s|#[^\n]*\n)+",) * 3), content)
-    with _blaming(name):
-        read_pixels(image)
+    read_pixels(image)
     values = np.asarray(image)
     if image.mode == "1":
         values = values.astype(np.uint8)
@@ -303,29 +304,41 @@ class SampleReader:
         Raises:
             FileNotFoundError, ValueError: as [`read`], the latter if its size is not that of `image` (if given).
         """
-        if isinstance(source, (np.ndarray, list)):
-            ids = _whole_numbers(np.asarray(source))
-            _check_size(ids.shape, "given as an array", image)
-            return self._ids(ids, "given as an array")
-        if isinstance(source, Mapping) and (source.get("bytes") or b"").startswith(MARK):
-            return self._ids_of_annotation(source, image)
-        mask, content, name = _open(source)
-        stored = _stored_samples(mask, content, name)
+        is_array = isinstance(source, (np.ndarray, list))
+        name = "given as an array" if is_array else name_of(source)
+        mask, content = None, b""
+        if is_array:
+            stored = _whole_numbers(np.asarray(source))
+        elif isinstance(source, Mapping) and (source.get("bytes") or b"").startswith(MARK):
+            with _blaming(name, "holds a mask that cannot be drawn ({}); correct its annotation"):
+                stored = self._drawn(source["bytes"].removeprefix(MARK))
+        else:
+            mask, content, name = _open(source)
+            with _blaming(name):
+                stored = _stored_samples(mask, content)
         # Asked before the ids, which resizing or compression may have changed.
-        _check_size(mask.size[::-1], name, image)
-        if kind := _lossy(mask, content):
-            raise ValueError(f"The mask {name} is a {kind}, whose compression changes ids; save masks as PNG.")
-        if mask.mode in ("P", "1"):  # of one bit, 0 is black and 1 is white
-            colors = [0, 0, 0, 255, 255, 255] if mask.mode == "1" else mask.getpalette("RGB") or []
-            return self._ids_of_palette(stored, np.reshape(colors, (-1, 3)), name)
-        if mask.mode in ("RGB", "RGBA", "LA"):
-            stored = stored[..., :3] if mask.mode != "LA" else stored[..., 0]
-        elif mask.mode not in ("L", "F", *SIXTEEN_BIT_MODES):
-            raise ValueError(
-                f"The mask {name} has mode {mask.mode}; save it as a PNG with one integer id per pixel (or in the "
-                "colors of the palette)."
-            )
-        return self._ids_of_colors(stored, name) if stored.ndim == 3 else self._ids_of_greys(stored, name)
+        _check_size(stored.shape[:2], name, image)
+        with _blaming(f"The mask {name}", MASK_FAULT):
+            if mask is None:
+                return self._ids(stored)
+            if kind := _lossy(mask, content):
+                raise ValueError(f"it is a {kind}, whose compression changes ids; save masks as PNG")
+            if mask.mode in ("P", "1"):  # of one bit, 0 is black and 1 is white
+                colors = [0, 0, 0, 255, 255, 255] if mask.mode == "1" else mask.getpalette("RGB") or []
+                return self._ids_of_palette(stored, np.reshape(colors, (-1, 3)))
+            if mask.mode in ("RGB", "RGBA"):
+                return self._ids_of_colors(stored[..., :3])
+            if mask.mode not in ("L", "LA", "F", *SIXTEEN_BIT_MODES):
+                raise ValueError(f"mode {mask.mode} holds neither one id per pixel nor colors; save it as PNG")
+            return self._ids_of_greys(stored[..., 0] if mask.mode == "LA" else stored)
+
+    def _drawn(self, annotation: bytes) -> np.ndarray:
+        """Class ids of a mask that is drawn from polygons, or made from a panoptic PNG."""
+        mask = json.loads(annotation)
+        height, width = mask["size"]
+        if not 0 < height * width * 8 <= MAX_DECODED_BYTES:
+            raise ValueError(f"a size of {width}x{height}")
+        return draw(mask, np.asarray(read_image(mask["file"])) if "file" in mask else None, self.ignore_index)
 
     def refuse_unusable(self, splits: Iterable[datasets.Dataset | datasets.IterableDataset]) -> None:
         """
@@ -377,7 +390,7 @@ class SampleReader:
             'classes.json, such as "palette": [[0, 0, 0], [255, 255, 255]].'
         )
 
-    @property
+    @cached_property
     def _colors(self) -> tuple[np.ndarray, np.ndarray]:
         """Codes of the colors of the palette, in rising order, and the class ids they mean."""
         colors = np.array([*(self.palette or ()), *self.ignore_colors], dtype=np.uint8).reshape(-1, 3)
@@ -387,56 +400,41 @@ class SampleReader:
         order = np.argsort(codes)
         return codes[order], classes[order]
 
+    @property
+    def _shares_colors(self) -> bool:
+        codes = self._colors[0]
+        return len(np.unique(codes)) < len(codes)
+
     def _of_colors(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The class ids of colors, and which of them are in the palette."""
         known, classes = self._colors
         positions = np.minimum(np.searchsorted(known, codes), len(known) - 1)
         return classes[positions], known[positions] == codes
 
-    def _ids_of_annotation(self, source: Mapping[str, Any], image: Image.Image | None) -> np.ndarray:
-        """Class ids of a mask that is drawn from polygons, or made from a panoptic PNG."""
-        name = name_of(source)
-        with _blaming(name, "holds a mask that cannot be drawn ({}); correct its annotation"):
-            mask = json.loads(source["bytes"].removeprefix(MARK))
-            height, width = mask["size"]
-            if not 0 < height * width * 8 <= MAX_DECODED_BYTES:
-                raise ValueError(f"a size of {width}x{height}")
-            segments = np.asarray(read_image(mask["file"])) if "file" in mask else None
-            ids = draw(mask, segments, self.ignore_index) if image is None or image.size == (width, height) else None
-        _check_size((height, width), name, image)
-        return self._ids(np.asarray(ids), name)
-
-    def _ids_of_colors(self, pixels: np.ndarray, name: str) -> np.ndarray:
+    def _ids_of_colors(self, pixels: np.ndarray) -> np.ndarray:
         """Class ids of an (h, w, 3) mask in the palette's colors, or with the id in each of three channels."""
-        codes = _color_codes(pixels)
         is_grey = bool((pixels[..., :1] == pixels).all())
-        unknown = codes[:0]
-        if self.palette:
-            if len(np.unique(self._colors[0])) < len(self._colors[0]):
-                raise ValueError(f"The mask {name} is in color but two classes share one; give each its own color.")
-            ids, is_known = self._of_colors(codes)
-            if is_known.all():
-                return self._typed(ids)
-            unknown = codes[~is_known]
+        if not self.palette or self._shares_colors:
+            if is_grey and not self.palette:
+                return self._ids_of_greys(pixels[..., 0])
+            raise ValueError("it is in color, so every class needs a color of its own in the palette; or save ids")
+        ids, is_known = self._of_colors(_color_codes(pixels))
+        if is_known.all():
+            return self._typed(ids)
         if is_grey:
-            return self._ids_of_greys(pixels[..., 0], name)
-        if not self.palette:
-            raise ValueError(f"The mask {name} is in color but no palette is given; add one or save ids instead.")
-        color = tuple(int(unknown[0]) >> shift & 255 for shift in (16, 8, 0))
-        raise ValueError(
-            f"The mask {name} holds the color {color}, which is no class of the palette; add it to the palette "
-            "or, if it means no class, to ignore_colors."
-        )
+            return self._ids_of_greys(pixels[..., 0])
+        color = tuple(pixels[~is_known][0].tolist())
+        raise ValueError(f"it holds the color {color}; add it to the palette or, if it means no class, ignore_colors")
 
-    def _ids_of_palette(self, indices: np.ndarray, colors: np.ndarray, name: str) -> np.ndarray:
+    def _ids_of_palette(self, indices: np.ndarray, colors: np.ndarray) -> np.ndarray:
         """
         Class ids of a mask of indices: by color if the mask's own palette is made of the classes' colors, which may
         have another order there, and else by index.
         """
-        if not self.palette or self._shared_colors:
-            return self._ids(indices, name)
+        if not self.palette or self._shares_colors:
+            return self._ids(indices)
         if len(colors) > 2 and (colors == np.arange(len(colors))[:, None]).all():
-            return self._ids_of_greys(indices, name)  # a palette that shows each index as that grey
+            return self._ids_of_greys(indices)  # a palette that shows each index as that grey
         used = _values(indices)
         codes = np.full(max(len(colors), 1 + used.max(initial=0)), NO_COLOR)
         codes[: len(colors)] = _color_codes(colors)
@@ -449,20 +447,15 @@ class SampleReader:
             if not is_known[index] or (codes[:index] == codes[index]).any():
                 ids[index], is_known[index] = self.ignore_index, True
         if not is_own or not is_known[used].all():
-            return self._ids(indices, name)
+            return self._ids(indices)
         return self._typed(ids)[indices]
 
-    @property
-    def _shared_colors(self) -> bool:
-        codes = self._colors[0]
-        return len(np.unique(codes)) < len(codes)
-
-    def _ids_of_greys(self, greys: np.ndarray, name: str) -> np.ndarray:
+    def _ids_of_greys(self, greys: np.ndarray) -> np.ndarray:
         """Class ids of a mask of ids, or where all colors of the palette are greys, of these."""
         greys = _whole_numbers(greys)
         colors = np.array(self.palette or [[0, 0, 1]])
-        if (colors != colors[:, :1]).any() or self._shared_colors or (colors[:, 0] == np.arange(len(colors))).all():
-            return self._ids(greys, name)
+        if (colors != colors[:, :1]).any() or self._shares_colors or (colors[:, 0] == np.arange(len(colors))).all():
+            return self._ids(greys)
         used = _values(greys).astype(np.int64)
         ids, is_known = self._of_colors(_color_codes(np.repeat(used.clip(0, 255)[:, None], 3, 1)))
         is_known &= used < 256
@@ -471,17 +464,15 @@ class SampleReader:
         meant = zip(used[is_known].tolist(), ids[is_known].tolist(), strict=True)
         if any(self._meaning(value) not in (None, class_id) for value, class_id in meant):
             raise ValueError(
-                f"The mask {name} holds the greys {_shown(used[is_known])} of the palette, which are also ids of "
-                f"classes, beside {_shown(used[~is_known])}; save masks either with ids or in the palette's greys."
+                f"it holds the greys {_shown(used[is_known])} of the palette, which are also ids of classes, beside "
+                f"{_shown(used[~is_known])}; save it either with ids or in the palette's greys"
             )
-        return self._ids(greys, name)
+        return self._ids(greys)
 
-    def _ids(self, stored: np.ndarray, name: str) -> np.ndarray:
+    def _ids(self, stored: np.ndarray) -> np.ndarray:
         """Class ids of stored ones: mapped, shifted, or as they are."""
         if stored.ndim != 2 or stored.dtype.kind not in "iub":
-            raise ValueError(
-                f"The mask {name} has shape {stored.shape} and type {stored.dtype}; give (h, w) integer ids."
-            )
+            raise ValueError(f"it has the shape {stored.shape} and type {stored.dtype}; give (h, w) integer ids")
         is_plain = not self.id_map and not self.do_reduce_labels
         if is_plain and (not stored.size or (stored.min() >= 0 and stored.max() < self.num_labels)):
             return self._typed(stored)
@@ -489,12 +480,11 @@ class SampleReader:
         ids = [self._meaning(value) for value in used.tolist()]
         if None in ids:
             outside = used[[value is None for value in ids]]
-            highest = self.num_labels - 1 + self.do_reduce_labels
+            known = f"0…{self.num_labels - 1 + self.do_reduce_labels}{', those of id_map' if self.id_map else ''}"
             raise ValueError(
-                f"The mask {name} holds the ids {_shown(outside)}, but only 0…{highest}"
-                f"{', those of id_map' if self.id_map else ''} and {self.ignore_index} (no class) have a meaning with "
-                f"{self.num_labels} classes; complete the class list, set id_map, ignore_index or do_reduce_labels, "
-                "or correct the mask."
+                f"it holds the ids {_shown(outside)}, but only {known} and {self.ignore_index} (no class) mean "
+                f"something with {self.num_labels} classes; complete the class list, or set id_map, "
+                "ignore_index or do_reduce_labels"
             )
         return self._typed(np.array(ids))[np.searchsorted(used, stored)]
 
