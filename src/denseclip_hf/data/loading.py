@@ -289,7 +289,7 @@ def _columns(features: Mapping[str, Any], image: str | None, label: str | None) 
         candidates = [name for name in images if name != label]
         named = [name for name in (*candidates, *paths) if name != label and name.lower() in IMAGE_COLUMNS]
         image = _only(named) or _only(candidates)
-    if image not in features or label not in features or image == label:
+    if image is None or label is None or image == label or not {image, label} <= set(features):
         raise ValueError(
             f"Which columns hold images and masks? The data set has {', '.join(features)}; "
             "set image_column and label_column to two of them."

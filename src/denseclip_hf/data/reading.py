@@ -24,7 +24,6 @@ from .coco import MARK, draw
 
 NAMELESS = "a sample without a file name"
 UNREADABLE = "cannot be read as an image ({}); save it anew or remove the sample"
-MASK_FAULT = "cannot be read: {}"
 EXIF_ORIENTATION, SAMPLES_PER_PIXEL = 0x0112, 277
 # What turns an image of that EXIF orientation upright. (ImageOps.exif_transpose writes all tags anew, which fails for
 # damaged ones.)
@@ -318,18 +317,18 @@ class SampleReader:
                 stored = _stored_samples(mask, content)
         # Asked before the ids, which resizing or compression may have changed.
         _check_size(stored.shape[:2], name, image)
-        with _blaming(f"The mask {name}", MASK_FAULT):
+        with _blaming(f"The mask {name}", "{}"):
             if mask is None:
                 return self._ids(stored)
             if kind := _lossy(mask, content):
-                raise ValueError(f"it is a {kind}, whose compression changes ids; save masks as PNG")
+                raise ValueError(f"is a {kind}, whose compression changes ids; save masks as PNG")
             if mask.mode in ("P", "1"):  # of one bit, 0 is black and 1 is white
                 colors = [0, 0, 0, 255, 255, 255] if mask.mode == "1" else mask.getpalette("RGB") or []
                 return self._ids_of_palette(stored, np.reshape(colors, (-1, 3)))
             if mask.mode in ("RGB", "RGBA"):
                 return self._ids_of_colors(stored[..., :3])
             if mask.mode not in ("L", "LA", "F", *SIXTEEN_BIT_MODES):
-                raise ValueError(f"mode {mask.mode} holds neither one id per pixel nor colors; save it as PNG")
+                raise ValueError(f"has mode {mask.mode}, neither ids nor colors; save it as PNG with one id per pixel")
             return self._ids_of_greys(stored[..., 0] if mask.mode == "LA" else stored)
 
     def _drawn(self, annotation: bytes) -> np.ndarray:
@@ -417,14 +416,14 @@ class SampleReader:
         if not self.palette or self._shares_colors:
             if is_grey and not self.palette:
                 return self._ids_of_greys(pixels[..., 0])
-            raise ValueError("it is in color, so every class needs a color of its own in the palette; or save ids")
+            raise ValueError("is in color, so every class needs a color of its own in the palette; or save ids")
         ids, is_known = self._of_colors(_color_codes(pixels))
         if is_known.all():
             return self._typed(ids)
         if is_grey:
             return self._ids_of_greys(pixels[..., 0])
         color = tuple(pixels[~is_known][0].tolist())
-        raise ValueError(f"it holds the color {color}; add it to the palette or, if it means no class, ignore_colors")
+        raise ValueError(f"holds the color {color}; add it to the palette or, if it means no class, ignore_colors")
 
     def _ids_of_palette(self, indices: np.ndarray, colors: np.ndarray) -> np.ndarray:
         """
@@ -464,7 +463,7 @@ class SampleReader:
         meant = zip(used[is_known].tolist(), ids[is_known].tolist(), strict=True)
         if any(self._meaning(value) not in (None, class_id) for value, class_id in meant):
             raise ValueError(
-                f"it holds the greys {_shown(used[is_known])} of the palette, which are also ids of classes, beside "
+                f"holds the greys {_shown(used[is_known])} of the palette, which are also ids of classes, beside "
                 f"{_shown(used[~is_known])}; save it either with ids or in the palette's greys"
             )
         return self._ids(greys)
@@ -472,7 +471,7 @@ class SampleReader:
     def _ids(self, stored: np.ndarray) -> np.ndarray:
         """Class ids of stored ones: mapped, shifted, or as they are."""
         if stored.ndim != 2 or stored.dtype.kind not in "iub":
-            raise ValueError(f"it has the shape {stored.shape} and type {stored.dtype}; give (h, w) integer ids")
+            raise ValueError(f"has the shape {stored.shape} and type {stored.dtype}; give (h, w) integer ids")
         is_plain = not self.id_map and not self.do_reduce_labels
         if is_plain and (not stored.size or (stored.min() >= 0 and stored.max() < self.num_labels)):
             return self._typed(stored)
@@ -482,7 +481,7 @@ class SampleReader:
             outside = used[[value is None for value in ids]]
             known = f"0…{self.num_labels - 1 + self.do_reduce_labels}{', those of id_map' if self.id_map else ''}"
             raise ValueError(
-                f"it holds the ids {_shown(outside)}, but only {known} and {self.ignore_index} (no class) mean "
+                f"holds the ids {_shown(outside)}, but only {known} and {self.ignore_index} (no class) mean "
                 f"something with {self.num_labels} classes; complete the class list, or set id_map, "
                 "ignore_index or do_reduce_labels"
             )
