@@ -8,8 +8,8 @@ this package's modules: the text tower runs over padded prompts in every forward
 one by one, losses are taken at full size, and all parameters have gradients.
 
 Tasks: image (one of the published size, 150 classes), slide (windows over 2048 x 512 pixels), training (an optimizer
-step at batch 2 and its peak memory), words (on a CLIP as it is, beside a trained segmenter), data (one core), start
-(seconds of new processes).
+step at batch 2 and its peak memory), words (on a CLIP as it is, beside a trained segmenter), decoders (both, by number
+of classes), data (one core), start (seconds of new processes).
 """
 
 import argparse
@@ -56,6 +56,7 @@ from denseclip_hf.cli.arguments import HelpFormatter, log_to_terminal, one_sente
 from denseclip_hf.data import load_segmentation_dataset, read_image
 from denseclip_hf.devices import device_of
 from denseclip_hf.inference import published_image_processor
+from denseclip_hf.model.configuration_denseclip import COST_AGGREGATION_OPTIONS
 from denseclip_hf.model.resizing_denseclip import fit_within, resize_argmax
 from denseclip_hf.optimization import optimize_for_inference
 from denseclip_hf.sharing import export
@@ -328,6 +329,36 @@ def word_case(way: str, device: str) -> Callable[[], torch.Tensor]:
     return asked
 
 
+def decoders(args: argparse.Namespace) -> Rows:
+    """One image of 384 x 384 for 10 to 1000 classes, ViT-B/16, text embeddings kept: both decoders."""
+    rows: Rows = []
+    for count in args.classes:
+        cases: Cases = {way: decoder_case(way, count, args.device) for way in DECODERS}
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            peaks = {
+                way: f"{pool.submit(peak_memory, decoder_case, way, count, args.device).result():.1f}"
+                for way in DECODERS
+            }
+        rows += table_of(f"{count} classes", cases, args.rounds, **{"peak GiB": peaks})
+    return rows
+
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "Semantic FPN": {},
+    "cost aggregation, at most 256 decoded": {"aggregator": {}},
+    "cost aggregation, all decoded": {"aggregator": {"max_classes": 0}},
+}
+
+
+def decoder_case(way: str, count: int, device: str) -> Callable[[], torch.Tensor]:
+    """A function that segments an image into `count` classes."""
+    options = DECODERS[way]
+    if options:
+        options = {**COST_AGGREGATION_OPTIONS, "tower_image_size": 384, **options}
+    model = build_model("denseclip-vit-b16", count, **options).to(device)
+    return forward(model, torch.randn(1, 3, 384, 384, device=device))
+
+
 def data(args: argparse.Namespace) -> Rows:
     """Samples from JPEGs of 640 x 480 pixels, on one core, and the original's pipeline where OpenCV is installed."""
     rng = np.random.default_rng(0)
@@ -447,7 +478,7 @@ def start(args: argparse.Namespace) -> Rows:
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Rows]] = {
-    task.__name__: task for task in (image, slide, training, words, data, start)
+    task.__name__: task for task in (image, slide, training, words, decoders, data, start)
 }
 
 
@@ -470,6 +501,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tables")
     parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=["denseclip-rn50", "denseclip-vit-b16"])
+    parser.add_argument("--classes", nargs="+", type=int, default=[10, 150, 1000], help="numbers of the task decoders")
     parser.add_argument("--rounds", type=int, default=5, help="times every case is run, in turn")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes on a CPU)")
