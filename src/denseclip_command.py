@@ -1,7 +1,7 @@
 """The command `denseclip`, outside the package so that its help has to import neither torch nor transformers."""
 
 import difflib
-import importlib
+import importlib.util
 import sys
 from importlib.metadata import version
 
@@ -33,6 +33,10 @@ def main(argv: list[str] | None = None) -> int | None:
         print("\n`denseclip COMMAND --help` lists the options of one.")
     elif name in COMMANDS:
         sys.argv[0] = f"denseclip {name}"
+        if {"-h", "--help"} & set(rest) and "denseclip_hf" not in sys.modules:
+            # Help needs the rooms, not what the package registers: leave out its `__init__`, which loads torch.
+            package = importlib.util.find_spec("denseclip_hf")
+            sys.modules["denseclip_hf"] = importlib.util.module_from_spec(package)
         module = importlib.import_module(f"denseclip_hf.cli.{name.replace('-', '_')}")
         code = module.main(rest)
         return code if isinstance(code, int) else None

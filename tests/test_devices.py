@@ -3,15 +3,13 @@
 import pytest
 import torch
 
-from denseclip_hf.devices import DTYPES, device_of
-from denseclip_hf.inference import LOADING_DTYPES
+from denseclip_hf.devices import DTYPES, LOADING_DTYPES, device_of, dtype_of
 
 
-@pytest.mark.parametrize("table", [DTYPES, LOADING_DTYPES])
-def test_every_dtype_option_takes_long_and_short_names(table):
-    names = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
-    dtypes = [torch.float32, torch.bfloat16, torch.float16] * 2
-    assert [table[name] for name in names] == dtypes
+def test_every_dtype_option_takes_long_and_short_names():
+    names = ["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+    assert [dtype_of(name) for name in names] == [torch.float32, torch.bfloat16, torch.float16] * 2
+    assert list(DTYPES) == names and list(LOADING_DTYPES) == ["auto", *names]
 
 
 def test_devices_by_name():

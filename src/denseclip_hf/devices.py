@@ -1,12 +1,22 @@
 """Precisions and devices, by the names that options take: transformers' and torch's own, and short ones."""
 
-import torch
-
-from .model.loading_denseclip import reason_of
+from typing import TYPE_CHECKING
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+# Names of torch's dtypes, so that a command's help needs no torch.
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
+DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+LOADING_DTYPES = {"auto": "auto", **DTYPES}
+
+
+def dtype_of(name: str) -> "torch.dtype":
+    """The dtype of torch that a key of `DTYPES` names."""
+    import torch
+
+    return getattr(torch, DTYPES[name])
 
 
 def device_of(name: str) -> str:
@@ -16,6 +26,10 @@ def device_of(name: str) -> str:
     Raises:
         ValueError: if there is none of that name here.
     """
+    import torch
+
+    from .model.loading_denseclip import reason_of
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -25,4 +39,4 @@ def device_of(name: str) -> str:
     return name
 
 
-__all__ = ["DTYPES", "device_of"]
+__all__ = ["DTYPES", "LOADING_DTYPES", "device_of", "dtype_of"]

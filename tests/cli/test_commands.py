@@ -29,6 +29,19 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     assert files == {name.replace("-", "_") for name in COMMANDS}
 
 
+def test_help_of_what_is_used_most_imports_nothing_heavy():
+    names = ["words", "predict", "app", "push", "demo", "example"]
+    code = f"""
+import contextlib, sys, denseclip_command
+for name in {names}:
+    with contextlib.suppress(SystemExit):
+        denseclip_command.main([name, "--help"])
+assert "torch" not in sys.modules
+"""
+    done = python("-c", code)
+    assert done.returncode == 0 and all(f"usage: denseclip {name}" in done.stdout for name in names), done.stderr
+
+
 def test_a_misspelt_command_names_the_nearest(capsys):
     assert denseclip_command.main(["trian"]) == 2
     assert "`train`" in capsys.readouterr().err

@@ -12,9 +12,7 @@ import argparse
 import logging
 import os
 
-from ..app import AppModels
-from ..app.page import build_page, launch
-from ..inference import LOADING_DTYPES, find_sources
+from ..devices import LOADING_DTYPES
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 
@@ -28,6 +26,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", help="address to listen at; by default GRADIO_SERVER_NAME or 127.0.0.1")
     parser.add_argument("--port", type=int, help="by default GRADIO_SERVER_PORT, or a free one from 7860")
     args = parser.parse_args(argv)
+    from ..app import AppModels
+    from ..app.page import build_page, launch
+    from ..inference import find_sources
+
     log_to_terminal()
     from_environment = [name.strip() for name in os.environ.get("DENSECLIP_MODELS", "").split(",") if name.strip()]
     models = AppModels(args.model or from_environment, args.device, args.dtype)

@@ -18,12 +18,8 @@ from typing import Any, get_type_hints
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from torch import distributed
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
-
-from ..data import parse_classes
-from ..model.loading_denseclip import reason_of
 
 
 logger = logging.getLogger(__name__)
@@ -104,6 +100,8 @@ class DataclassParser(HfArgumentParser):
 
 def names(text: str) -> list[str]:
     """Names with commas between them, or those of a file that [`parse_classes`] reads (which may hold commas)."""
+    from ..data import parse_classes  # with torch, which help does without
+
     if "," in text:
         return [name.strip() for name in text.split(",")]
     try:
@@ -241,6 +239,10 @@ def one_sentence_errors(main: Callable) -> Callable:
 
 def sentence_of(error: BaseException) -> str:
     """The message of `error`, in one sentence also if it comes from a data-loader worker or another process."""
+    from torch import distributed
+
+    from ..model.loading_denseclip import reason_of
+
     text = str(error).strip()
     if isinstance(error, StrictDataclassError):  # of a config
         return reason_of(error)

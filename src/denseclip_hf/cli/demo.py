@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-from ..example import make_example_clip, make_example_dataset
 from .arguments import HelpFormatter, one_sentence_errors, recipe_file
 
 
@@ -52,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="of data, model and image")
     parser.add_argument("--max_steps", type=int, default=None, help="train shorter or longer than the recipe")
     args = parser.parse_args(argv)
+    from ..example import make_example_clip, make_example_dataset
+
     start = time.perf_counter()
     data, clip = args.output_dir / "data", args.output_dir / "clip"
     model, drawn = args.output_dir / "model", args.output_dir / "demo.png"

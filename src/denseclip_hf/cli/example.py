@@ -6,7 +6,6 @@ denseclip example --output_dir outputs/example --pretraining_steps 600
 import argparse
 from pathlib import Path
 
-from ..example import make_example_clip, make_example_dataset
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 
@@ -20,6 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pretraining_steps", type=int, default=600, help="0 leaves the CLIP's weights random")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and weights")
     args = parser.parse_args(argv)
+    from ..example import make_example_clip, make_example_dataset
+
     log_to_terminal()
     data = make_example_dataset(args.output_dir / "data", args.num_train, args.num_val, seed=args.seed)
     clip = make_example_clip(args.output_dir / "clip", args.vision, args.seed, args.pretraining_steps)

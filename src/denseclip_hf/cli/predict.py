@@ -13,14 +13,15 @@ animation (GIF, WebP) the first is taken.
 import argparse
 import sys
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
-
-from ..devices import device_of
-from ..inference import LOADING_DTYPES, Segmenter, find_sources, load_model, predict_sources
-from ..model.loading_denseclip import load_pretrained
-from ..words import WindowOptions, WordOptions, set_options
+from ..devices import LOADING_DTYPES, device_of
+from ..word_options import WindowOptions, WordOptions
 from .arguments import DataclassParser, log_to_terminal, names, one_sentence_errors
+
+
+if TYPE_CHECKING:
+    from ..inference import Segmenter
 
 
 def make_parser(description: str | None, output_dir: str) -> DataclassParser:
@@ -56,8 +57,14 @@ def make_parser(description: str | None, output_dir: str) -> DataclassParser:
     return parser
 
 
-def load_segmenter(args: argparse.Namespace, words: list[str]) -> Segmenter:
+def load_segmenter(args: argparse.Namespace, words: list[str]) -> "Segmenter":
     """The model of `args`, asked for `words` (phrasings with | between them) or for its own classes."""
+    from transformers import AutoTokenizer
+
+    from ..inference import Segmenter, load_model
+    from ..model.loading_denseclip import load_pretrained
+    from ..words import set_options
+
     options = WordOptions(**{option.name: getattr(args, option.name) for option in fields(WordOptions)})
     windows = WindowOptions(args.inference_mode, args.crop_size, args.stride)
     device = device_of(args.device)
@@ -73,6 +80,8 @@ def load_segmenter(args: argparse.Namespace, words: list[str]) -> Segmenter:
 
 def run(args: argparse.Namespace, words: list[str]) -> int:
     """Segment what `args` name and write the results; the exit code."""
+    from ..inference import find_sources, predict_sources
+
     sources, problems = find_sources(args.inputs)
     done = 0
     if sources:

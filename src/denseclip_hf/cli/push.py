@@ -8,7 +8,6 @@ Without --push it only shows what would be uploaded. Repositories are private un
 import argparse
 from pathlib import Path
 
-from ..sharing import folder_to_push, push
 from .arguments import HelpFormatter, one_sentence_errors
 
 
@@ -24,6 +23,8 @@ def main(argv: list[str] | None = None, api=None) -> None:
     parser.add_argument("--include", nargs="*", default=[], help="further files of MODEL_DIR")
     parser.add_argument("--message", default="Upload model", help="of the commit")
     args = parser.parse_args(argv)
+    from ..sharing import folder_to_push, push
+
     with folder_to_push(args.model_dir, not args.no_code, args.include, args.repo_id, args.license) as folder:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         names = [path.relative_to(folder).as_posix() for path in files]

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ..devices import DTYPES
+from ..devices import dtype_of
 from ..model.configuration_clip_resnet import CLIPResNetConfig
 from ..model.modeling_clip_resnet import CLIPResNetModel
 from .directory import DEFAULT_TOKENIZER, load_tokenizer, write_directory
@@ -79,7 +79,7 @@ def convert_clip(
     tokenizer = load_tokenizer(tokenizer, config.text_config.vocab_size)
     side = config.vision_config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return write_directory(output_dir, model_class, config, converted, processor, tokenizer, dtype=DTYPES[dtype])
+    return write_directory(output_dir, model_class, config, converted, processor, tokenizer, dtype=dtype_of(dtype))
 
 
 @looking_into("the checkpoint")

@@ -14,7 +14,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 from ..data import name_of
-from ..devices import DTYPES
+from ..devices import DTYPES, LOADING_DTYPES, dtype_of
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil, decode_image, flatten_images
 from ..model.layers_denseclip import resize_bilinear
 from ..model.loading_denseclip import ConfigDict, load_clip, load_pretrained
@@ -28,7 +28,6 @@ from ..words import as_word_model, word_image_processor
 # Ratios of the published multi-scale results (section 4.1's protocol, mmsegmentation's `MultiScaleFlipAug`).
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 # What `load_model` takes: a precision, or that of the file.
-LOADING_DTYPES = {"auto": "auto", **DTYPES}
 # Probabilities kept for one image (2 GiB of float32).
 MAX_PROBABILITIES = 2**29
 # Scores that [`segment_in_windows`] keeps (512 MiB of float32), and those that are resized at a time (64 MiB).
@@ -58,7 +57,7 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:  # a model's 
     if config.get("model_type") in TOWERS:
         clip, _ = load_clip(name, tokenizer=False)
         model: Any = as_word_model(clip)
-        return model.to(DTYPES[dtype]) if dtype in DTYPES else model, word_image_processor(model)
+        return model.to(dtype_of(dtype)) if dtype in DTYPES else model, word_image_processor(model)
     is_for_words = config.get("architectures") == [DenseCLIPModel.__name__]
     kind = DenseCLIPModel if is_for_words else DenseCLIPForSemanticSegmentation
     model = load_pretrained(kind, name, dtype=LOADING_DTYPES[dtype])

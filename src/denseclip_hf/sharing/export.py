@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from ..devices import DTYPES
+from ..devices import dtype_of
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_pretrained
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
@@ -98,7 +98,7 @@ def export_program(
         raise ValueError("the decoder knows only the classes of its training, so its program takes no words.")
     if not words and not is_segmenter:
         raise ValueError("a model without decoder has no classes of its own: export it with `words`.")
-    model = copy.deepcopy(model).eval().to(DTYPES[dtype])
+    model = copy.deepcopy(model).eval().to(dtype_of(dtype))
     if words:
         drop(model.clip, model.text_tower.text_parts)
         model.prompts = None
