@@ -89,7 +89,7 @@ def test_no_class_is_ignored_by_default(num_labels):
 
 
 def test_two_numbers_of_classes_are_refused():
-    with pytest.raises(ValueError, match="`num_labels` is 5, but `id2label` names 1 classes"):
+    with pytest.raises(ValueError, match="num_labels"):
         DenseCLIPConfig(num_labels=5, id2label={0: "sky"})
 
 
@@ -121,17 +121,17 @@ def test_wrong_resnets_are_refused(options, sentence):
 
 
 def test_resnet_clip_takes_no_vit():
-    with pytest.raises(ValueError, match="must be a ResNet's, got a CLIPVisionConfig"):
+    with pytest.raises(ValueError, match="CLIPVisionConfig"):
         CLIPResNetConfig(vision_config=CLIPVisionConfig())
 
 
 def test_unknown_options_of_a_resnet_clip_are_refused():
-    with pytest.raises(ValueError, match="`CLIPResNetConfig` has no option `vission_config`: did you mean"):
+    with pytest.raises(ValueError, match="vission_config"):
         CLIPResNetConfig(vission_config={})
 
 
 def test_resnet_clip_has_one_embedding_size():
-    with pytest.raises(ValueError, match="must equal `vision_config.projection_dim`"):
+    with pytest.raises(ValueError, match="projection_dim"):
         CLIPResNetConfig(projection_dim=7, vision_config={"projection_dim": 8})
 
 

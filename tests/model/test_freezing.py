@@ -55,7 +55,7 @@ def test_freezing_twice_and_evaluating_are_fine(frozen, images):
     ],
 )
 def test_training_and_new_words_are_refused(frozen, action, what):
-    with pytest.raises(ValueError, match=f"classes are frozen, so it cannot {what}"):
+    with pytest.raises(ValueError, match=what):
         action(frozen)
 
 
@@ -71,19 +71,19 @@ def test_other_classes_are_refused(frozen, kind, tmp_path):
     frozen.save_pretrained(tmp_path)
     load = DenseCLIPForSemanticSegmentation.from_pretrained
     for other in ({"num_labels": 7}, {"id2label": {0: "sky", 1: "road", 2: "sea"}}):
-        with pytest.raises(ValueError, match="classes are frozen, so it cannot be loaded for others"):
+        with pytest.raises(ValueError, match="frozen"):
             load(tmp_path, ignore_mismatched_sizes=True, **other)
     config = tiny_config(kind, num_labels=7, frozen_classes=True)
-    with pytest.raises(ValueError, match="hold no frozen embeddings of 7 classes, so they would be noise"):
+    with pytest.raises(ValueError, match="noise"):
         load(tmp_path, config=config, ignore_mismatched_sizes=True)
-    with pytest.raises(ValueError, match="text tower is gone and would be noise"):
+    with pytest.raises(ValueError, match="noise"):
         load(tmp_path, frozen_classes=False)
     assert load(tmp_path, num_labels=3).config.frozen_classes
 
 
 def test_a_whole_model_is_not_loaded_as_a_frozen_one(kind, tmp_path):
     tiny_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="hold no frozen embeddings of 3 classes"):
+    with pytest.raises(ValueError, match="noise"):
         AutoModelForSemanticSegmentation.from_pretrained(tmp_path, frozen_classes=True)
 
 

@@ -114,7 +114,7 @@ def test_scores_that_are_no_numbers_are_no_segments(processor):
     with torch.no_grad():
         model.decode_head.classifier.bias[1] = float("nan")
     segment = pipeline("image-segmentation", model=model, image_processor=processor)
-    with pytest.raises(ValueError, match="scores are NaN or infinite and tell no class"):
+    with pytest.raises(ValueError, match="NaN"):
         segment(pictures()[0])
 
 

@@ -87,7 +87,7 @@ def test_a_name_may_fill_every_place_beside_the_contexts():
     config = tiny_config(num_context_tokens=4)  # of 16 places
     ten = "a" * 10
     assert tokenize_classes([ten], as_letters, TextTower, config) == [[SOS, *[97] * 10, EOS]]
-    with pytest.raises(ValueError, match=f"'{ten}a' has 13 tokens with SOS and EOS, but 12 fit beside 4 contexts"):
+    with pytest.raises(ValueError, match=f"{ten}a.*13.*12"):
         tokenize_classes([ten, ten + "a"], as_letters, TextTower, config)
 
 

@@ -104,7 +104,7 @@ def test_scores_must_be_finite(bad, dtype):
     scores = torch.tensor([[60000.0, 60000.0], [-60000.0, 0.0]]).to(dtype)
     check_finite(scores)
     scores[1, 1] = bad
-    with pytest.raises(ValueError, match="^x.png: the model's scores are NaN or infinite .* use bfloat16 or float32"):
+    with pytest.raises(ValueError, match="^x.png: .*NaN"):
         check_finite(scores, "x.png")
 
 
