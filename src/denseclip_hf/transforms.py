@@ -58,6 +58,7 @@ def crop_is_varied(labels: np.ndarray, cat_max_ratio: float = 0.75, ignore_index
     """
     if ignore_index < 0:
         labels = labels[labels >= 0]
+    labels = labels if labels.dtype == np.uint8 else labels.astype(np.int64)
     counts = torch.from_numpy(labels.ravel()).bincount(minlength=max(ignore_index, 0) + 1).numpy()
     if ignore_index >= 0:
         counts[ignore_index] = 0
@@ -189,11 +190,11 @@ class TrainTransform:
         flip = rng.random() < self.flip_probability
         crop = resize_region(image, new_size, box).contiguous()
         if flip:
-            crop, labels = crop.flip(-1), np.ascontiguousarray(labels[:, ::-1])
+            crop, labels = crop.flip(-1), labels[:, ::-1]
         pixel_values = torch.zeros(3, *self._crop)
         class_ids = torch.full(self._crop, self.ignore_index)
         pixels = pixel_values[:, : labels.shape[0], : labels.shape[1]].copy_(crop)  # the rest is padding
-        class_ids[: labels.shape[0], : labels.shape[1]] = torch.from_numpy(labels)
+        class_ids[: labels.shape[0], : labels.shape[1]] = torch.from_numpy(labels.astype(np.int64))
         if self.photometric:
             photometric_distortion(pixels, rng)
         pixels.sub_(self._mean).div_(self._std)

@@ -120,6 +120,14 @@ def test_shapes_and_types(size):
     assert result["labels"].shape == (24, 40) and result["labels"].dtype == torch.int64
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">i4"])
+def test_masks_of_any_integers(dtype):
+    image, mask = make_sample()
+    expected = SMALL(image, mask, sample_rng(0, 0, 1))
+    labels = SMALL(image, mask.astype(dtype), sample_rng(0, 0, 1))["labels"]
+    assert torch.equal(labels, expected["labels"])
+
+
 @pytest.mark.parametrize("ignore_index", [255, 200, -100])
 def test_padding_uses_the_ignore_index(ignore_index):
     image, mask = make_sample()
