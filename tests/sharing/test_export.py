@@ -39,6 +39,11 @@ sys.meta_path.insert(0, Hidden())
 PROCESSOR = DenseCLIPImageProcessor(size={"shortest_edge": 96})
 
 
+def examples_of_the_docs():
+    """For any words, and without torch."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+
+
 def photo():
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 150, 3), dtype=np.uint8))
 
@@ -130,8 +135,7 @@ def test_the_example_of_the_docs_runs_without_torch(exported, tmp_path, size):
     _, files = exported
     DenseCLIPImageProcessor(size=size).save_pretrained(files["onnx"].parent)
     photo().save(tmp_path / "photo.png")
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
-    (example,) = [example for example in examples if "import torch" not in example and "denseclip_hf" not in example]
+    _, example = examples_of_the_docs()
     command = [sys.executable, "-c", HIDE_TORCH + example, files["onnx"].parent, tmp_path / "photo.png"]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and "class" in result.stdout, result.stderr
@@ -235,6 +239,10 @@ def test_a_program_takes_any_words(word_model, tmp_path, kind, capsys):
         with torch.no_grad():
             expected = reader.score(pixels, embeds)
         torch.testing.assert_close(run_exported(path, pixels, embeds), expected, atol=1e-4, rtol=1e-4)
+    if kind == "onnx":
+        names = {"session": onnxruntime.InferenceSession(str(path)), "pixels": pixels.numpy()}
+        exec(examples_of_the_docs()[0].replace("openai/clip-vit-base-patch16", word_model), names)
+        assert names["logits"].shape[:2] == (2, 3)
 
 
 def test_words_need_a_model_that_takes_any(tmp_path, word_model_dir, capsys):
