@@ -1,5 +1,6 @@
 """Pipelines of transformers: image segmentation for batches of different sizes, and segmentation by any words."""
 
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -16,16 +17,35 @@ from .model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from .words import WindowOptions, WordOptions, WordReader, as_word_model, options_set
 
 
+def load_levels(image: Any, timeout: float | None = None) -> Any:
+    """
+    transformers' `load_image`, but for deep and float images, which that would clip to 0 … 255: those are read by the
+    rule of [`decode_image`], as in training.
+    """
+    if isinstance(image, str) and os.path.isfile(image):
+        with Image.open(image) as opened:
+            mode = opened.mode
+    else:
+        mode = image.mode if isinstance(image, Image.Image) else "RGB"
+    if mode[0] in "IF":
+        from .data import read_image  # with `datasets`, which nothing else here needs
+
+        image = read_image(image)
+    return load_image(image, timeout)
+
+
 class DenseCLIPImageSegmentationPipeline(ImageSegmentationPipeline):
     """
     `pipeline("image-segmentation")` with `batch_size > 1` for images of different sizes.
+
+    16-bit and float images are read as in training.
 
     transformers concatenates the images of a batch, which must then have one size; padding them would change the
     predictions. Our models take lists, and run the images of one size together. Other models are served as ever.
     """
 
-    def preprocess(self, image: Any, *args, **kwargs):  # type: ignore[override]  # as the base class names it
-        inputs = super().preprocess(image, *args, **kwargs)
+    def preprocess(self, image: Any, subtask=None, timeout=None):  # type: ignore[override]
+        inputs = super().preprocess(load_levels(image, timeout), subtask)
         if isinstance(self.model, DenseCLIPForSemanticSegmentation):
             inputs["pixel_values"] = list(inputs["pixel_values"])
         return inputs
@@ -130,7 +150,7 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
         if isinstance(candidate_labels, str):
             candidate_labels = [word.strip() for word in candidate_labels.split(",")]
         classes = tuple(map(tuple, class_phrasings(candidate_labels)))
-        image = load_image(inputs, timeout=timeout)
+        image = load_levels(inputs, timeout)
         pixel_values = self.reader.preprocess(image, short_side).to(self.dtype)
         # Lists of one, which batches of different sizes can hold.
         return {"pixel_values": [pixel_values], "size": [(image.height, image.width)], "classes": [classes]}

@@ -22,8 +22,8 @@ from .model.resizing_denseclip import _nearest, fit_within
 
 # The first box and ten redraws, as in the original recipe.
 MAX_CROP_DRAWS = 11
-# In steps of 2 degrees, and in grey levels.
 ROWS_AT_ONCE = 32  # so few stay in the processor's cache
+# In steps of 2 degrees, in grey levels, and as a factor.
 MAX_HUE_SHIFT, MAX_BRIGHTNESS_SHIFT, GAIN_RANGE = 18, 32, (0.5, 1.5)
 
 

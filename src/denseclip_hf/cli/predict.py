@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     log_to_terminal()
     parser = make_parser(__doc__, "outputs/predictions")
-    which = "segment these words (or phrasings: person|pedestrian) instead of the model's classes; given likewise"
+    which = "segment these words (or phrasings: person|pedestrian) instead of the model's classes; commas between them"
     parser.add_argument("--words", type=names, default=[], help=which)
     args = parser.parse_args(argv)
     return run(args, args.words)

@@ -59,7 +59,7 @@ class ClassTable:
         ignore_index: id of pixels without a class.
         do_reduce_labels: masks hold 0 for no class and n for class n − 1.
         ignore_colors: colors of pixels without a class.
-        id_map: class of ids that masks hold otherwise, None for no class.
+        id_map: stored ids, where they differ, to class ids; None means no class.
         colors: K colors to draw the classes in: those of the palette, or some that are easily told apart.
     """
 

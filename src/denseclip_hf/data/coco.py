@@ -51,8 +51,7 @@ def read_annotations(files: Mapping[str, Path], root: Path, skip_unpaired: bool)
     """
     Rows of an image's path and a mask yet to be drawn, by split; and the classes, which all splits share.
 
-    What no polygon covers is a class of its own, "background", in which no instance is; of panoptic PNGs it has no
-    class.
+    With polygons, pixels that none covers are of a class "background"; with panoptic PNGs they have no class.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: without pycocotools, for missing images, and for files that are no

@@ -21,8 +21,9 @@ OTHER_SUFFIXES = {".txt", ".csv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".
 TRAIN_NAMES, VALIDATION_NAMES = ("train", "training"), ("val", "validation", "valid")
 SPLIT_NAMES = (*TRAIN_NAMES, *VALIDATION_NAMES, "test", "testing")
 
-# Where the images and the masks of a split are, tried in this order; upper and lower case do not matter. Both have
-# the same names, or a mask's ends in one of `MASK_ENDINGS`, in one folder in one of `BESIDE_ENDINGS`.
+# Where the images and the masks of a split are, tried in this order; upper and lower case do not matter. A mask
+# has its image's name, perhaps with one of `MASK_ENDINGS`; where both are in one folder, it ends in one of
+# `BESIDE_ENDINGS`.
 LAYOUTS = (
     ("images/{split}", "annotations/{split}"),  # ADE20K, mmsegmentation
     ("images/{split}", "masks/{split}"),  # Kaggle

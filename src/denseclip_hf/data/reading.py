@@ -97,6 +97,8 @@ def _open(source: Any) -> tuple[Image.Image, bytes, str]:
     """A PIL image, opened but not decoded, its file's content and name, from anything that [`read_image`] takes."""
     name = name_of(source)
     if isinstance(source, Image.Image):
+        with _blaming(name):
+            read_pixels(source)
         return source, b"", name
     if isinstance(source, (str, Path)):
         source = {"path": str(source), "bytes": None}
@@ -169,7 +171,7 @@ def read_image(source: Any) -> Image.Image:
     with _blaming(name):
         if 0 in image.size:
             raise ValueError("it has no pixels")
-        read_pixels(image)
+        image.load()
         turn = _turn(image)  # asked after decoding, which turns a TIFF by itself
         if image.mode != "RGB":
             levels = decode_image(image)
@@ -198,7 +200,7 @@ def remarks(source: Any) -> list[str]:
         found.append("EXIF turns the image upright: masks must be drawn on it as it is shown, not as it is stored")
     if image.mode in SIXTEEN_BIT_MODES:
         with _blaming(name):
-            read_pixels(image)
+            image.load()
         if 255 < np.asarray(image).max(initial=0) < 4096:
             found.append("its 16-bit values stay below 4096 of 65535, which is nearly black: scale 12-bit data by 16")
     return found
@@ -224,7 +226,7 @@ def _stored_samples(image: Image.Image, content: bytes) -> np.ndarray:
     """The samples of a grey file as they are stored, which Pillow stretches to 0…255 (or 65535), or inverts."""
     layout = next((part for part in _codec_arguments(image) if isinstance(part, str)), "")
     header = re.match(rb"P[25]%s\d+%s\d+%s(\d+)\s" % ((rb"(?:\s|#[^\n]*\n)+",) * 3), content)
-    read_pixels(image)
+    image.load()
     values = np.asarray(image)
     if image.mode == "1":
         values = values.astype(np.uint8)

@@ -101,7 +101,8 @@ class DenseCLIPConfig(PreTrainedConfig):
             that the backbone was pretrained on; ImageNet's by default.
         backbone_pool (`str`, defaults to `"attention"`): what embeds the backbone's places; `"linear"` is one linear
             layer.
-        backbone_pool_num_attention_heads (`int`, *optional*): by default as many as have 64 channels or a few more.
+        backbone_pool_num_attention_heads (`int`, *optional*): by default one for 64 channels, or the next smaller
+            number that divides the width.
         class_token_ids (`list[list[int]]`, *optional*): for each of the K labels the token ids `[SOS, …, EOS]`.
         num_context_tokens (`int`, defaults to 8): learnable vectors N between SOS and the name; 0 is a fixed prompt.
         prompt_template (`str`, *optional*): sentence with one `{}` that class names are put into before they are
@@ -401,6 +402,11 @@ class DenseCLIPConfig(PreTrainedConfig):
             raise ValueError(
                 '`decode_head="cost_aggregation"` compares places of a ViT with class names: it needs a CLIP with a '
                 "ViT and `use_text_guidance=True`."
+            )
+        if aggregates and (self.class_weights or self.focal_gamma or self.dice_loss_weight):
+            raise ValueError(
+                "`class_weights`, `focal_gamma` and `dice_loss_weight` have no effect with "
+                '`decode_head="cost_aggregation"`, which decides for every class by itself: leave them out.'
             )
         if self.inference_mode == "slide_and_whole" and not aggregates:
             raise ValueError('`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.')

@@ -77,8 +77,8 @@ class DenseCLIPSemanticSegmenterOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, returned with `labels`): `decode_loss + auxiliary_loss`.
-        decode_loss (`torch.Tensor` of shape `()`, returned with `labels`): cross entropy of the logits, binary ones of
-            every class by itself with cost aggregation.
+        decode_loss (`torch.Tensor` of shape `()`, returned with `labels`): cross entropy of the logits, and Dice's
+            loss if the config asks for it; with cost aggregation binary ones of every class by itself.
         auxiliary_loss (`torch.Tensor` of shape `()`, returned with `labels` and text guidance, not by a sliding
             window): cross entropy of the score maps over τ, already weighted.
         logits (`torch.Tensor` of shape `(batch_size, num_labels, height / 4, width / 4)`, or
@@ -243,6 +243,7 @@ def over_strips(
     The sum of `summed(resized, labels)` over strips of rows, `resized` being `logits` at the labels' size in float32.
 
     Strips are resized one after the other, and again in the backward pass, so that memory does not grow with K*H*W.
+    For losses that are sums over pixels, or made of such sums; one that ranks all pixels needs them at once.
 
     Args:
         summed (`Callable`): maps `(B, K, r, W)` scores and `(B, r, W)` labels to a tensor that is summed over pixels.

@@ -97,7 +97,7 @@ class ViTTower(TextTower):
 
     image_mean, image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # of pixels in 0 … 1
     default_image_size = 640
-    # What only pretraining uses, and what places are embedded with, which goes without guidance.
+    # The first are always dropped, the others, which embed places, only if `use_text_guidance` is false.
     pretraining_parts: tuple[str, ...] = ("logit_scale",)
     image_parts: tuple[str, ...] = ("visual_projection", "vision_model.post_layernorm")
     blocks = "vision_model.encoder.layers"

@@ -1,4 +1,4 @@
-"""From flags or a recipe file to data, model and trainer: what the scripts share."""
+"""From flags or a recipe file to data, model and trainer."""
 
 import json
 import logging

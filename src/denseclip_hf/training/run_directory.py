@@ -94,7 +94,7 @@ def exclusive_directory(output_dir: str | os.PathLike) -> Iterator[None]:
 
 
 def _lock(file: IO, folder: Path) -> None:
-    """Until `file` is closed or this process has ended, however that comes; workers do not inherit it."""
+    """Lock `file` until it is closed or this process ends; workers do not inherit the lock."""
     try:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

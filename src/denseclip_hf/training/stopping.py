@@ -1,5 +1,7 @@
 """Ending a training run early without losing it: SIGTERM and Ctrl-C finish the step and save a checkpoint first.
 
+An evaluation that is due after that step, or already runs, comes before the checkpoint.
+
 transformers' own `enable_jit_checkpoint` hears SIGTERM only, waits three seconds and lets each process stop at a step
 of its own, on which the others wait for ever.
 """
@@ -87,7 +89,8 @@ class StopCallback(TrainerCallback):
 
 def leave_signals_to_main_process(worker_id: int) -> None:
     """
-    `worker_init_fn` of a data loader, whose workers would die of the signals that the main process waits to answer.
+    `worker_init_fn` of a data loader: its workers go on at Ctrl-C and SIGTERM, so that the main process can finish its
+    step.
 
     A terminal sends Ctrl-C to every process of a command, a scheduler SIGTERM. SIGTERM from the main process, by which
     it ends its workers, is obeyed.
