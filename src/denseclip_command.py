@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int | None:
         if {"-h", "--help"} & set(rest) and "denseclip_hf" not in sys.modules:
             # Help needs the rooms, not what the package registers: leave out its `__init__`, which loads torch.
             package = importlib.util.find_spec("denseclip_hf")
+            assert package is not None  # this file lies beside it
             sys.modules["denseclip_hf"] = importlib.util.module_from_spec(package)
         module = importlib.import_module(f"denseclip_hf.cli.{name.replace('-', '_')}")
         code = module.main(rest)
