@@ -240,7 +240,7 @@ class ResNetTower(TextTower):
     position_key = "vision_model.attention_pool.position_embedding"
     resize_positions = ViTTower.resize_positions
     position_options: dict[str, Any] = {}
-    words_options: dict[str, Any] = {}
+    words_options: dict[str, Any] = {"last_block": "maskclip"}
 
     @staticmethod
     def model_class() -> type[PreTrainedModel]:
