@@ -392,9 +392,9 @@ OPENCV = "the original's pipeline, OpenCV"
 
 
 def opencv_image(path: Path) -> torch.Tensor:
-    """What the original's test pipeline makes of an image: resized and normalised."""
+    """What the original's test pipeline makes of an image: resized and normalized."""
     pixels = opencv_resized(_decoded(path), 1.0)
-    return torch.from_numpy(np.ascontiguousarray(_normalised(pixels).transpose(2, 0, 1)))
+    return torch.from_numpy(np.ascontiguousarray(_normalized(pixels).transpose(2, 0, 1)))
 
 
 def opencv_sample(image: Path, mask: Path, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,7 +427,7 @@ def opencv_sample(image: Path, mask: Path, rng: np.random.Generator) -> tuple[to
         hsv[..., channel] = changed
         pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
     border = (0, crop - labels.shape[0], 0, crop - labels.shape[1], cv2.BORDER_CONSTANT)
-    pixels = cv2.copyMakeBorder(_normalised(pixels), *border, value=0)
+    pixels = cv2.copyMakeBorder(_normalized(pixels), *border, value=0)
     labels = cv2.copyMakeBorder(labels, *border, value=255)
     tensors = np.ascontiguousarray(pixels.transpose(2, 0, 1)), labels.astype(np.int64)
     return torch.from_numpy(tensors[0]), torch.from_numpy(tensors[1])
@@ -452,7 +452,7 @@ def _linear(levels: np.ndarray, gain: float, shift: float) -> np.ndarray:
     return np.clip(levels.astype(np.float32) * gain + shift, 0, 255).astype(np.uint8)
 
 
-def _normalised(pixels: np.ndarray) -> np.ndarray:
+def _normalized(pixels: np.ndarray) -> np.ndarray:
     import cv2
 
     mean, std = (255 * np.array([values], np.float64) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))

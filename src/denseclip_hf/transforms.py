@@ -23,7 +23,7 @@ from .model.resizing_denseclip import _nearest, fit_within
 # The first box and ten redraws, as in the original recipe.
 MAX_CROP_DRAWS = 11
 ROWS_AT_ONCE = 32  # so few stay in the processor's cache
-# In steps of 2 degrees, in grey levels, and as a factor.
+# In steps of 2 degrees, in gray levels, and as a factor.
 MAX_HUE_SHIFT, MAX_BRIGHTNESS_SHIFT, GAIN_RANGE = 18, 32, (0.5, 1.5)
 
 
@@ -36,7 +36,7 @@ def resize_region(image: Image.Image, new_size: tuple[int, int], box: tuple[int,
     """
     The part `box` = (top, left, bottom, right) of an RGB `image` resized to `new_size` = (height, width).
 
-    Bilinear with half-pixel centers and without antialiasing, as OpenCV resizes, within one grey level.
+    Bilinear with half-pixel centers and without antialiasing, as OpenCV resizes, within one gray level.
 
     Returns:
         uint8 of shape (3, bottom - top, right - left).
@@ -71,7 +71,7 @@ def _name_of(image: Image.Image) -> str:
 
 def photometric_distortion(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """
-    Random brightness (±32 grey levels), contrast and saturation (×0.5…1.5) and hue (±36°), each with probability 0.5;
+    Random brightness (±32 gray levels), contrast and saturation (×0.5…1.5) and hue (±36°), each with probability 0.5;
     contrast comes before or after saturation and hue by a coin.
 
     Args:
@@ -106,7 +106,7 @@ def _change_colors(pixels: torch.Tensor, gain: float, turn: float) -> torch.Tens
     lowest = torch.minimum(red, green).minimum(blue)
     spread = value - lowest
     new_spread = torch.minimum(spread * gain, value)
-    spread.clamp_(min=1e-6)  # grey has no hue, and 0 times any factor stays 0
+    spread.clamp_(min=1e-6)  # gray has no hue, and 0 times any factor stays 0
     if turn == 0:
         return value - (value - pixels).mul_(new_spread.div_(spread))
     # The hue in steps of 60° from red, in -3…3, by arithmetic alone: choosing by pixel takes ten times as long.
@@ -124,7 +124,7 @@ def _change_colors(pixels: torch.Tensor, gain: float, turn: float) -> torch.Tens
 @dataclass
 class TrainTransform:
     """
-    Random resize, random crop, horizontal flip, photometric distortion, normalisation and padding of one sample.
+    Random resize, random crop, horizontal flip, photometric distortion, normalization and padding of one sample.
 
     The crop is chosen on the mask before the image is touched, and only its pixels are resampled.
 
@@ -172,7 +172,7 @@ class TrainTransform:
             rng: source of every random draw, see [`sample_rng`].
 
         Returns:
-            `pixel_values`, float32 of shape (3, H, W), normalised, 0 in the padding; `labels`, int64 of shape (H, W).
+            `pixel_values`, float32 of shape (3, H, W), normalized, 0 in the padding; `labels`, int64 of shape (H, W).
 
         Raises:
             ValueError: if image and mask differ in size.

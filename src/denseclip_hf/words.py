@@ -123,7 +123,7 @@ class WordReader:
         return is_segmenter and self.model.config.decode_head == "cost_aggregation"
 
     def preprocess(self, image: Any, short_side: int | None = None) -> torch.Tensor:
-        """`pixel_values` `(3, h, w)` of an image, its short side resized to so many pixels."""
+        """`pixel_values` `(3, h, w)` of an image, its short side resized to `short_side` pixels."""
         options = {}
         if short_side is not None:
             options["size"] = {"shortest_edge": short_side, "longest_edge": max(LONG_SIDE, short_side)}

@@ -274,7 +274,7 @@ def test_greys_that_could_be_both_ids_and_colors_are_refused():
     rules = reader(num_labels=2, palette=[[0, 0, 0], [255, 255, 255]])
     assert rules.read_mask(Image.fromarray(np.array([[0, 1]], np.uint8))).tolist() == [[0, 1]]
     assert rules.read_mask(Image.fromarray(np.array([[0, 255]], np.uint8))).tolist() == [[0, 1]]
-    with pytest.raises(ValueError, match="greys"):
+    with pytest.raises(ValueError, match="grays"):
         rules.read_mask(Image.fromarray(np.array([[0, 1, 255]], np.uint8)))
 
 

@@ -71,7 +71,7 @@ class AppModels:
 
     @property
     def names(self) -> list[str]:
-        """What the models are called: a directory by its last part, where that tells them apart."""
+        """What the models are called: a directory by its last part, where those differ."""
         return list(self.addresses)
 
     @property

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def samples_per_second(data: SegmentationData, workers: int, seconds: float = 5.0) -> float:
     """
-    How many samples of the training split so many processes read and augment in a second, in random order.
+    How many samples of the training split a number of processes read and augment in a second, in random order.
 
     Files that were read shortly before come from memory, not from the disk.
     """

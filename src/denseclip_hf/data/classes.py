@@ -182,7 +182,7 @@ def _text(file: Path) -> str:
 
 
 def parse_lines(file: Path) -> list[str]:
-    """The lines of a text file, without blanks around them and at the end."""
+    """The lines of a text file, stripped, without empty ones at the end."""
     return [line.strip() for line in _text(file).rstrip().splitlines()]
 
 

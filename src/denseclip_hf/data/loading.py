@@ -139,7 +139,7 @@ def load_segmentation_dataset(
         do_reduce_labels: whether 0 means no class and n the class n − 1 (default: what the data says, or False).
         image_column, label_column: columns of a `datasets` data set; detected from the features by default.
         streaming: read a Hub data set while iterating instead of downloading it first.
-        shuffle_buffer: a stream's training samples are drawn from a buffer of so many, still encoded, anew in each
+        shuffle_buffer: a stream's training samples are drawn from a buffer of this many, still encoded, anew in each
             epoch of an [`AugmentedStream`]; 0 takes them as they come.
         revision: version of a Hub data set.
         skip_unpaired: leave out files of a folder that have no partner, in place of refusing them.
@@ -227,7 +227,7 @@ def _load_rows(source: Any, config_name: str | None, streaming: bool, revision: 
     if isinstance(source, Path) and not any(next(source.glob(pattern), None) for pattern in DATASETS_PATTERNS):
         inside = sorted(path.name for path in source.iterdir() if not path.name.startswith("."))
         raise FileNotFoundError(
-            f"{source} holds no data set that is recognised, but {', '.join(inside[:8]) or 'nothing'}"
+            f"{source} holds no data set that is recognized, but {', '.join(inside[:8]) or 'nothing'}"
             f"{', …' if len(inside) > 8 else ''}; put images into SPLIT/images and masks into SPLIT/masks, or take "
             "another of the layouts in docs/data.md."
         )

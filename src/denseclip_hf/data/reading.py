@@ -165,7 +165,7 @@ def read_image(source: Any) -> Image.Image:
     Raises:
         FileNotFoundError: if the file is missing.
         ValueError: if it cannot be read, would take more than 1 GiB or is larger than Pillow's limit, or has values
-            without a meaning as grey.
+            without a meaning as gray.
     """
     image, _, name = _open(source)
     with _blaming(name):
@@ -223,7 +223,7 @@ def _lossy(image: Image.Image, content: bytes) -> str | None:
 
 
 def _stored_samples(image: Image.Image, content: bytes) -> np.ndarray:
-    """The samples of a grey file as they are stored, which Pillow stretches to 0…255 (or 65535), or inverts."""
+    """The samples of a gray file as they are stored, which Pillow stretches to 0…255 (or 65535), or inverts."""
     layout = next((part for part in _codec_arguments(image) if isinstance(part, str)), "")
     header = re.match(rb"P[25]%s\d+%s\d+%s(\d+)\s" % ((rb"(?:\s|#[^\n]*\n)+",) * 3), content)
     image.load()
@@ -331,7 +331,7 @@ class SampleReader:
                 return self._ids_of_colors(stored[..., :3])
             if mask.mode not in ("L", "LA", "F", *SIXTEEN_BIT_MODES):
                 raise ValueError(f"has mode {mask.mode}, neither ids nor colors; save it as PNG with one id per pixel")
-            return self._ids_of_greys(stored[..., 0] if mask.mode == "LA" else stored)
+            return self._ids_of_grays(stored[..., 0] if mask.mode == "LA" else stored)
 
     def _drawn(self, annotation: bytes) -> np.ndarray:
         """Class ids of a mask that is drawn from polygons, or made from a panoptic PNG."""
@@ -414,16 +414,16 @@ class SampleReader:
 
     def _ids_of_colors(self, pixels: np.ndarray) -> np.ndarray:
         """Class ids of an (h, w, 3) mask in the palette's colors, or with the id in each of three channels."""
-        is_grey = bool((pixels[..., :1] == pixels).all())
+        is_gray = bool((pixels[..., :1] == pixels).all())
         if not self.palette or self._shares_colors:
-            if is_grey and not self.palette:
-                return self._ids_of_greys(pixels[..., 0])
+            if is_gray and not self.palette:
+                return self._ids_of_grays(pixels[..., 0])
             raise ValueError("is in color, so every class needs a color of its own in the palette; or save ids")
         ids, is_known = self._of_colors(_color_codes(pixels))
         if is_known.all():
             return self._typed(ids)
-        if is_grey:
-            return self._ids_of_greys(pixels[..., 0])
+        if is_gray:
+            return self._ids_of_grays(pixels[..., 0])
         color = tuple(pixels[~is_known][0].tolist())
         raise ValueError(f"holds the color {color}; add it to the palette or, if it means no class, ignore_colors")
 
@@ -435,7 +435,7 @@ class SampleReader:
         if not self.palette or self._shares_colors:
             return self._ids(indices)
         if len(colors) > 2 and (colors == np.arange(len(colors))[:, None]).all():
-            return self._ids_of_greys(indices)  # a palette that shows each index as that grey
+            return self._ids_of_grays(indices)  # a palette that shows each index as that gray
         used = _values(indices)
         codes = np.full(max(len(colors), 1 + used.max(initial=0)), NO_COLOR)
         codes[: len(colors)] = _color_codes(colors)
@@ -451,24 +451,24 @@ class SampleReader:
             return self._ids(indices)
         return self._typed(ids)[indices]
 
-    def _ids_of_greys(self, greys: np.ndarray) -> np.ndarray:
-        """Class ids of a mask of ids, or where all colors of the palette are greys, of these."""
-        greys = _whole_numbers(greys)
+    def _ids_of_grays(self, grays: np.ndarray) -> np.ndarray:
+        """Class ids of a mask of ids, or where all colors of the palette are grays, of these."""
+        grays = _whole_numbers(grays)
         colors = np.array(self.palette or [[0, 0, 1]])
         if (colors != colors[:, :1]).any() or self._shares_colors or (colors[:, 0] == np.arange(len(colors))).all():
-            return self._ids(greys)
-        used = _values(greys).astype(np.int64)
+            return self._ids(grays)
+        used = _values(grays).astype(np.int64)
         ids, is_known = self._of_colors(_color_codes(np.repeat(used.clip(0, 255)[:, None], 3, 1)))
         is_known &= used < 256
         if is_known.all():
-            return self._typed(ids)[np.searchsorted(used, greys)]
+            return self._typed(ids)[np.searchsorted(used, grays)]
         meant = zip(used[is_known].tolist(), ids[is_known].tolist(), strict=True)
         if any(self._meaning(value) not in (None, class_id) for value, class_id in meant):
             raise ValueError(
-                f"holds the greys {_shown(used[is_known])} of the palette, which are also ids of classes, beside "
-                f"{_shown(used[~is_known])}; save it either with ids or in the palette's greys"
+                f"holds the grays {_shown(used[is_known])} of the palette, which are also ids of classes, beside "
+                f"{_shown(used[~is_known])}; save it either with ids or in the palette's grays"
             )
-        return self._ids(greys)
+        return self._ids(grays)
 
     def _ids(self, stored: np.ndarray) -> np.ndarray:
         """Class ids of stored ones: mapped, shifted, or as they are."""

@@ -94,7 +94,7 @@ class DenseCLIPConfig(PreTrainedConfig):
             `vision_config.image_size` is the training resolution, which the position grid belongs to.
         backbone_config (`dict` or `PreTrainedConfig`, *optional*): a backbone of transformers that encodes the images,
             in place of the CLIP's own image tower; its `out_features` name four maps. An attention pool on the last
-            of them, learned from nothing, embeds places in the space of texts.
+            of them, learned from random weights, embeds places in the space of texts.
         backbone_image_size (`int`, *optional*): training resolution with a backbone, which the positions of its
             attention pool belong to; by default 512, for a plain ViT about 640.
         backbone_normalization (`list[list[float]]`, *optional*): mean and standard deviation per channel of the images
@@ -164,7 +164,7 @@ class DenseCLIPConfig(PreTrainedConfig):
             one, where more are slower.
         frozen_classes (`bool`, defaults to `False`): whether the class embeddings are stored and the text tower is
             gone; set by [`DenseCLIPForSemanticSegmentation.freeze_classes`].
-        palette (`list[list[int]]`, *optional*): K colors (r, g, b) from 0 to 255, for pictures of the result.
+        palette (`list[list[int]]`, *optional*): K colors (r, g, b) from 0 to 255, for drawings of the result.
 
     Raises:
         ValueError: for a combination that cannot work, with what to change.

@@ -386,7 +386,7 @@ def cosines(features: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
 
 
 def repeated(values: torch.Tensor, times: int) -> torch.Tensor:
-    """`(B, ...)` -> `(B * times, ...)`, each entry so many times in a row."""
+    """`(B, ...)` -> `(B * times, ...)`, each entry `times` times in a row."""
     return values[:, None].expand(-1, times, *values.shape[1:]).flatten(0, 1)
 
 

@@ -137,7 +137,7 @@ class OutlierRepair:
     """How SFP repairs a ViT's outlier tokens.
 
     Args:
-        factor (`float`): a patch is suspect if the class token attends so many times more to it than it does itself.
+        factor (`float`): a patch is suspect if the class token attends `factor` times more to it than it does itself.
         count (`int`): most outliers of an image.
         floor (`float`): smaller cosines between patches count as none.
         class_share (`float`): how much of the class token is added to every patch.

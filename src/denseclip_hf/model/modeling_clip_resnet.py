@@ -193,7 +193,7 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
     ) -> CLIPResNetVisionModelOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): normalised images.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): normalized images.
             interpolate_pos_encoding (`bool`): accepted for `CLIPModel`'s sake; positions always fit the input.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*): also return the stem's output and the
                 feature maps as `hidden_states`; indices return only those, and `None` for the others.

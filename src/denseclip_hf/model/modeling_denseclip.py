@@ -91,7 +91,7 @@ class DenseCLIPSemanticSegmenterOutput(ModelOutput):
             in the image's context. Absent like `score_maps`.
         hidden_states (`tuple(torch.Tensor)`, returned with `output_hidden_states=True`): the image encoder's c2 … c5,
             each `(batch_size, channels, height / s, width / s)`, before the score map joins one of them. Absent from a
-            sliding window and for a list of pictures.
+            sliding window and for a list of images.
     """
 
     loss: torch.Tensor | None = None
@@ -149,7 +149,7 @@ def sliding_window_logits(
 
     Args:
         predict (`Callable`): maps windows `(n, 3, h, w)` to logits `(n, K, h', w')`, which are resized to `(h, w)`.
-        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised images.
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalized images.
         crop_size (`tuple[int, int]`): window height and width in pixels.
         stride (`tuple[int, int]`): step down and right in pixels, at most `crop_size`.
         batch_size (`int`, *optional*): windows given to `predict` at a time; by default 4, on a CPU one.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .layers_denseclip import resize_bilinear
 
 
-# logits that are interpolated at a time (16 MiB of float32), and grey levels of an image
+# logits that are interpolated at a time (16 MiB of float32), and gray levels of an image
 _STRIP_ELEMENTS = 2**22
 _IMAGE_STRIP_ELEMENTS = 2**17
 
@@ -60,7 +60,7 @@ def resize_image(
 
 
 def _resize_levels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(C, H, W) grey levels resized bilinearly in OpenCV's whole-number arithmetic, some rows at a time."""
+    """(C, H, W) gray levels resized bilinearly in OpenCV's whole-number arithmetic, some rows at a time."""
     channels, old_height, old_width = image.shape
     height, width = size
     upper, lower, upper_weight, lower_weight = (x.to(image.device) for x in _neighbours(old_height, height))

@@ -314,9 +314,9 @@ class ClassEmbeddingCache:
     Class embeddings t `(K, D)`, computed once where that is safe.
 
     In eval mode without gradient they are kept for as long as the tensors they came from are the same and unchanged.
-    That tells all only of plain modules: nothing is kept where the text side has hooks, adapters, replaced methods or
-    weights of another kind than `nn.Parameter`, nor inside a compiled or traced graph. An edit through `.data` leaves
-    no trace; `model.train().eval()` makes the embeddings anew after one.
+    That is the whole state of plain modules only: nothing is kept where the text side has hooks, adapters, replaced
+    methods or weights of another kind than `nn.Parameter`, nor inside a compiled or traced graph. An edit
+    through `.data` leaves no trace; `model.train().eval()` makes the embeddings anew after one.
 
     In training they are computed for every forward pass or, if `share_until_next` announces another one before the
     optimizer's step, once for all of them.

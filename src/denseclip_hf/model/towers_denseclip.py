@@ -30,7 +30,7 @@ from .text_encoder_denseclip import BidirectionalTextTower, PackedPrompts, TextT
 
 
 class ImageFeatures(NamedTuple):
-    """What a tower tells about images."""
+    """What a tower says about an image."""
 
     feature_maps: list[
         torch.Tensor
@@ -415,8 +415,8 @@ class BackboneTower:
     """
     Any backbone of transformers in place of a family's image tower; the texts stay the family's.
 
-    It knows nothing of language: an attention pool like CLIP's ResNet's on its last map, learned from nothing, brings
-    its places into the space of the texts (Rao et al. 2022, section 3.5).
+    It knows nothing of language: an attention pool like CLIP's ResNet's on its last map, trained from random weights,
+    brings its places into the space of the texts (Rao et al. 2022, section 3.5).
     """
 
     last_blocks = ("plain",)

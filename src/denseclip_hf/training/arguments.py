@@ -72,7 +72,7 @@ class DenseCLIPTrainingArguments(TrainingArguments):
     )
     exempt_norms_and_biases: bool = field(default=False, metadata={"help": "No weight decay on norms and biases."})
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`."}
+        default=None, metadata={"help": "Stop after this many evaluations without a better `metric_for_best_model`."}
     )
     precision: str | None = field(
         default=None,

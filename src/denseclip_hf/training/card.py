@@ -118,11 +118,11 @@ def draw_example(
     model: DenseCLIPForSemanticSegmentation, processor: DenseCLIPImageProcessorPil, image: Any
 ) -> Image.Image:
     """`image` with `model`'s prediction painted over it, and a legend."""
-    picture = image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    outputs = model(**processor(picture, return_tensors="pt"))
-    (prediction,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[picture.size[::-1]])
+    photo = image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    outputs = model(**processor(photo, return_tensors="pt"))
+    (prediction,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[photo.size[::-1]])
     palette = model.config.palette or default_palette(len(model.config.id2label))
-    return overlay_with_legend(picture, prediction.numpy(), model.config.id2label, palette)
+    return overlay_with_legend(photo, prediction.numpy(), model.config.id2label, palette)
 
 
 __all__ = ["draw_example", "training_summary", "write_training_card"]

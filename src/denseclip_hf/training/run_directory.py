@@ -1,4 +1,4 @@
-"""The directory of a training run: kept from other runs, resumed where a run was broken off, finished by a card."""
+"""The directory of a training run: kept from other runs, resumed where a run was interrupted, finished by a card."""
 
 import hashlib
 import json
@@ -124,7 +124,7 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
     """
     folder = Path(output_dir)
     if main_process:
-        shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # a checkpoint that was broken off
+        shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # an unfinished checkpoint
     if not folder.exists() or not set(os.listdir(folder)) - {LOCK_FILE, RECIPE_FILE}:  # new, or it never trained
         return False
     if not (folder / RECIPE_FILE).exists():
