@@ -245,7 +245,7 @@ class _CountingMetric(evaluate.Metric):
         ignore_index: int | None = None,
         reduce_labels: bool | None = None,
     ) -> dict[str, Any]:
-        """Scores of everything added since the last `compute` or `reset`, then start anew.
+        """Scores of everything added since the last `compute` or `reset`, then start from zero.
 
         Args:
             predictions, references (*optional*): A last batch to add first, see [`add_batch`].

@@ -281,7 +281,7 @@ class AugmentedStream(_Augmented, torch.utils.data.IterableDataset):
         if not hasattr(self.dataset, "set_epoch"):
             worker = torch.utils.data.get_worker_info()
             if worker is None or isinstance(self.dataset, torch.utils.data.IterableDataset):
-                return self.dataset  # which shares itself out among workers
+                return self.dataset  # it shares itself out among workers
             return itertools.islice(self.dataset, worker.id, None, worker.num_workers)
         # A copy: the original shares its epoch with other workers, which are at passes of their own.
         rows = self.dataset.with_format(None)

@@ -190,7 +190,7 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
     data = load_data(DataArguments(dataset=str(folder)))
     sentence = (
         f"the data has 3 classes (sky, road, tree) and {tmp_path / 'out'} was trained on 3: pass --replace_classes to "
-        "give the model the data's, starting the new ones anew."
+        "give the model the data's, starting the new ones from random weights."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         model_to_train(ModelArguments(model=str(tmp_path / "out")), data, 64)
@@ -276,7 +276,7 @@ def test_fewer_classes_in_the_data_than_in_the_model(trained, tmp_path):
     data = load_data(DataArguments(dataset=str(root)))
     sentence = (
         f"the data has 2 classes (sky, road) and {trained} was trained on 3: pass --replace_classes to give the model "
-        "the data's, starting the new ones anew."
+        "the data's, starting the new ones from random weights."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         model_to_train(ModelArguments(model=trained), data, 64)

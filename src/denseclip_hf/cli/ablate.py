@@ -81,7 +81,7 @@ def refuse_another_recipe(args: argparse.Namespace, variant: str, seed: int) -> 
     if (folder / RECIPE_FILE).exists():
         kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
         recipe = recipe_of(*parse_arguments(kinds, arguments(args, variant, seed)))
-        recipe.pop("processes")  # of the launcher's run, not of this one
+        recipe.pop("processes")  # the launcher decides it, not this process
         if changes := changes_of_recipe(folder, recipe):
             raise ValueError(f"{folder} holds a run of another recipe ({changes}): name a new `--output_dir`.")
     elif (folder / "eval_results.json").exists():
@@ -92,7 +92,7 @@ class Runs:
     """Runs commands one at a time, until Ctrl-C or SIGTERM comes: either ends the training in progress."""
 
     def __init__(self) -> None:
-        self.number = 0  # of the first signal
+        self.number = 0  # the first signal's, 0 before it
         self.told: list[psutil.Process] = []
 
     def __enter__(self) -> "Runs":

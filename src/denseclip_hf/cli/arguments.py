@@ -42,7 +42,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class _MergingStore(argparse.Action):
-    """Stores a value; a mapping (JSON) goes on top of the one that is there."""
+    """Stores a value; a mapping (JSON) is merged into the one already stored."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if above := _mapping(values):
@@ -82,7 +82,7 @@ class DataclassParser(HfArgumentParser):
         for action in self._actions:
             if isinstance(action, argparse._StoreFalseAction):
                 action.help, action.default = f"Switch `--{action.dest}` off.", argparse.SUPPRESS
-            elif action.type is string_to_bool and action.nargs is None:  # of `bool | None`
+            elif action.type is string_to_bool and action.nargs is None:  # a field of type `bool | None`
                 action.nargs, action.const = "?", True
 
     def _add_dataclass_arguments(self, dtype):
@@ -244,7 +244,7 @@ def sentence_of(error: BaseException) -> str:
     from ..model.loading_denseclip import reason_of
 
     text = str(error).strip()
-    if isinstance(error, StrictDataclassError):  # of a config
+    if isinstance(error, StrictDataclassError):  # a config's validator raised it
         return reason_of(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # a worker's, with its traceback
         text = re.split(r"^[\w.]+: ", text, flags=re.MULTILINE)[-1].strip()
@@ -252,7 +252,7 @@ def sentence_of(error: BaseException) -> str:
     if text.startswith("DataLoader worker"):
         return (
             f"a process that reads data died ({text.rstrip(' .')}), as it does when memory runs out: start the same "
-            "command again, with fewer workers if this happens anew."
+            "command again, with fewer workers if it happens again."
         )
     if distributed.is_initialized() and re.search(r"gloo|nccl|connection (closed|reset)", text, re.IGNORECASE):
         return (

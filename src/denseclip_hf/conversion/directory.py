@@ -47,7 +47,7 @@ def with_classes(
     config.palette = [list(color) for color in table.palette] if table.palette else None
     if config.use_text_guidance:
         config.class_token_ids = tokenize_classes(names, tokenizer, tower_of(config.clip_config), config)
-    return DenseCLIPConfig.from_dict(config.to_dict())  # which checks them
+    return DenseCLIPConfig.from_dict(config.to_dict())  # loading checks the options
 
 
 def write_directory(

@@ -7,7 +7,7 @@ from ..model.configuration_denseclip import DenseCLIPConfig
 from .weights import looking_into
 
 
-MAX_CHARACTERS = 100_000  # of a config, whose syntax tree takes hundreds of bytes for each
+MAX_CHARACTERS = 100_000  # a config's syntax tree takes hundreds of bytes for each
 
 
 # Options of the original's parts that are converted, or change nothing here.

@@ -68,7 +68,7 @@ def read_annotations(files: Mapping[str, Path], root: Path, skip_unpaired: bool)
                 is_panoptic = any("segments_info" in annotation for annotation in content["annotations"][:1])
                 names = _names(content, [] if is_panoptic else [BACKGROUND])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file} does not hold COCO annotations ({error}); export it anew.") from error
+            raise ValueError(f"{file} does not hold COCO annotations ({error}); export it again.") from error
     classes = parse_classes(names, str(next(iter(files.values()))))
     rows = {split: _rows(contents[split], names, file, root, skip_unpaired) for split, file in files.items()}
     return rows, classes

@@ -236,7 +236,7 @@ def _pairs(images: Path, masks: Path, skipped: set[str], listed: Path | None) ->
 
 
 def _images_in(folder: Path, left_out: list[str]) -> list[Path]:
-    """The image files in a folder and those below it; what else is there is told to `left_out`."""
+    """The image files in a folder and those below it; other files are added to `left_out`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder {folder} does not exist; put images and masks into folders of their own.")
     found, others = [], []

@@ -23,7 +23,7 @@ from .coco import MARK, draw
 
 
 NAMELESS = "a sample without a file name"
-UNREADABLE = "cannot be read as an image ({}); save it anew or remove the sample"
+UNREADABLE = "cannot be read as an image ({}); save it again or remove the sample"
 EXIF_ORIENTATION, SAMPLES_PER_PIXEL = 0x0112, 277
 # What turns an image of that EXIF orientation upright. (ImageOps.exif_transpose writes all tags anew, which fails for
 # damaged ones.)
@@ -86,7 +86,7 @@ def _blaming(name: str, fault: str = UNREADABLE) -> Iterator[None]:
         raise FileNotFoundError(f"{name} is {kind}; restore the file or remove the sample.") from error
     except Exception as error:
         reason: object = error
-        if isinstance(error, UnidentifiedImageError):  # which calls the file by where it lies in memory
+        if isinstance(error, UnidentifiedImageError):  # its message names a place in memory
             reason = f"it is none of {', '.join(_formats())}, or of a kind that Pillow does not know"
         elif "://" in name and type(error) is not ValueError:  # what a server says may repeat a password
             reason = type(error).__name__
@@ -181,7 +181,7 @@ def read_image(source: Any) -> Image.Image:
             image = Image.fromarray(levels.permute(1, 2, 0).round().to(torch.uint8).numpy())
         if turn is not None:
             image = image.transpose(turn)
-            image.info = {"turned": True}  # and nothing shall turn it again
+            image.info = {"turned": True}  # so that nothing turns it again
     image.filename = name  # type: ignore[attr-defined]
     return image
 
@@ -324,7 +324,7 @@ class SampleReader:
                 return self._ids(stored)
             if kind := _lossy(mask, content):
                 raise ValueError(f"is a {kind}, whose compression changes ids; save masks as PNG")
-            if mask.mode in ("P", "1"):  # of one bit, 0 is black and 1 is white
+            if mask.mode in ("P", "1"):  # in one bit, 0 is black and 1 is white
                 colors = [0, 0, 0, 255, 255, 255] if mask.mode == "1" else mask.getpalette("RGB") or []
                 return self._ids_of_palette(stored, np.reshape(colors, (-1, 3)))
             if mask.mode in ("RGB", "RGBA"):

@@ -38,7 +38,7 @@ SIZE = (128, 96)  # width, height in pixels
 SPLITS = ("train", "val")
 DRAWN_SIZE = 3  # times the final size
 CLEAR_SHARE = 0.75  # a pixel is void where no class covers so much of it
-DRAWING_VERSION = 2  # of what a seed draws
+DRAWING_VERSION = 2  # raise it when a seed draws something else
 
 # How often a class is there; how many things at most, and between which depths (0 is the horizon, 1 the bottom).
 BACKGROUND = {"cloud": 0.6, "mountain": 0.5, "water": 0.35, "road": 0.75}

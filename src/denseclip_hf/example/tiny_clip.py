@@ -36,7 +36,7 @@ VISION_CONFIGS: dict[str, dict[str, Any]] = {
         "projection_dim": PROJECTION_DIM,
     },
 }  # fmt: skip
-CLIP_VERSION = 2  # of what a seed makes
+CLIP_VERSION = 2  # raise it when a seed makes something else
 KINDS_PER_CLASS = 3  # crops of a class in a batch
 
 

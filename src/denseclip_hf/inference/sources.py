@@ -129,7 +129,7 @@ def _fetched(source: Source, timeout: float) -> bytes:
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, (TimeoutError, FutureTimeoutError)):
             reason = f"it takes longer than {timeout:g} seconds"
-        if isinstance(reason, InvalidURL):  # whose message has parts of the address in it
+        if isinstance(reason, InvalidURL):  # its message repeats parts of the address
             reason = "it is no valid address"
         reason = str(reason) or type(reason).__name__
         raise OSError(
@@ -169,7 +169,7 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
     try:
         with av.open(source.address) as video:
             codec = video.streams.video[0].codec_context
-            if codec is None:  # and PyAV 17 would crash
+            if codec is None:  # PyAV 17 would crash on it
                 raise OSError("nothing here decodes it")
             _check_frame(source, codec)
             frames = islice(enumerate(video.decode(video=0)), 0, None, every)
@@ -179,7 +179,7 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
                 yield f"{source.name}_{number:06d}", frame.to_image().convert("RGB").rotate(turn, expand=True)
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise ValueError(
-            f"{source.address} cannot be read as a video ({error}): save it anew, or leave it out."
+            f"{source.address} cannot be read as a video ({error}): save it again, or leave it out."
         ) from error
 
 

@@ -46,7 +46,7 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
                 "a folder with what was downloaded elsewhere."
             ) from error
         part = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}.get(kind.__name__, "model")
-        remedy = "give another, or download or save it anew"
+        remedy = "give another, or download or save it again"
         if part == "model" and os.path.isdir(name) and (checkpoint := get_last_checkpoint(os.fspath(name))):
             remedy = f"give its last checkpoint, {checkpoint}, or finish the run"
         raise ValueError(f"the {part} in {name} cannot be loaded ({reason}): {remedy}.") from error
@@ -65,7 +65,7 @@ def _is_refusal(error: Exception) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none, to stand inside a sentence."""
-    if isinstance(error, StrictDataclassError):  # whose lines are one sentence
+    if isinstance(error, StrictDataclassError):  # its lines are one sentence
         return " ".join(str(error).split()).rstrip(".")
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
@@ -116,7 +116,7 @@ def load_backbone(
         return new_backbone(with_four_maps(backbone)), {}
     config = load_pretrained(AutoConfig, backbone)
     if type(config) not in MODEL_FOR_BACKBONE_MAPPING or not hasattr(config, "stage_names"):
-        config = getattr(config, "vision_config", config)  # of an image-text model, its image tower
+        config = getattr(config, "vision_config", config)  # an image-text model's image tower
     if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
         raise ValueError(
             f"`{backbone}` holds a model of type {config.model_type!r}, which has no backbone in transformers: name a "

@@ -514,7 +514,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         model, info = loaded
         refuse_random_classes(model.config, info)
         if model.config.frozen_classes:
-            model.requires_grad_(False)  # loading made the parameters anew
+            model.requires_grad_(False)  # loading replaced the parameters
         if wanted is not None:
             model.set_classes(wanted, load_pretrained(AutoTokenizer, name))
         return (model, info) if output_loading_info else model
@@ -544,7 +544,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         """CLIP's embedding of whole images `(B, 3, H, W)`, not normalized: `pooler_output` `(B, D)`."""
         self._refuse_without_text("embed images")
-        context = self.encode_image(pixel_values, plain=True).context  # of whole images, CLIP's own says most
+        context = self.encode_image(pixel_values, plain=True).context  # CLIP's own reading suits whole images
         return BaseModelOutputWithPooling(last_hidden_state=context, pooler_output=context[:, 0])
 
     def get_text_features(
@@ -835,7 +835,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         Give the model new class names (or sentences), in place.
 
         Classes it already had, by name, keep what they had learned in the decoder; the rows and columns of the others
-        start anew and must be trained before `logits` mean anything. Score maps need no training.
+        start from random weights and must be trained before `logits` mean anything. Score maps need no training.
 
         Args:
             names (`list[str]` or `dict[int, str]`): K new class names.

@@ -33,7 +33,7 @@ class PackedPrompts(NamedTuple):
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     owners: torch.Tensor  # the class a token belongs to, PREFIX or PADDING
-    last_index: torch.Tensor  # of each prompt's last token
+    last_index: torch.Tensor  # position of each prompt's last token
 
     def attention_mask(self, causal: bool) -> torch.Tensor:
         """`(G, 1, L, L)` bool, `True` where a query (row) sees a key: its class or the prefix, not ahead if causal."""
@@ -226,7 +226,7 @@ class ContextPrompts(nn.Module):
         self.set_token_ids(config.class_token_ids)
 
     def set_token_ids(self, class_token_ids: list[list[int]] | None) -> None:
-        """Lay the prompts out anew, for `class_token_ids` (`None`: no class names are known yet)."""
+        """Lay the prompts out again, for `class_token_ids` (`None`: no class names are known yet)."""
         layout: tuple[torch.Tensor | None, ...] = (None,) * 4
         if class_token_ids is not None:
             for ids in class_token_ids:
@@ -316,7 +316,7 @@ class ClassEmbeddingCache:
     In eval mode without gradient they are kept for as long as the tensors they came from are the same and unchanged.
     That is the whole state of plain modules only: nothing is kept where the text side has hooks, adapters, replaced
     methods or weights of another kind than `nn.Parameter`, nor inside a compiled or traced graph. An edit
-    through `.data` leaves no trace; `model.train().eval()` makes the embeddings anew after one.
+    through `.data` leaves no trace; `model.train().eval()` computes the embeddings again after one.
 
     In training they are computed for every forward pass or, if `share_until_next` announces another one before the
     optimizer's step, once for all of them.

@@ -95,17 +95,17 @@ def check_last_block(tower: Any, config: DenseCLIPConfig) -> None:
 class ViTTower(TextTower):
     """A vision transformer built like CLIP's: a class token; the last norm and the projection of all tokens."""
 
-    image_mean, image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # of pixels in 0 … 1
+    image_mean, image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # for pixels in 0 … 1
     default_image_size = 640
     # The first are always dropped, the others, which embed places, only if `use_text_guidance` is false.
     pretraining_parts: tuple[str, ...] = ("logit_scale",)
     image_parts: tuple[str, ...] = ("visual_projection", "vision_model.post_layernorm")
     blocks = "vision_model.encoder.layers"
-    branches = ("self_attn", "mlp")  # of a block
+    branches = ("self_attn", "mlp")  # names in a block
     last_blocks: tuple[str, ...] = get_args(LastBlockName)
     position_key = "vision_model.embeddings.position_embedding.weight"
-    position_options: dict[str, Any] = {}  # of `resize_position_grid`
-    words_options: dict[str, Any] = {}  # of the config, for words without training
+    position_options: dict[str, Any] = {}  # arguments of `resize_position_grid`
+    words_options: dict[str, Any] = {}  # options of the config, for words without training
 
     @staticmethod
     def model_class() -> type[PreTrainedModel]:

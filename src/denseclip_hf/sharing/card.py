@@ -65,7 +65,7 @@ def write_card(
     image: str | None = None,
 ) -> Path:
     """
-    Write `model_dir/README.md`; a card that is there already stays, only `results` are added.
+    Write `model_dir/README.md`; an existing card stays, only `results` are added.
 
     Of local paths only the last part is shown.
 

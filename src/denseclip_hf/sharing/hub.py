@@ -150,7 +150,7 @@ def _without_local_names(path: Path, keep_code: bool) -> None:
     text = path.read_text(encoding="utf-8")
     content = json.loads(text, object_pairs_hook=kept)
     if content != json.loads(text):
-        path.unlink()  # which may be a link to the model's own
+        path.unlink()  # it may be a link to the model's own
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -133,7 +133,7 @@ class CheckpointingTrainer(Trainer):
             return
         if self.args.save_code:
             add_code(folder)
-        in_a_run = folder.name == WRITING_DIR  # which writes its own card at its end
+        in_a_run = folder.name == WRITING_DIR  # the run writes its card at the end
         if not in_a_run and (folder / CONFIG_NAME).is_file() and not (folder / CARD).exists():
             parts = (self.model.config.backbone_config, self.model.config.clip_config)
             write_card(folder, base_model=[part.name_or_path for part in parts if part is not None])

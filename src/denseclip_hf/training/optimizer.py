@@ -17,7 +17,7 @@ class GroupRow(NamedTuple):
     decays: bool = True
 
 
-ADAPTERS = GroupRow("adapters", "", "one")  # of `peft`; new, wherever they are and whatever their names
+ADAPTERS = GroupRow("adapters", "", "one")  # peft's; new, wherever they are and whatever their names
 # The first row whose pattern matches the beginning of a parameter's name has it.
 GROUP_TABLE = [
     GroupRow("text_encoder", r"clip\.text_(model|projection)\.", "text_encoder"),

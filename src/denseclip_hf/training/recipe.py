@@ -193,7 +193,7 @@ def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
             shown = ", ".join([*names[:3], "…"][: len(names)])
             raise ValueError(
                 f"the data has {len(names)} classes ({shown}) and {name} was trained on {model.config.num_labels}: "
-                "pass --replace_classes to give the model the data's, starting the new ones anew."
+                "pass --replace_classes to give the model the data's, starting the new ones from random weights."
             )
         model.set_classes(names, tokenizer)
         model.config.palette = [list(color) for color in data.palette]

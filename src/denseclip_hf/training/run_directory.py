@@ -41,7 +41,7 @@ DECISIVE_ARGUMENTS = (
     "greater_is_better", "load_best_model_at_end", "image_encoder_lr_multiplier", "text_encoder_lr_multiplier",
     "min_learning_rate", "poly_power", "warmup_start_ratio", "exempt_norms_and_biases",
 )  # fmt: skip
-HARMLESS_OPTIONS = ("check_data",)  # of the model and the data
+HARMLESS_OPTIONS = ("check_data",)  # change neither the model nor the data
 FILES = "dataset_files"  # a digest: a data set may move, with the files that it has
 LENGTHS = ("max_steps", "num_train_epochs")
 
@@ -112,7 +112,7 @@ def _lock(file: IO, folder: Path) -> None:
 
 def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_process: bool = True) -> bool:
     """
-    Whether a run of `recipe` in `output_dir` goes on from a checkpoint; what an earlier one broke off is removed.
+    Whether a run of `recipe` in `output_dir` goes on from a checkpoint; unfinished files of before are removed.
 
     Args:
         output_dir (`str` or `os.PathLike`): the run's directory.
@@ -218,7 +218,7 @@ def save_final_model(trainer: Any) -> None:
         trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         sync(*writing.iterdir())
-        (folder / CARD).unlink(missing_ok=True)  # of a run that has gone on since; the new one finishes this run
+        (folder / CARD).unlink(missing_ok=True)  # an earlier end's; the new card finishes this run
         for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
             os.replace(file, folder / file.name)
         writing.rmdir()
