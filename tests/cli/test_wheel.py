@@ -40,4 +40,6 @@ def test_an_installed_wheel_trains_and_predicts_by_its_command(tmp_path):
     assert where.startswith(str(site))
     options = ["--clip", "clip", "--dataset", "data", "--output_dir", "run", "--max_steps", "2", "--warmup_steps", "1"]
     denseclip("train", "configs/example.yaml", *options)
-    assert "1 segmented" in denseclip("predict", "data/val/images/0000.jpg", "--model", "run", "--output_dir", "out")
+    image = "data/val/images/0000.jpg"
+    assert "1 segmented" in denseclip("predict", image, "--model", "run", "--output_dir", "out")
+    assert "1 segmented" in denseclip("words", image, "--model", "clip", "--labels", "sky", "a red car")
