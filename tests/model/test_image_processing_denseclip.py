@@ -304,6 +304,16 @@ def test_post_processing(processor, sizes):
 
 
 @pytest.mark.parametrize("with_scores", [False, True])
+def test_pixels_without_a_probable_class_have_none(processor, with_scores):
+    logits = torch.zeros(1, 2, 1, 2)
+    logits[0, 1, 0] = torch.tensor([0.1, 3.0])
+    (found,) = processor.post_process_semantic_segmentation(
+        SimpleNamespace(logits=logits), return_segmentation_scores=with_scores, threshold=0.9
+    )
+    assert (found.segmentation if with_scores else found).tolist() == [[-1, 1]]
+
+
+@pytest.mark.parametrize("with_scores", [False, True])
 def test_post_processing_refuses_what_is_no_number(processor, with_scores):
     outputs = SimpleNamespace(logits=torch.zeros(2, 4, 6, 7))
     outputs.logits[1, 2, 3, 4] = float("inf")

@@ -86,9 +86,11 @@ def test_a_few_classes_at_a_time_give_what_all_at_once_give(monkeypatch, chunk, 
     monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", chunk)
     logits = torch.randn(2, 7, 6, 9, generator=torch.Generator().manual_seed(0))
     logits[:, 4] = logits[:, 1]  # of equal classes the first one counts
-    scores, classes = F.interpolate(logits, size, mode="bilinear", align_corners=False).max(dim=1)
+    resized = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    scores, classes = resized.max(dim=1)
     found = resizing_denseclip.resize_max(logits, size)
     assert torch.equal(found[0], scores) and torch.equal(found[1], classes)
+    torch.testing.assert_close(found[2], resized.softmax(1).amax(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

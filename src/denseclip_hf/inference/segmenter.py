@@ -20,12 +20,12 @@ from ..data import default_palette, parse_classes
 from ..files import make_directory, write_atomically, writing_into
 from ..model.class_names_denseclip import class_phrasings
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
-from ..model.resizing_denseclip import check_finite, resize_argmax
+from ..model.resizing_denseclip import check_finite, resize_argmax, resize_max
 from ..model.towers_denseclip import check_normalization
 from ..words import WordOptions, WordReader, set_options
 from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_image, overlay_with_legend
 from .sources import Source, read_frames, read_image_of
-from .views import batches_of_one_size, classes_and_certainty, segment_in_windows
+from .views import batches_of_one_size, segment_in_windows
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,8 @@ class Segmenter:
         logits = self.model(pixel_values.to(self.model.device, self.model.dtype)).logits
         if not self.options.threshold and not self.certainty:
             return [(resize_argmax(one[None], size)[0], None) for one, size in zip(logits, sizes, strict=True)]
-        return [classes_and_certainty(one, size) for one, size in zip(logits, sizes, strict=True)]
+        found = (resize_max(one[None], size) for one, size in zip(logits, sizes, strict=True))
+        return [(ids[0], certainty[0]) for _, ids, certainty in found]
 
     def _in_windows(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         if self.queries is None or self.reader is None:

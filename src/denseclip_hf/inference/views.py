@@ -30,9 +30,8 @@ PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 # What `load_model` takes: a precision, or that of the file.
 # Probabilities kept for one image (2 GiB of float32).
 MAX_PROBABILITIES = 2**29
-# Scores that [`segment_in_windows`] keeps (512 MiB of float32), and those that are resized at a time (64 MiB).
+# Scores that [`segment_in_windows`] keeps (512 MiB of float32).
 MAX_SCORES = 2**27
-RESIZED_SCORES = 2**24
 # Items of sizes that fill no batch wait, but never more than this many batches' worth.
 WAITING_BATCHES = 4
 
@@ -180,27 +179,6 @@ def segment_in_windows(
                     torch.cat([x[..., done:, :], torch.zeros_like(x[..., :done, :])], -2) for x in (total, count)
                 )
     return ids, certainty
-
-
-@torch.no_grad()
-def classes_and_certainty(
-    scores: torch.Tensor, size: tuple[int, int], scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Class ids `(H, W)` of an image's scores `(K, h, w)` resized to `size`, and the probability of each pixel's class.
-
-    As [`resize_argmax`], a few classes are resized at a time. `scale` multiplies the scores before the softmax.
-    """
-    check_finite(scores)
-    ids = torch.zeros(size, dtype=torch.int64, device=scores.device)
-    best = total = torch.full(size, -math.inf, device=scores.device)
-    step = max(1, RESIZED_SCORES // math.prod(size))
-    for first in range(0, len(scores), step):
-        part = resize_bilinear(scores[None, first : first + step].float(), size)[0] * scale
-        value, index = part.max(0)
-        ids = torch.where(value > best, index + first, ids)
-        best, total = torch.maximum(best, value), torch.logaddexp(total, part.logsumexp(0))
-    return ids, (best - total).exp()
 
 
 def multi_scale_probabilities(

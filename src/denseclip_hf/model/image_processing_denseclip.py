@@ -21,7 +21,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-from .resizing_denseclip import check_finite, fit_within, resize_argmax, resize_image, resize_labels
+from .resizing_denseclip import fit_within, resize_argmax, resize_image, resize_labels
 
 
 logger = logging.get_logger(__name__)
@@ -417,12 +417,13 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
         outputs: Any,
         target_sizes: list[tuple[int, int]] | torch.Tensor | None = None,
         return_segmentation_scores: bool = False,
+        threshold: float = 0.0,
     ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """Turn the model's output into segmentation maps of the size of the original images.
 
         Without scores, memory stays bounded however large the images are, see [`resize_argmax`]. All K scores of a
         pixel, which is what transformers means by them, are for small results; [`resize_max`] of
-        `denseclip_hf.model.resizing_denseclip` gives each pixel's highest score at any size.
+        `denseclip_hf.model.resizing_denseclip` gives each pixel's highest score and its probability at any size.
 
         Args:
             outputs: Model output with `logits` of shape (B, K, h, w), or a list of B tensors (K, h, w).
@@ -430,6 +431,8 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
                 each original image; by default the maps have the size of the logits.
             return_segmentation_scores (`bool`, *optional*, defaults to `False`): Whether to return the resized logits
                 too, K floats for each pixel.
+            threshold (`float`, *optional*, defaults to 0): Pixels whose class has a lower probability (of the softmax)
+                get -1, no class.
 
         Returns:
             `list[torch.Tensor]` of length B: int64 class ids of shape (H, W); with scores, B outputs with
@@ -442,13 +445,19 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
         sizes = [image.shape[-2:] for image in logits] if target_sizes is None else target_sizes
         # a tensor of sizes yields tensors
         sizes = [(int(height), int(width)) for height, width in sizes]
-        if not return_segmentation_scores:
-            return [resize_argmax(image[None], size)[0] for image, size in zip(logits, sizes, strict=True)]
-        results = []
+        maps = []
         for image, size in zip(logits, sizes, strict=True):
-            check_finite(image)
-            scores = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-            data = {"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}
+            if threshold:
+                _, ids, certainty = resize_max(image[None], size)
+                maps.append(ids.masked_fill(certainty < threshold, -1)[0])
+            else:
+                maps.append(resize_argmax(image[None], size)[0])
+        if not return_segmentation_scores:
+            return maps
+        results = []
+        for image, ids in zip(logits, maps, strict=True):
+            scores = F.interpolate(image[None].float(), size=ids.shape, mode="bilinear", align_corners=False)[0]
+            data = {"segmentation": ids, "segmentation_scores": scores}
             results.append(SemanticSegmentationPostProcessorOutput(data=data))
         return results
 

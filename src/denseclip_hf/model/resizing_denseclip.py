@@ -3,6 +3,8 @@
 Shapes: B images, C channels, K classes, H × W pixels.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -136,12 +138,12 @@ def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
 @torch.no_grad()
 def resize_max(
     logits: torch.Tensor, size: tuple[int, int], name: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    For each pixel the class with the highest bilinearly resized logit, and that logit.
+    For each pixel the class with the highest bilinearly resized logit, that logit, and the class's probability.
 
-    Equal to `F.interpolate(logits.float(), size, mode="bilinear", align_corners=False).max(1)`, but a few classes are
-    interpolated at a time, so that memory does not grow with K.
+    Equal to what `F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)` gives by `max(1)` and
+    `softmax(1)`, but a few classes are interpolated at a time, so that memory does not grow with K.
 
     Args:
         logits (`torch.Tensor` of shape `(B, K, h, w)`): Of any floating dtype.
@@ -149,30 +151,41 @@ def resize_max(
         name (`str`, *optional*): Of the image, for the error.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, *size)` each: float32 scores and int64 class ids.
+        Three tensors of shape `(B, *size)`: float32 scores, int64 class ids, float32 probabilities.
 
     Raises:
         ValueError: If `logits` is not finite everywhere.
     """
-    check_finite(logits, name)
-    batch_size, num_labels = logits.shape[:2]
-    step = max(1, _STRIP_ELEMENTS // max(batch_size * size[0] * size[1], 1))
-    scores = classes = None
-    for first in range(0, num_labels, step):
-        part = resize_bilinear(logits[:, first : first + step].float(), size)
-        best, index = part.max(dim=1)
-        if scores is None or classes is None:
-            scores, classes = best, index
-        else:
-            better = best > scores  # the first of equal classes stays, as in `argmax`
-            scores = torch.where(better, best, scores)
-            classes = torch.where(better, index + first, classes)
-    return scores, classes  # type: ignore[return-value]
+    scores, classes, total = _highest(logits, size, name, with_total=True)
+    return scores, classes, (scores - total).exp()
 
 
 def resize_argmax(logits: torch.Tensor, size: tuple[int, int], name: str | None = None) -> torch.Tensor:
     """The classes of [`resize_max`] alone: `(B, *size)` int64 ids."""
-    return resize_max(logits, size, name)[1]
+    return _highest(logits, size, name)[1]
+
+
+@torch.no_grad()
+def _highest(logits: torch.Tensor, size: tuple[int, int], name: str | None, with_total: bool = False) -> Any:
+    """Highest score of each pixel, its class and, `with_total`, the logsumexp of all its scores."""
+    check_finite(logits, name)
+    batch_size, num_labels = logits.shape[:2]
+    step = max(1, _STRIP_ELEMENTS // max(batch_size * size[0] * size[1], 1))
+    scores: Any = None
+    classes: Any = None
+    total: Any = None
+    for first in range(0, num_labels, step):
+        part = resize_bilinear(logits[:, first : first + step].float(), size)
+        best, index = part.max(dim=1)
+        if scores is None:
+            scores, classes = best, index
+            total = part.logsumexp(1) if with_total else None
+        else:
+            better = best > scores  # the first of equal classes stays, as in `argmax`
+            scores = torch.where(better, best, scores)
+            classes = torch.where(better, index + first, classes)
+            total = torch.logaddexp(total, part.logsumexp(1)) if with_total else None
+    return scores, classes, total
 
 
 __all__ = ["check_finite", "fit_within", "resize_argmax", "resize_image", "resize_labels", "resize_max"]
