@@ -21,7 +21,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-from .resizing_denseclip import fit_within, resize_argmax, resize_image, resize_labels
+from .resizing_denseclip import fit_within, resize_argmax, resize_image, resize_labels, resize_max
 
 
 logger = logging.get_logger(__name__)
