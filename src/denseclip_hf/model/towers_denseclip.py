@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoBackbone, CLIPModel, PreTrainedConfig, PreTrainedModel
@@ -525,10 +526,16 @@ def check_normalization(image_processor: Any, config: DenseCLIPConfig) -> None:
     tower = image_tower_of(config)
     for name in ("image_mean", "image_std"):
         wanted, given = list(getattr(tower, name)), getattr(image_processor, name, None)
-        if given is not None and max(abs(a - b) for a, b in zip(wanted, given, strict=True)) > 1e-3:
+        if given is None:
+            continue
+        try:
+            is_close = np.allclose(given, wanted, rtol=0, atol=1e-3)
+        except (TypeError, ValueError):
+            is_close = False
+        if not is_close:
             raise ValueError(
-                f"the image processor's `{name}` is {list(given)}, but this model's image tower was trained with "
-                f"{wanted}: give a processor of its family, or these numbers to `DenseCLIPImageProcessor`."
+                f"the image processor's `{name}` is {given}, but this model's image tower was trained with {wanted}: "
+                "give a processor of its family, or these numbers to `DenseCLIPImageProcessor`."
             )
 
 
