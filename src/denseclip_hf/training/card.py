@@ -46,7 +46,7 @@ def write_training_card(
         processor = DenseCLIPImageProcessorPil.from_pretrained(folder)
         results = {
             "dataset": data_args.dataset,
-            "split": data_args.validation_split or "validation",
+            "split": data.split_names.get("validation", f"held out of {data.split_names.get('train', 'the data')}"),
             "num_images": metrics["eval_num_images"],
             "protocol": protocol_of(model.config, processor.size) | {"dtype": precision(args)},
             "metrics": {key.removeprefix("eval_"): value for key, value in metrics.items()},
