@@ -18,7 +18,9 @@ def test_a_folder_of_somebody_else_is_one_sentence(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_demo_ends_with_scores_and_an_image(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "make_example_dataset", lambda folder: make_example_dataset(folder, 10, 4))
+    monkeypatch.setattr(
+        "denseclip_hf.example.make_example_dataset", lambda folder: make_example_dataset(folder, 10, 4)
+    )
     demo.main(["--output_dir", str(tmp_path), "--max_steps", "2"])
     assert "mean" in capsys.readouterr().out
     with Image.open(tmp_path / "demo.png") as drawn:
