@@ -1,6 +1,7 @@
 """Tiny models of either image tower that build in well under a second, and what stands in for a tokenizer."""
 
 import torch
+from transformers import AutoModelForSemanticSegmentation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
@@ -111,3 +112,17 @@ def embeddings_one_by_one(model, class_token_ids):
 
 CLASSES = ["sky", "road", "tree"]  # of the model in the fixture `word_model_dir`
 WORDS = ["a cat on grass", "house", "<b>{{dog}}</b> ${1}"]  # awkward on a page
+
+
+@torch.no_grad()
+def saved_frozen_and_loaded(model, folder):
+    """`model` with frozen classes as it loads again, once it was seen to compute the same bits at each step."""
+    images = torch.randn(1, 3, 80, 64)
+    model.save_pretrained(folder)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(folder)
+    assert torch.equal(loaded(images).logits, model(images).logits)
+    model.freeze_classes()
+    model.save_pretrained(folder)
+    frozen = AutoModelForSemanticSegmentation.from_pretrained(folder)
+    assert torch.equal(frozen(images).logits, loaded(images).logits)
+    return frozen

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoBackbone, AutoModelForSemanticSegmentation, CLIPModel
+from transformers import AutoBackbone, CLIPModel
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
@@ -16,7 +16,7 @@ from denseclip_hf.model.modeling_clip_resnet import CLIPResNetAttentionPool
 from denseclip_hf.optimization import optimize_for_inference
 from denseclip_hf.sharing import check_export, export
 from denseclip_hf.training import parameter_groups
-from helpers.models import Tokenizer, tiny_config, tiny_model
+from helpers.models import Tokenizer, saved_frozen_and_loaded, tiny_config, tiny_model
 
 
 NAMES = ["cat", "wet road", "tall green tree"]
@@ -93,15 +93,7 @@ def test_gradients_reach_contexts_pool_and_backbone(kind, pool):
 
 @every_backbone
 def test_saved_model_loads_bit_equal(kind, tmp_path):
-    model, images = segmenter_of(kind), torch.randn(1, 3, 80, 64)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(loaded(images).logits, model(images).logits)
-        model.freeze_classes()
-        model.save_pretrained(tmp_path)
-        frozen = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
-        assert torch.equal(frozen(images).logits, loaded(images).logits)
+    frozen = saved_frozen_and_loaded(segmenter_of(kind), tmp_path)
     assert not any(part in name for name in frozen.state_dict() for part in ("text_model", "clip.vision_model"))
 
 

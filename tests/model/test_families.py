@@ -7,14 +7,13 @@ import sys
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForSemanticSegmentation
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation, DenseCLIPImageProcessor, DenseCLIPModel
 from denseclip_hf.inference import Segmenter, load_model
 from denseclip_hf.sharing import add_code, export
 from denseclip_hf.sharing.export import run_exported
 from helpers.families import FAMILIES, NAMES, SIZES, VISION, image_text_model, segmenter_of, tokenizer_of
-from helpers.models import COST_AGGREGATION
+from helpers.models import COST_AGGREGATION, saved_frozen_and_loaded
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -88,15 +87,7 @@ def test_every_trainable_parameter_gets_a_gradient(family):
 @every_family
 def test_saved_model_loads_bit_equal(family, tmp_path):
     model, _ = segmenter_of(family)
-    images = torch.randn(1, 3, 80, 64)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(loaded(images).logits, model(images).logits)
-        model.freeze_classes()
-        model.save_pretrained(tmp_path)
-        frozen = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
-        assert torch.equal(frozen(images).logits, loaded(images).logits)
+    frozen = saved_frozen_and_loaded(model, tmp_path)
     assert not any("text_model" in name for name in frozen.state_dict())
 
 

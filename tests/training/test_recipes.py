@@ -234,6 +234,10 @@ def test_balanced_classes_weigh_the_rare_more(folder):
     frequencies = [sky, 0.5] if sum(seen) else [sky]
     expected = [float(np.median(frequencies)) / f for f in frequencies] + [1.0] * (3 - len(frequencies))
     assert model.config.class_weights == pytest.approx(expected, abs=1e-3)
+    for part in model_to_train(model_args, data, 64):
+        part.save_pretrained(folder / "trained")
+    trained, _ = model_to_train(ModelArguments(model=str(folder / "trained"), balance_classes=True), data, 64)
+    assert trained.config.class_weights == model.config.class_weights
 
 
 @pytest.fixture

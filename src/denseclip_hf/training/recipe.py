@@ -131,13 +131,13 @@ def load_data(args: DataArguments) -> SegmentationData:
 
 def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int):
     """Model and tokenizer of `args` for the classes of `data`."""
+    if args.model is not None:
+        return _trained_model(args.model, args, data)
     palette = [list(color) for color in data.palette]
     own = _options(args.config, "config")
     options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **own}
-    if args.balance_classes and args.model is None:
+    if args.balance_classes:
         options["class_weights"] = balanced_weights(data)
-    if args.model is not None:
-        return _trained_model(args.model, args, data)
     clip: Any
     if clip_config := _options(args.clip_config, "clip_config"):
         tokenizer = _tokenizer_for(args, data)
@@ -197,6 +197,9 @@ def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
             )
         model.set_classes(names, tokenizer)
         model.config.palette = [list(color) for color in data.palette]
+    if args.balance_classes:
+        model.config.class_weights = balanced_weights(data)
+        model.config.validate_architecture()
     return model, tokenizer
 
 
