@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
 
 
 MODEL_PREFIX = "base_model.model."
 WRAPPERS = rf"^{re.escape(MODEL_PREFIX)}|\.(modules_to_save\.[^.]+|original_module|base_layer)(?=\.)"
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether `model` carries adapters, whichever way they came."""
-    return getattr(model, "peft_config", None) is not None
 
 
 def plain_name(name: str) -> str:
@@ -40,4 +34,4 @@ def load_added_adapter(model: Any, directory: str | os.PathLike) -> None:
     set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters()[0])
 
 
-__all__ = ["is_adapted", "load_added_adapter", "plain_name"]
+__all__ = ["load_added_adapter", "plain_name"]
