@@ -313,10 +313,9 @@ class ClassEmbeddingCache:
     """
     Class embeddings t `(K, D)`, computed once where that is safe.
 
-    In eval mode without gradient they are kept for as long as the tensors they came from are the same and unchanged.
-    That is the whole state of plain modules only: nothing is kept where the text side has hooks, adapters, replaced
-    methods or weights of another kind than `nn.Parameter`, nor inside a compiled or traced graph. An edit
-    through `.data` leaves no trace; `model.train().eval()` computes the embeddings again after one.
+    In eval mode they are kept for as long as the tensors that they came from are the same and unchanged, if they came
+    from plain modules and parameters alone: never with hooks, adapters or quantized weights, nor in a compiled or
+    traced graph. An edit through `.data` leaves no trace; `model.train().eval()` computes them again after one.
 
     In training they are computed for every forward pass or, if `share_until_next` announces another one before the
     optimizer's step, once for all of them.
@@ -328,7 +327,7 @@ class ClassEmbeddingCache:
     def clear(self) -> None:
         """Forget what is kept."""
         self.value: torch.Tensor | None = None
-        self.key: tuple | None = None
+        self.origin: tuple | None = None
         self.share_until_next = False
         self.shared: torch.Tensor | None = None
         self.stand_in: torch.Tensor | None = None
@@ -344,18 +343,21 @@ class ClassEmbeddingCache:
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return compute()
-        modules = [module for part in parts for module in part.modules()]
+        if training:
+            return self._for_step(compute) if torch.is_grad_enabled() else compute()
         tensors = [t for part in parts for t in chain(part.parameters(), part.buffers())]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self._for_step(compute) if training else compute()
-        if training or not all(map(_is_plain, modules)) or not all(map(_has_version, tensors)):
+        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if wants_gradient or not all(_is_plain(module) for part in parts for module in part.modules()):
             return compute()
-        key = tuple((id(t), t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
-        if self.value is None or key != self.key:
+        if any(type(t) not in (nn.Parameter, torch.Tensor) or t.is_inference() for t in tensors):
+            return compute()
+        origin = tuple((id(t), t.data_ptr(), t._version, t.dtype) for t in tensors)
+        if origin != self.origin:
             # Neither a caller's inference mode (its tensors cannot meet autograd later) nor its autocast may get in.
             device = next((t.device.type for t in tensors if not t.is_meta), "cpu")
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-                self.value, self.key = compute(), key
+                self.value, self.origin = compute(), origin
+        assert self.value is not None
         return self.value.clone()  # callers may normalize it in place
 
     def _for_step(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -366,11 +368,10 @@ class ClassEmbeddingCache:
             if self.stand_in is None:
                 self.stand_in = self.shared.detach().requires_grad_()
             return self.stand_in
-        value, collected = self.shared, self.stand_in
+        value, collected = self.shared, None if self.stand_in is None else self.stand_in.grad
         self.shared = self.stand_in = None
-        if collected is not None and collected.grad is not None:
-            collected_gradient = collected.grad
-            value.register_hook(lambda gradient: gradient + collected_gradient)
+        if collected is not None and value.requires_grad:
+            value.register_hook(lambda gradient: gradient + collected)
         return value
 
 
@@ -379,11 +380,7 @@ def _is_plain(module: nn.Module) -> bool:
     known = isinstance(module, ContextPrompts) or type(module).__module__.startswith(("torch.nn.", "transformers."))
     hooked = module._forward_hooks or module._forward_pre_hooks
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's only moves tensors
-    return known and not module.training and not hooked and not replaced
-
-
-def _has_version(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_inference()
+    return known and not (module.training or hooked or replaced)
 
 
 def tokenize_classes(
