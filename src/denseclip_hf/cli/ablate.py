@@ -14,6 +14,7 @@ that fails. The same command then does what is left.
 import argparse
 import json
 import logging
+import os
 import shlex
 import signal
 import subprocess
@@ -21,7 +22,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 import psutil
 from tqdm.auto import tqdm
@@ -88,61 +88,53 @@ def refuse_another_recipe(args: argparse.Namespace, variant: str, seed: int) -> 
         raise ValueError(f"{folder} holds results without their {RECIPE_FILE}: name a new `--output_dir`.")
 
 
-class Runs:
-    """Runs commands one at a time, until Ctrl-C or SIGTERM comes: either ends the training in progress."""
+def run(command: list[str], log: Path) -> int:
+    """
+    The exit code of `command`, whose output goes to the file `log`.
 
-    def __init__(self) -> None:
-        self.number = 0  # the first signal's, 0 before it
-        self.told: list[psutil.Process] = []
-
-    def __enter__(self) -> "Runs":
-        self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+    Ctrl-C and SIGTERM are handed on to all its processes, whatever launcher started them; once they have ended this
+    raises [`TrainingStopped`].
+    """
+    heard: list[int] = []  # schedulers repeat a signal, the first counts
+    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in STOP_SIGNALS}
+    try:
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        while process.poll() is None and not heard:
+            time.sleep(0.1)
+        if heard:
+            logger.warning("%s: the run in progress is waited for.", signal.Signals(heard[0]).name)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, heard[0])
+            while is_at_work(process.pid):  # a launcher may end before its training
+                time.sleep(0.1)
+            raise TrainingStopped("Interrupted.", heard[0])
+        return process.returncode
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
-        if not self.number:  # schedulers repeat it
-            self.number = number
-            logger.warning("%s: the run in progress is waited for.", signal.Signals(number).name)
-            if number == signal.SIGTERM:  # Ctrl-C reaches every process of a terminal
-                self.hand_on()
 
-    def hand_on(self) -> None:
-        """Send SIGTERM to every process that trains, whatever launcher started it."""
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                if any(TRAIN in part for part in process.cmdline()):
-                    process.terminate()
-                    self.told.append(process)
-
-    def run(self, command: list[str], log: Path) -> int:
-        """The exit code of a command whose output goes to the file `log`; raises [`TrainingStopped`]."""
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-            if self.number:  # it came before the process was there
-                self.hand_on()
-            code = process.wait()
-            psutil.wait_procs(self.told)  # a launcher may end before its training
-        if self.number:
-            raise TrainingStopped("Interrupted.", self.number)
-        return code
+def is_at_work(group: int) -> bool:
+    """Whether a process of `group` has not ended; those that nobody has waited for have."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
     """Do those of `runs` that are not done, one after the other; raises `RuntimeError` when one fails."""
-    with Runs() as trainings:
-        for variant, seed in tqdm(runs, desc="Ablations", unit="run"):
-            output_dir = directory(args, variant, seed)
-            if (output_dir / "eval_results.json").exists():
-                continue
-            output_dir.parent.mkdir(parents=True, exist_ok=True)
-            log, start = output_dir.parent / f"seed-{seed}.log", time.perf_counter()
-            if trainings.run([*shlex.split(args.launcher), "-m", TRAIN, *arguments(args, variant, seed)], log):
-                raise RuntimeError(f"{variant} with seed {seed} failed: see {log}.")
-            logger.info("%s, seed %d: %.0f s", variant, seed, time.perf_counter() - start)
+    for variant, seed in tqdm(runs, desc="Ablations", unit="run"):
+        output_dir = directory(args, variant, seed)
+        if (output_dir / "eval_results.json").exists():
+            continue
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        log, start = output_dir.parent / f"seed-{seed}.log", time.perf_counter()
+        if run([*shlex.split(args.launcher), "-m", TRAIN, *arguments(args, variant, seed)], log):
+            raise RuntimeError(f"{variant} with seed {seed} failed: see {log}.")
+        logger.info("%s, seed %d: %.0f s", variant, seed, time.perf_counter() - start)
 
 
 @one_sentence_errors
