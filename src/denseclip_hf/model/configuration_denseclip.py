@@ -66,6 +66,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# What belongs to the classes that a model was saved with.
+OF_CLASSES = ("id2label", "class_token_ids", "class_weights", "palette")
 # How the last block attends: CAT-Seg's way, SFP's, and those of `LAST_BLOCKS` in dense_attention_denseclip.py.
 LastBlockName = Literal[
     "plain", "class_token", "plain_bare", "maskclip", "maskclip_bare", "sclip", "sclip_bare", "qq_full", "clearclip",
@@ -237,6 +239,9 @@ class DenseCLIPConfig(PreTrainedConfig):
     frozen_classes: bool = False
     palette: list[list[int]] | None = None
 
+    # Of the classes that weights have, where a config was loaded with the names of others.
+    _saved_classes = None
+
     def __post_init__(self, **kwargs):
         refuse_unknown_options(self, kwargs)
         if self.clip_config is None:
@@ -293,7 +298,8 @@ class DenseCLIPConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        [`PreTrainedConfig.from_dict`]; with other classes than the saved ones, what was known of those goes.
+        [`PreTrainedConfig.from_dict`]; with other classes than the saved ones, what was known of those goes. Kept
+        aside, it tells [`DenseCLIPModel.from_pretrained`] what the weights are of.
 
         Raises:
             ValueError: for the config of a CLIP.
@@ -303,19 +309,25 @@ class DenseCLIPConfig(PreTrainedConfig):
                 "this is a CLIP, not a segmenter yet: build one with "
                 "`DenseCLIPForSemanticSegmentation.from_clip(directory, id2label=…)`."
             )
-        of_classes = ("id2label", "num_labels", "class_token_ids", "class_weights", "palette")
-        given = {name: kwargs.pop(name) for name in of_classes if kwargs.get(name) is not None}
-        old = {int(index): name for index, name in (config_dict.get("id2label") or {}).items()}
+        given = {name: kwargs.pop(name) for name in (*OF_CLASSES, "num_labels") if kwargs.get(name) is not None}
+        saved = {name: config_dict.get(name) for name in (*OF_CLASSES, "semantic_loss_ignore_index")}
+        old = {int(index): name for index, name in (saved["id2label"] or {}).items()}
         new = dict(enumerate(class_names(given["id2label"]))) if "id2label" in given else old
-        if new != old or given.get("num_labels", len(old)) != len(old):
+        has_others = new != old or given.get("num_labels", len(old)) != len(old)
+        if has_others:
             if config_dict.get("frozen_classes"):
                 raise ValueError(
                     "this model's classes are frozen, so it cannot be loaded for others: its text tower is gone. Load "
                     "the model it was made from."
                 )
-            forgotten = dict.fromkeys(("id2label", "label2id", "class_token_ids", "class_weights", "palette"))
-            config_dict = {**config_dict, **forgotten}
-        return super().from_dict({**config_dict, **given}, **kwargs)
+            config_dict = {**config_dict, **dict.fromkeys((*OF_CLASSES, "label2id"))}
+        loaded: Any = super().from_dict({**config_dict, **given}, **kwargs)
+        if has_others and "id2label" in given and "class_token_ids" not in given and saved["class_token_ids"]:
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._saved_classes = saved
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "_saved_classes"}
 
     @classmethod
     def from_preset(cls, name: str, **options) -> "DenseCLIPConfig":

@@ -51,8 +51,6 @@ logger = logging.get_logger(__name__)
 
 # Resized logits that exist at a time (16 MiB of float32).
 _CHUNK_ELEMENTS = 2**22
-# What says where on the Hub a model lies, as `from_pretrained` takes it.
-_HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
 # Sentences that a class name is put into where a model has learnt no prompt of its own.
 ZERO_SHOT_TEMPLATES = (
     "a photo of a {}.",
@@ -496,20 +494,10 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
                     name if config is None else config, return_unused_kwargs=True, **kwargs
                 )
                 kwargs |= dtype
-            named = not all(label.startswith("LABEL_") for label in config.id2label.values())
-            if named and config.class_token_ids is None and config.use_text_guidance and not config.frozen_classes:
-                saved = cls.config_class.from_pretrained(
-                    name, **{k: v for k, v in kwargs.items() if k in _HUB_OPTIONS}
-                )
-                if saved.class_token_ids is not None or saved.frozen_classes:
-                    wanted = config.id2label
-                    classes = {
-                        key: getattr(saved, key)
-                        for key in ("id2label", "class_token_ids", "class_weights", "palette", "frozen_classes")
-                    }
-                    ignored = {"semantic_loss_ignore_index": saved.semantic_loss_ignore_index}
-                    options = {k: v for k, v in config.to_dict().items() if k not in ("label2id", "num_labels")}
-                    config = cls.config_class.from_dict({**options, **classes, **ignored})
+            if (saved := config._saved_classes) is not None and config.use_text_guidance:
+                wanted = config.id2label
+                options = {k: v for k, v in config.to_dict().items() if k != "label2id"}
+                config = cls.config_class.from_dict({**options, **saved})
         loaded: Any = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
         model, info = loaded
         refuse_random_classes(model.config, info)
