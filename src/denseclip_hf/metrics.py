@@ -3,6 +3,7 @@
 Shapes: K classes, H × W pixels. A confusion matrix is (K, K): rows are reference classes, columns predicted ones.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -182,15 +183,17 @@ class _CountingMetric(evaluate.Metric):
     def __len__(self) -> int:
         return self._num_images
 
+    @abstractmethod
     def _count(self, prediction: LabelMap, reference: LabelMap) -> torch.Tensor:
-        raise NotImplementedError
+        """Counts of one image."""
 
+    @abstractmethod
     def _scores(self, counts: torch.Tensor) -> dict[str, Any]:
-        raise NotImplementedError
+        """What `compute` returns for the sum of all counts."""
 
     def reset(self) -> None:
         """Forget every image added so far."""
-        self._counts: torch.Tensor | None = None
+        self._counts = torch.zeros((), dtype=torch.int64)
         self._num_images = 0
 
     def add(self, *, prediction: LabelMap, reference: LabelMap) -> None:
@@ -207,7 +210,9 @@ class _CountingMetric(evaluate.Metric):
         labels = _integers(reference)
         if self.do_reduce_labels:
             labels = reduce_labels(labels, self.ignore_index)
-        self._accumulate(self._count(prediction, labels), 1)
+        counts = self._count(prediction, labels)
+        self._counts = self._counts.to(counts.device) + counts
+        self._num_images += 1
 
     def add_batch(self, *, predictions: Iterable[LabelMap], references: Iterable[LabelMap]) -> None:
         """Count several images, whose sizes may differ from one to the next; see [`add`].
@@ -229,12 +234,8 @@ class _CountingMetric(evaluate.Metric):
                 f"Only metrics of one kind with the same settings can be merged: this is {type(self).__name__} with "
                 f"{self._settings}, the other {type(other).__name__} with {other._settings}."
             )
-        if other._counts is not None:
-            self._accumulate(other._counts.clone(), other._num_images)
-
-    def _accumulate(self, counts: torch.Tensor, num_images: int) -> None:
-        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
-        self._num_images += num_images
+        self._counts = self._counts + other._counts.to(self._counts.device)
+        self._num_images += other._num_images
 
     def compute(
         self,
@@ -261,14 +262,13 @@ class _CountingMetric(evaluate.Metric):
         given = {"num_labels": num_labels, "ignore_index": ignore_index, "do_reduce_labels": reduce_labels}
         settings = self._settings | {name: value for name, value in given.items() if value is not None}
         if settings != self._settings:
-            if self._counts is not None:
+            if self._num_images:
                 raise ValueError(f"Images were counted with {self._settings}: compute them before passing others.")
             return type(self)(**settings).compute(predictions=predictions, references=references)
-        if (predictions is None) != (references is None):
-            raise ValueError("Pass both predictions and references, or neither.")
-        if predictions is not None and references is not None:
-            self.add_batch(predictions=predictions, references=references)
-        if self._counts is None:
+        self.add_batch(
+            predictions=() if predictions is None else predictions, references=() if references is None else references
+        )
+        if not self._num_images:
             raise ValueError("Nothing to score yet: call add or add_batch before compute.")
         scores = self._scores(self._counts)
         self.reset()
@@ -310,9 +310,7 @@ class MeanIoU(_CountingMetric):
     @property
     def confusion_matrix(self) -> torch.Tensor:
         """`torch.Tensor` of shape `(num_labels, num_labels)`: int64 counts so far; rows are reference classes."""
-        if self._counts is None:
-            return torch.zeros(self.num_labels, self.num_labels, dtype=torch.int64)
-        return self._counts.clone()
+        return self._counts.new_zeros(self.num_labels, self.num_labels) + self._counts
 
     def _count(self, prediction: LabelMap, reference: LabelMap) -> torch.Tensor:
         return confusion_matrix(prediction, reference, self.num_labels, self.ignore_index)
