@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -282,7 +282,8 @@ def peak_memory(make: Callable[..., Callable[[], Any]], *options: Any) -> float:
     step(), step()
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())  # ru_maxrss is inherited
+    return int(peak[1]) / 2**20 if peak else float("nan")
 
 
 def words(args: argparse.Namespace) -> Rows:
