@@ -21,7 +21,7 @@ from .model.modeling_denseclip import (
     DenseCLIPModel,
     forward_by_size,
 )
-from .model.resizing_denseclip import check_finite
+from .model.resizing_denseclip import check_finite, highest
 from .model.towers_denseclip import check_last_block, check_normalization
 from .model.words_denseclip import class_probabilities, color_affinity, refine_scores, without_small_classes
 from .word_options import WindowOptions, WordOptions
@@ -217,17 +217,11 @@ class WordReader:
         if options.area_threshold:
             if owners[0] >= 0 or self.uses_decoder:
                 raise ValueError("`area_threshold` needs `background` words, and a model without a decoder for words.")
-            probabilities = class_probabilities(torch.cat(list(parts))[None], owners + 1, 1.0)
+            probabilities = class_probabilities(torch.cat(list(parts), 1), owners + 1, 1.0)
             confidence, found = without_small_classes(probabilities, options.area_threshold)[0].max(0)
             found = found - 1
         else:
-            best, total = (scores.new_full(size, -torch.inf) for _ in range(2))
-            query, first = torch.zeros(size, dtype=torch.int64, device=scores.device), 0
-            for part in parts:
-                highest, index = part.max(0)
-                query = torch.where(highest > best, index + first, query)
-                best, total = torch.maximum(best, highest), torch.logaddexp(total, part.logsumexp(0))
-                first += len(part)
+            best, query, total = (found[0] for found in highest(parts))
             found = owners[query]
             if not self.uses_decoder:
                 confidence = (best - total).exp()
@@ -238,7 +232,7 @@ class WordReader:
     def _resized(
         self, scores: torch.Tensor, size: tuple[int, int], pixel_values: torch.Tensor, options: WordOptions
     ) -> Iterator[torch.Tensor]:
-        """`scores` at `size`, refined as `options` say, a few queries at a time."""
+        """`scores` `(Q, h, w)` at `size`, refined as `options` say, a few queries at a time: `(1, q, H, W)`."""
         step = max(1, CHUNK_ELEMENTS // math.prod(size))
         affinity = None
         if options.refine:
@@ -246,11 +240,11 @@ class WordReader:
             colors = (max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink)))
             images = resize_bilinear(pixel_values[None].to(scores.device).float(), colors)
             affinity = color_affinity(images, options.dilations)
-        for part in scores.split(step):
+        for part in scores[None].split(step, 1):
             if affinity is not None:
-                part = resize_bilinear(part[None], tuple(affinity.shape[-2:]))
-                part = refine_scores(part, affinity, options.refine, options.dilations)[0]
-            yield resize_bilinear(part[None], size)[0]
+                part = resize_bilinear(part, tuple(affinity.shape[-2:]))
+                part = refine_scores(part, affinity, options.refine, options.dilations)
+            yield resize_bilinear(part, size)
 
 
 __all__ = [

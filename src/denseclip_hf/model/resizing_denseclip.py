@@ -3,6 +3,7 @@
 Shapes: B images, C channels, K classes, H × W pixels.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -156,36 +157,44 @@ def resize_max(
     Raises:
         ValueError: If `logits` is not finite everywhere.
     """
-    scores, classes, total = _highest(logits, size, name, with_total=True)
+    check_finite(logits, name)
+    scores, classes, total = highest(_resized(logits, size))
     return scores, classes, (scores - total).exp()
 
 
+@torch.no_grad()
 def resize_argmax(logits: torch.Tensor, size: tuple[int, int], name: str | None = None) -> torch.Tensor:
     """The classes of [`resize_max`] alone: `(B, *size)` int64 ids."""
-    return _highest(logits, size, name)[1]
-
-
-@torch.no_grad()
-def _highest(logits: torch.Tensor, size: tuple[int, int], name: str | None, with_total: bool = False) -> Any:
-    """Highest score of each pixel, its class and, `with_total`, the logsumexp of all its scores."""
     check_finite(logits, name)
-    batch_size, num_labels = logits.shape[:2]
-    step = max(1, _STRIP_ELEMENTS // max(batch_size * size[0] * size[1], 1))
+    return highest(_resized(logits, size), with_total=False)[1]
+
+
+def _resized(logits: torch.Tensor, size: tuple[int, int]) -> Iterator[torch.Tensor]:
+    step = max(1, _STRIP_ELEMENTS // max(len(logits) * size[0] * size[1], 1))
+    for first in range(0, logits.shape[1], step):
+        yield resize_bilinear(logits[:, first : first + step].float(), size)
+
+
+def highest(parts: Iterable[torch.Tensor], with_total: bool = True) -> Any:
+    """
+    Of scores that come a few classes at a time, as `(B, k, H, W)`: the highest of each pixel, the number of its class,
+    the first of equal ones, and, `with_total`, the logsumexp of all; three tensors `(B, H, W)`.
+    """
     scores: Any = None
     classes: Any = None
     total: Any = None
-    for first in range(0, num_labels, step):
-        part = resize_bilinear(logits[:, first : first + step].float(), size)
+    first = 0
+    for part in parts:
         best, index = part.max(dim=1)
+        part_total = part.logsumexp(1) if with_total else None
         if scores is None:
-            scores, classes = best, index
-            total = part.logsumexp(1) if with_total else None
+            scores, classes, total = best, index, part_total
         else:
-            better = best > scores  # the first of equal classes stays, as in `argmax`
-            scores = torch.where(better, best, scores)
-            classes = torch.where(better, index + first, classes)
-            total = torch.logaddexp(total, part.logsumexp(1)) if with_total else None
+            classes = torch.where(best > scores, index + first, classes)
+            scores = torch.maximum(scores, best)
+            total = torch.logaddexp(total, part_total) if with_total else None
+        first += part.shape[1]
     return scores, classes, total
 
 
-__all__ = ["check_finite", "fit_within", "resize_argmax", "resize_image", "resize_labels", "resize_max"]
+__all__ = ["check_finite", "fit_within", "highest", "resize_argmax", "resize_image", "resize_labels", "resize_max"]
