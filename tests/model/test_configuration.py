@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig
+from transformers import AutoConfig, CLIPConfig
 
 from denseclip_hf import CLIPResNetConfig, CLIPResNetVisionConfig, DenseCLIPConfig, DenseCLIPForSemanticSegmentation
 from helpers.models import EOS, SOS, tiny_config
@@ -79,6 +79,11 @@ def test_wrong_combinations_are_refused(options, thing):
         tiny_config(**options)
 
 
+def test_two_numbers_of_classes_are_refused():
+    with pytest.raises(ValueError, match="num_labels"):
+        DenseCLIPConfig(num_labels=5, id2label={0: "sky"})
+
+
 @pytest.mark.parametrize("num_labels", [255, 256, 300])
 def test_no_class_is_ignored_by_default(num_labels):
     config = DenseCLIPConfig(num_labels=num_labels)
@@ -88,51 +93,29 @@ def test_no_class_is_ignored_by_default(num_labels):
             DenseCLIPConfig(num_labels=num_labels, semantic_loss_ignore_index=255)
 
 
-def test_two_numbers_of_classes_are_refused():
-    with pytest.raises(ValueError, match="num_labels"):
-        DenseCLIPConfig(num_labels=5, id2label={0: "sky"})
-
-
-@pytest.mark.parametrize("out_indices", [[0, 1, 2], [0, 1, 2, 4]])
-def test_blocks_the_vit_has_not_are_refused(out_indices):
+@pytest.mark.parametrize(
+    ("kind", "out_indices"), [("vit", [0, 1, 2]), ("vit", [0, 1, 2, 4]), ("resnet", [0, 1, 2, 3])]
+)
+def test_blocks_that_a_tower_has_not_are_refused(kind, out_indices):
     with pytest.raises(REFUSED, match="out_indices"):
-        tiny_config("vit", out_indices=out_indices)
-
-
-def test_vit_blocks_for_a_resnet_are_refused():
-    with pytest.raises(REFUSED, match="out_indices"):
-        tiny_config("resnet", out_indices=[0, 1, 2, 3])
+        tiny_config(kind, out_indices=out_indices)
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    "options",
     [
-        ({"depths": [1, 1, 1]}, "four positive block counts"),
-        ({"embedding_size": 5}, "even"),
-        ({"num_attention_heads": 7}, "must divide"),
-        ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1"),
-        ({"image_size": 100}, "multiple of the stride 32"),
-        ({"image_sice": 64}, "did you mean `image_size`"),
+        {"depths": [1, 1, 1]},
+        {"embedding_size": 5},
+        {"num_attention_heads": 7},
+        {"num_attention_heads": 0},
+        {"image_size": 100},
+        {"vission_config": {}},
     ],
 )
-def test_wrong_resnets_are_refused(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        CLIPResNetVisionConfig(**options)
-
-
-def test_resnet_clip_takes_no_vit():
-    with pytest.raises(ValueError, match="CLIPVisionConfig"):
-        CLIPResNetConfig(vision_config=CLIPVisionConfig())
-
-
-def test_unknown_options_of_a_resnet_clip_are_refused():
-    with pytest.raises(ValueError, match="vission_config"):
-        CLIPResNetConfig(vission_config={})
-
-
-def test_resnet_clip_has_one_embedding_size():
-    with pytest.raises(ValueError, match="projection_dim"):
-        CLIPResNetConfig(projection_dim=7, vision_config={"projection_dim": 8})
+def test_wrong_resnets_are_refused(options):
+    kind = CLIPResNetConfig if "vission_config" in options else CLIPResNetVisionConfig
+    with pytest.raises(REFUSED, match=next(iter(options))):
+        kind(**options)
 
 
 @pytest.mark.parametrize(("contexts", "template"), [(8, "{}"), (0, "a photo of a {}.")])
@@ -143,11 +126,6 @@ def test_prompt_template_follows_the_contexts(contexts, template):
 def test_classes_are_kept_in_the_order_of_their_ids():
     names = {str(i): f"class {i}" for i in sorted(range(12), key=str)}
     assert list(DenseCLIPConfig(id2label=names).id2label.items()) == [(i, f"class {i}") for i in range(12)]
-
-
-def test_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="denseclip-rn50"):
-        DenseCLIPConfig.from_preset("rn50")
 
 
 def test_a_clips_own_data_type_does_not_outlive_it(kind, tmp_path):

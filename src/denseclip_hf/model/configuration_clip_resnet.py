@@ -1,9 +1,10 @@
 """Configurations of CLIP's modified ResNet and of a CLIP with such an image tower; refusal of unknown options."""
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers import CONFIG_MAPPING, CLIPConfig, CLIPTextConfig, PreTrainedConfig, configuration_utils
 
 
@@ -28,11 +29,34 @@ def refuse_unknown_options(config: PreTrainedConfig, options: dict[str, Any]) ->
             raise ValueError(f"`{type(config).__name__}` has no option `{name}`: {hint}")
 
 
-def refuse_below_one(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
-    """Raise `ValueError` for the first of the sizes `names` that is zero or negative."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
+def refuse_first(*rules: tuple[Any, str]) -> None:
+    """Raise `ValueError` with the sentence of the first of `rules` whose condition holds."""
+    for holds, sentence in rules:
+        if holds:
+            raise ValueError(sentence)
+
+
+def between(
+    least: float, most: float = float("inf"), exclude_least: bool = False, exclude_most: bool = False
+) -> Callable:
+    """A field whose value, unless it is `None`, lies between `least` and `most`."""
+
+    @as_validated_field
+    def check(value: float | None = None) -> None:
+        if value is None:
+            return
+        low = least < value if exclude_least else least <= value
+        high = value < most if exclude_most or most == float("inf") else value <= most
+        if not (low and high):
+            bounds = f"{'above' if exclude_least else 'at least'} {least}" + (
+                "" if most == float("inf") else f" and {'below' if exclude_most else 'at most'} {most}"
+            )
+            raise ValueError(f"must be {bounds} and finite, got {value}.")
+
+    return check
+
+
+positive = between(1)
 
 
 @strict
@@ -56,18 +80,17 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
     model_type = "clip_resnet_vision_model"
     base_config_key = "vision_config"
 
-    num_channels: int = 3
-    embedding_size: int = 64
+    num_channels: int = positive(default=3)
+    embedding_size: int = positive(default=64)
     depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
-    num_attention_heads: int = 32
-    projection_dim: int = 1024
+    num_attention_heads: int = positive(default=32)
+    projection_dim: int = positive(default=1024)
     image_size: int = 224
     batch_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs):
         refuse_unknown_options(self, kwargs)
         super().__post_init__(**kwargs)
-        self._check_architecture()
 
     @property
     def hidden_sizes(self) -> list[int]:
@@ -79,19 +102,27 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
         """Channels of the last stage, which are those of the attention pooling."""
         return self.hidden_sizes[-1]
 
-    def _check_architecture(self) -> None:
-        refuse_below_one(self, ("num_channels", "embedding_size", "num_attention_heads", "projection_dim"))
-        if len(self.depths) != 4 or min(self.depths) < 1:
-            raise ValueError(f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.")
-        if self.embedding_size % 2:
-            raise ValueError(f"`embedding_size` is halved in the stem and must be even, got {self.embedding_size}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+    def validate_sizes(self):
+        """Part of `@strict` validation: what makes a tower."""
+        refuse_first(
+            (
+                len(self.depths) != 4 or min(self.depths) < 1,
+                f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.",
+            ),
+            (
+                self.embedding_size % 2,
+                f"`embedding_size` is halved in the stem and must be even, got {self.embedding_size}.",
+            ),
+            (
+                self.hidden_size % self.num_attention_heads,
                 f"`num_attention_heads` ({self.num_attention_heads}) must divide the {self.hidden_size} channels of "
-                "the last stage (32 * `embedding_size`)."
-            )
-        if self.image_size % 32 or self.image_size < 32:
-            raise ValueError(f"`image_size` must be a positive multiple of the stride 32, got {self.image_size}.")
+                "the last stage (32 * `embedding_size`).",
+            ),
+            (
+                self.image_size % 32 or self.image_size < 32,
+                f"`image_size` must be a positive multiple of the stride 32, got {self.image_size}.",
+            ),
+        )
 
 
 @strict
@@ -101,7 +132,7 @@ class CLIPResNetConfig(CLIPConfig):
     Args:
         text_config (`dict` or `CLIPTextConfig`): the text tower.
         vision_config (`dict` or [`CLIPResNetVisionConfig`]): the image tower.
-        projection_dim (`int`): size D of the shared embedding; equals `vision_config.projection_dim`.
+        projection_dim (`int`): size D of the shared embedding, always `vision_config.projection_dim`.
 
     Raises:
         ValueError: for a combination that cannot work, or an unknown option.
@@ -116,22 +147,13 @@ class CLIPResNetConfig(CLIPConfig):
 
     def __post_init__(self, **kwargs):
         refuse_unknown_options(self, kwargs)
-        vision = self.vision_config
-        if isinstance(vision, PreTrainedConfig) and vision.model_type != CLIPResNetVisionConfig.model_type:
-            raise ValueError(f"`vision_config` must be a ResNet's, got a {type(vision).__name__}: use `CLIPConfig`.")
         for name, config_class in self.sub_configs.items():
             part = getattr(self, name)
             if not isinstance(part, PreTrainedConfig):
                 setattr(self, name, config_class(**(part or {})))
         # Not CLIPConfig's, which before transformers 5.20 makes the image tower a ViT.
         super(CLIPConfig, self).__post_init__(**kwargs)
-        if self.projection_dim is None:
-            self.projection_dim = self.vision_config.projection_dim
-        if self.projection_dim != self.vision_config.projection_dim:
-            raise ValueError(
-                f"`projection_dim` ({self.projection_dim}) must equal `vision_config.projection_dim` "
-                f"({self.vision_config.projection_dim}): the attention pooling projects into the shared space itself."
-            )
+        self.projection_dim = self.vision_config.projection_dim
 
 
 def clip_config_class(clip_config: dict[str, Any]) -> type[PreTrainedConfig]:
@@ -156,7 +178,9 @@ def clip_config_class(clip_config: dict[str, Any]) -> type[PreTrainedConfig]:
 __all__ = [
     "CLIPResNetConfig",
     "CLIPResNetVisionConfig",
+    "between",
     "clip_config_class",
-    "refuse_below_one",
+    "positive",
+    "refuse_first",
     "refuse_unknown_options",
 ]

@@ -1,46 +1,26 @@
 """Configuration of DenseCLIP on top of any image-text model or backbone, with the published models as presets."""
 
 import copy
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.dataclasses import as_validated_field, strict
-from transformers import CONFIG_MAPPING, AutoBackbone, AutoConfig, CLIPConfig, PreTrainedConfig
+from huggingface_hub.dataclasses import strict
+from transformers import AutoBackbone, AutoConfig, CLIPConfig, PreTrainedConfig
 
 from .class_names_denseclip import class_names
 from .configuration_clip_resnet import (
     CLIPResNetConfig,
     SubConfigSpec,
+    between,
     clip_config_class,
+    positive,
+    refuse_first,
     refuse_unknown_options,
 )
 
 
-def between(
-    least: float, most: float = float("inf"), exclude_least: bool = False, exclude_most: bool = False
-) -> Callable:
-    """A field whose value, unless it is `None`, lies between `least` and `most`."""
-
-    @as_validated_field
-    def check(value: float | None = None) -> None:
-        if value is None:
-            return
-        low = least < value if exclude_least else least <= value
-        high = value < most if exclude_most or most == float("inf") else value <= most
-        if not (low and high):
-            bounds = f"{'above' if exclude_least else 'at least'} {least}" + (
-                "" if most == float("inf") else f" and {'below' if exclude_most else 'at most'} {most}"
-            )
-            raise ValueError(f"must be {bounds} and finite, got {value}.")
-
-    return check
-
-
-positive = between(1)
 fraction = between(0, 1, exclude_most=True)
 number = between(-float("inf"), exclude_least=True)
-
 
 # The published models (spec sheets of CLIP and the paper, section 4.1), at the resolution they are trained at.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -251,10 +231,7 @@ class DenseCLIPConfig(PreTrainedConfig):
         else:
             self.clip_config = copy.deepcopy(self.clip_config)
         if isinstance(self.backbone_config, dict):
-            kind = self.backbone_config.get("model_type")
-            if kind not in CONFIG_MAPPING:
-                raise ValueError(f"`backbone_config` is of the type {kind!r}, which transformers does not know.")
-            self.backbone_config = CONFIG_MAPPING[kind].from_dict(self.backbone_config)
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         else:
             self.backbone_config = copy.deepcopy(self.backbone_config)
         clip, backbone = self.clip_config, self.backbone_config
@@ -335,10 +312,8 @@ class DenseCLIPConfig(PreTrainedConfig):
         A published model (`denseclip-rn50`, `denseclip-rn101`, `denseclip-vit-b16`) with `options` on top.
 
         Raises:
-            ValueError: for another name.
+            KeyError: for another name.
         """
-        if name not in PRESETS:
-            raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **options})
 
     @property
@@ -382,84 +357,88 @@ class DenseCLIPConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict` validation: what fields say together."""
-        vision = self.clip_config.vision_config
-        depth = getattr(vision, "num_hidden_layers", 0) if self.backbone_config is None else 0
+        backbone = self.backbone_config
+        depth = 0 if backbone is not None else getattr(self.clip_config.vision_config, "num_hidden_layers", 0)
         aggregates = self.decode_head == "cost_aggregation"
-        count = 2 if aggregates else 4
-        if self.out_indices is not None and (
-            len(self.out_indices) != count or not all(0 <= index < depth for index in self.out_indices)
-        ):
-            raise ValueError(
+        blocks, count = self.out_indices, 2 if aggregates else 4
+        has_contexts = self.use_text_guidance and self.num_context_tokens and self.context_decoder_num_layers
+        heads, width = self.context_decoder_num_attention_heads, self.context_decoder_hidden_size
+        refuse_first(
+            (
+                blocks is not None and (len(blocks) != count or not all(0 <= index < depth for index in blocks)),
                 f"`out_indices` must be {count} ViT blocks in 0 … {depth - 1}, or `None` for a ResNet or a backbone, "
-                f"got {list(self.out_indices)}."
-            )
-        if self.backbone_config is not None and len(self.backbone_config.out_indices or ()) != 4:
-            raise ValueError(
-                f"a backbone must give four maps, but the `out_features` of `backbone_config` are "
-                f"{self.backbone_config.out_features}: choose four of {self.backbone_config.stage_names}."
-            )
-        if self.prompting == "pre_model" and not (
-            self.use_text_guidance
-            and self.num_context_tokens
-            and self.context_decoder_num_layers
-            and not aggregates
-            and not self.frozen_classes
-        ):
-            raise ValueError(
+                f"got {blocks}.",
+            ),
+            (
+                backbone is not None and len(backbone.out_indices or ()) != 4,
+                "a backbone must give four maps, but the `out_features` of `backbone_config` are "
+                f"{getattr(backbone, 'out_features', None)}: choose four of {getattr(backbone, 'stage_names', None)}.",
+            ),
+            (
+                self.prompting == "pre_model" and (not has_contexts or aggregates or self.frozen_classes),
                 '`prompting="pre_model"` makes contexts from images: it needs `use_text_guidance`, '
                 '`num_context_tokens` and `context_decoder_num_layers` above 0, the decoder "semantic_fpn" and '
-                "classes that are not frozen."
-            )
-        if aggregates and not (self.use_text_guidance and depth):
-            raise ValueError(
+                "classes that are not frozen.",
+            ),
+            (
+                aggregates and not (self.use_text_guidance and depth),
                 '`decode_head="cost_aggregation"` compares places of a ViT with class names: it needs a CLIP with a '
-                "ViT and `use_text_guidance=True`."
-            )
-        if aggregates and (self.class_weights or self.focal_gamma or self.dice_loss_weight):
-            raise ValueError(
+                "ViT and `use_text_guidance=True`.",
+            ),
+            (
+                aggregates and (self.class_weights or self.focal_gamma or self.dice_loss_weight),
                 "`class_weights`, `focal_gamma` and `dice_loss_weight` have no effect with "
-                '`decode_head="cost_aggregation"`, which decides for every class by itself: leave them out.'
-            )
-        if self.inference_mode == "slide_and_whole" and not aggregates:
-            raise ValueError('`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.')
-        if self.context_decoder_hidden_size % self.context_decoder_num_attention_heads:
-            raise ValueError(
-                f"`context_decoder_num_attention_heads` ({self.context_decoder_num_attention_heads}) must divide "
-                f"`context_decoder_hidden_size` ({self.context_decoder_hidden_size})."
-            )
-        if any(s > c for s, c in zip(self.stride, self.crop_size, strict=True)):
-            raise ValueError(
-                f"`stride` {self.stride} must be at most `crop_size` {self.crop_size}, or pixels are left out."
-            )
+                '`decode_head="cost_aggregation"`, which decides for every class by itself: leave them out.',
+            ),
+            (
+                self.inference_mode == "slide_and_whole" and not aggregates,
+                '`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.',
+            ),
+            (
+                width % heads,
+                f"`context_decoder_num_attention_heads` ({heads}) must divide `context_decoder_hidden_size` "
+                f"({width}).",
+            ),
+            (
+                any(step > side for step, side in zip(self.stride, self.crop_size, strict=True)),
+                f"`stride` {self.stride} must be at most `crop_size` {self.crop_size}, or pixels are left out.",
+            ),
+        )
 
     def validate_classes(self):
         """Part of `@strict` validation: classes, their prompts and colors."""
-        if self.frozen_classes and not self.use_text_guidance:
-            raise ValueError("`frozen_classes` needs classes to freeze: leave it out with `use_text_guidance=False`.")
-        if 0 <= self.semantic_loss_ignore_index < self.num_labels:
-            raise ValueError(
-                f"`semantic_loss_ignore_index` ({self.semantic_loss_ignore_index}) is one of the {self.num_labels} "
-                "classes, which would never be learned: choose a value that is no class id, such as -100."
-            )
-        if self.prompt_template.count("{}") != 1:
-            raise ValueError(f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.")
-        for color in self.palette or []:
-            if len(color) != 3 or not all(0 <= value <= 255 for value in color):
-                raise ValueError(f"a color of `palette` must be three numbers from 0 to 255, got {color}.")
-        for name in ("palette", "class_token_ids", "class_weights"):
-            rows = getattr(self, name)
-            if rows is not None and len(rows) != self.num_labels:
-                raise ValueError(f"`{name}` has {len(rows)} entries for {self.num_labels} classes: give one each.")
-        text = self.clip_config.text_config
+        of_each = {name: getattr(self, name) for name in ("palette", "class_token_ids", "class_weights")}
+        uneven = [
+            f"`{name}` has {len(rows)}" for name, rows in of_each.items() if rows and len(rows) != self.num_labels
+        ]
+        colors = [c for c in self.palette or [] if len(c) != 3 or not all(0 <= value <= 255 for value in c)]
+        prompts, text = self.class_token_ids or [], self.clip_config.text_config
+        strange = [ids for ids in prompts if not ids or max(ids) >= text.vocab_size]
+        longest = max(map(len, prompts), default=0)
         room = text.max_position_embeddings - self.num_context_tokens
-        for ids in self.class_token_ids or []:
-            if max(ids, default=0) >= text.vocab_size:
-                raise ValueError(f"`class_token_ids` must lie below {text.vocab_size}, got {ids}.")
-            if len(ids) > room:
-                raise ValueError(
-                    f"a class has {len(ids)} tokens, but {room} fit beside {self.num_context_tokens} contexts in the "
-                    f"text tower's {text.max_position_embeddings} positions: shorten the name or use fewer contexts."
-                )
+        refuse_first(
+            (
+                self.frozen_classes and not self.use_text_guidance,
+                "`frozen_classes` needs classes to freeze: leave it out with `use_text_guidance=False`.",
+            ),
+            (
+                0 <= self.semantic_loss_ignore_index < self.num_labels,
+                f"`semantic_loss_ignore_index` ({self.semantic_loss_ignore_index}) is one of the {self.num_labels} "
+                "classes, which would never be learned: choose a value that is no class id, such as -100.",
+            ),
+            (
+                self.prompt_template.count("{}") != 1,
+                f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.",
+            ),
+            (colors, f"a color of `palette` must be three numbers from 0 to 255, got {colors[:1]}."),
+            (uneven, f"{', '.join(uneven)} entries for {self.num_labels} classes: give one each."),
+            (strange, f"`class_token_ids` must be lists of ids below {text.vocab_size}, got {strange[:1]}."),
+            (
+                longest > room,
+                f"a class has {longest} tokens, but {room} fit beside {self.num_context_tokens} contexts in the text "
+                f"tower's {text.max_position_embeddings} positions: shorten the name or use fewer contexts.",
+            ),
+        )
 
 
 def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:
