@@ -147,8 +147,7 @@ def _wide(width):
 
 BAD = {
     "no CLIP": ({"fc.weight": torch.zeros(1)}, "visual.conv1.weight"),
-    "transformers' own": ({"text_model.embeddings.token_embedding.weight": torch.zeros(1)}, "transformers"),
-    "a timm tower": ({"visual.trunk.x": torch.zeros(1)}, "not a CLIP"),
+    "a timm tower": ({"visual.trunk.x": torch.zeros(1)}, "visual.conv1.weight"),
     "unused key": ({"logit_bias": torch.zeros(())}, "logit_bias"),
     "missing key": ({"visual.ln_post.bias": None}, "post_layernorm.bias"),
     "misshapen key": ({"ln_final.bias": torch.zeros(3)}, "final_layer_norm.bias"),

@@ -64,7 +64,7 @@ REFUSED = (ValueError, StrictDataclassError)
         ({"context_decoder_num_layers": -1}, "context_decoder_num_layers"),
         ({"neck_hidden_size": 0}, "neck_hidden_size"),
         ({"id2label": {0: "a", 1: "b", 2: "A "}}, "'A ' appears twice"),
-        ({"id2label": {"a": "b"}}, "integers"),
+        ({"id2label": {"a": "b"}}, "class ids"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"context_decoder_num_attention_heads": 3}, "must divide"),
         ({"semantic_loss_ignore_index": 1}, "semantic_loss_ignore_index"),

@@ -12,7 +12,6 @@ from ..model.modeling_clip_resnet import CLIPResNetModel
 from .directory import DEFAULT_TOKENIZER, load_tokenizer, write_directory
 from .keys import clip_key_table, convert_keys, left_out
 from .weights import (
-    CheckpointError,
     StateDict,
     check_axes,
     count_layers,
@@ -102,10 +101,6 @@ def clip_config_from_weights(
         CheckpointError: if they are not the weights of a CLIP.
         ValueError: if the number of heads cannot be known.
     """
-    if "text_model.embeddings.token_embedding.weight" in weights:
-        raise CheckpointError(
-            "this is a CLIP in transformers' format already: give its folder where a CLIP is asked for (`--clip`)."
-        )
     axes = {"visual.conv1.weight": 4, "token_embedding.weight": 2, "positional_embedding": 2, "text_projection": 2}
     check_axes(weights, axes, "a CLIP of OpenAI's architecture")
     positions, width = weights["positional_embedding"].shape

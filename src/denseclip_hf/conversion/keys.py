@@ -60,16 +60,13 @@ def convert_keys(
     for key in expected:  # the number of batches matters only to averages that no model here takes; old files lack it
         if key.endswith("num_batches_tracked"):
             converted.setdefault(key, torch.tensor(0))
-    if missing := sorted(expected.keys() - converted.keys()):
-        raise ValueError(f"the checkpoint lacks the weights of {_first(missing)}.")
-    if surplus := sorted(converted.keys() - expected.keys()):
-        raise ValueError(f"the checkpoint has weights this model has no place for: {_first(surplus)}.")
-    for key, value in converted.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(
-                f"{key} has shape {tuple(value.shape)} in the checkpoint, but its config asks for "
-                f"{tuple(expected[key].shape)}: is this the config it was trained with?"
-            )
+    wanted, found = ({k: tuple(v.shape) for k, v in weights.items()} for weights in (expected, converted))
+    if unlike := sorted(key for key in wanted | found if wanted.get(key) != found.get(key)):
+        shapes = f"{unlike[0]} has the shape {found.get(unlike[0])}, the config says {wanted.get(unlike[0])}"
+        raise ValueError(
+            f"these weights are missing, too many, or of another shape than the config says: {_first(unlike)} "
+            f"({shapes}). Is this the config it was trained with?"
+        )
     return converted
 
 

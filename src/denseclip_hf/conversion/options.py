@@ -201,12 +201,13 @@ def _refuse_unsupported(options: dict[str, Any], part: str = "") -> None:
     """
     for option, value in options.items():
         place, plain = f"{part}.{option}".lstrip("."), list(value) if isinstance(value, tuple) else value
-        if place in _CONVERTED and value is not None:
-            if not isinstance(value, dict):
-                raise ValueError(f"`{place}` of the original must be a dict of options, got {value!r}.")
+        if place in _CONVERTED and isinstance(value, dict):
             _refuse_unsupported(value, place)
-        elif place in _SUPPORTED and plain not in _SUPPORTED[place]:
-            choices = " or ".join(map(repr, _SUPPORTED[place]))
-            raise ValueError(f"`{place}={value!r}` of the original is not supported here, only {choices}.")
-        elif place not in _SUPPORTED and option not in _CONVERTED[part].split() and plain not in (None, False):
-            raise ValueError(f"`{place}={value!r}` of the original is not known here, so its meaning would be lost.")
+            continue
+        known = [plain] if option in _CONVERTED[part].split() else []
+        choices = _SUPPORTED.get(place, [None, False, *known])
+        if plain not in choices:
+            raise ValueError(
+                f"`{place}={value!r}` of the original has no counterpart here: it can be "
+                f"{' or '.join(map(repr, choices))}."
+            )

@@ -92,10 +92,8 @@ def class_table(weights: StateDict, meta: dict[str, Any], classes: str | os.Path
         source = "the checkpoint's `meta`"
         names = dict(enumerate(str(name).strip() for name in meta["CLASSES"]))
         table = parse_classes({"id2label": names, "palette": meta.get("PALETTE") or None}, source)
-    elif count == len(ade20k.id2label):
-        table, source = ade20k, "ADE20K"
     else:
-        raise ValueError(f"the checkpoint does not name its {count} classes: give a file of names (`--classes`).")
+        table, source = ade20k, "ADE20K"
     if len(table.id2label) != count:
         raise ValueError(
             f"{source} names {len(table.id2label)} classes, but the checkpoint was trained on {count}: give a file of "

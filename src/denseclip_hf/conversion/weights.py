@@ -43,11 +43,10 @@ def looking_into(subject: str) -> Iterator[None]:
     """Turn what fails on data of an unexpected structure into a [`CheckpointError`] about `subject`."""
     try:
         yield
-    except KeyError as error:
-        raise CheckpointError(f"{subject} has no {error.args[0] if error.args else 'such key'}.") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
-        reason = reason_of(error)
-        raise CheckpointError(f"{subject} holds something of an unexpected type or shape ({reason}).") from error
+        is_missing = isinstance(error, KeyError)
+        what = "has no" if is_missing else "holds something of an unexpected type or shape:"
+        raise CheckpointError(f"{subject} {what} {reason_of(error)}.") from error
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -71,13 +70,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # a damaged file fails in any of many ways
-        wanted = asked_by_pickle(error) if isinstance(error, pickle.UnpicklingError) else None
-        if wanted is not None:
-            raise CheckpointError(
+        sentence = f"{path} is cut off, damaged or no checkpoint: download it again."
+        if isinstance(error, pickle.UnpicklingError) and (wanted := asked_by_pickle(error)) is not None:
+            sentence = (
                 f"{path} is refused: its pickle asks for {wanted}, and only tensors and plain data are read; ask its "
                 "authors for a file without."
-            ) from error
-        raise CheckpointError(f"{path} is cut off, damaged or no checkpoint: download it again.") from error
+            )
+        raise CheckpointError(sentence) from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not the mapping a checkpoint is: name one with a `state_dict`."

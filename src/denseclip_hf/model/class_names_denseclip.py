@@ -19,13 +19,10 @@ def class_names(names: Mapping | Sequence[str]) -> list[str]:
         ValueError: if ids are not 0 … K-1; for no class, a name that is empty or no text, or one that appears twice.
     """
     if isinstance(names, Mapping):
-        try:
-            by_id = {int(index): name for index, name in names.items()}
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"class ids must be integers, got {list(names)}.") from error
-        if sorted(by_id) != list(range(len(names))):
-            raise ValueError(f"class ids must be 0 … {len(names) - 1} without gaps, got {sorted(by_id)}.")
-        names = [by_id[index] for index in range(len(by_id))]
+        by_id = {str(index): name for index, name in names.items()}
+        if by_id.keys() != set(map(str, range(len(names)))):
+            raise ValueError(f"class ids must be 0 … {len(names) - 1} without gaps, got {list(names)}.")
+        names = [by_id[str(index)] for index in range(len(by_id))]
     if any(not isinstance(name, str) for name in names):
         raise ValueError(f"class names must be texts, got {list(names)}: several phrasings are for words.")
     return [phrasings[0] for phrasings in class_phrasings(names)]
@@ -38,11 +35,9 @@ def class_phrasings(words: Sequence[str | Sequence[str]]) -> list[list[str]]:
     Raises:
         ValueError: for no class, one that is empty or no text, or one that appears twice (in any order of phrasings).
     """
-    if isinstance(words, str):
-        raise ValueError(f"class names must be a list of texts, got the single text {words!r}.")
+    if isinstance(words, str) or not words:
+        raise ValueError(f"class names must be a list of texts, at least one, got {words!r}.")
     classes = [list(word) if isinstance(word, (list, tuple)) else [word] for word in words]
-    if not classes:
-        raise ValueError("class names must be at least one, got none.")
     seen = set()
     for number, phrasings in enumerate(classes, 1):
         if not phrasings or not all(isinstance(text, str) and text.strip() for text in phrasings):

@@ -7,13 +7,20 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoTokenizer,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .configuration_clip_resnet import clip_config_class
-from .towers_denseclip import TOWERS, new_backbone
+from .towers_denseclip import TOWERS, tower_of
 
 
 logger = logging.get_logger(__name__)
@@ -37,19 +44,20 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers fails in any of many ways on files that are no model
-        reason = reason_of(error)
-        if _is_refusal(error):
-            raise ValueError(f"{name} cannot be loaded: {reason}.") from error
-        if not os.path.isdir(name) and isinstance(error, (OSError, HFValidationError)):
-            raise OSError(
-                f"{name} is neither a folder here nor a name on the Hub that can be read ({reason}): give another, or "
-                "a folder with what was downloaded elsewhere."
-            ) from error
+        reason, is_folder = reason_of(error), os.path.isdir(name)
         part = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}.get(kind.__name__, "model")
         remedy = "give another, or download or save it again"
-        if part == "model" and os.path.isdir(name) and (checkpoint := get_last_checkpoint(os.fspath(name))):
+        if part == "model" and is_folder and (checkpoint := get_last_checkpoint(os.fspath(name))):
             remedy = f"give its last checkpoint, {checkpoint}, or finish the run"
-        raise ValueError(f"the {part} in {name} cannot be loaded ({reason}): {remedy}.") from error
+        failure: Exception = ValueError(f"the {part} in {name} cannot be loaded ({reason}): {remedy}.")
+        if _is_refusal(error):
+            failure = ValueError(f"{name} cannot be loaded: {reason}.")
+        elif not is_folder and isinstance(error, (OSError, HFValidationError)):
+            failure = OSError(
+                f"{name} is neither a folder here nor a name on the Hub that can be read ({reason}): give another, or "
+                "a folder with what was downloaded elsewhere."
+            )
+        raise failure from error
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -80,12 +88,7 @@ def load_clip(clip: "str | os.PathLike | PreTrainedModel", tokenizer=None):
     if isinstance(clip, (str, os.PathLike)):
         tokenizer = clip if tokenizer is None else tokenizer
         config = load_pretrained(ConfigDict, clip)
-        if config.get("model_type") not in TOWERS:
-            raise ValueError(
-                f"`{clip}` holds a model of type {config.get('model_type')!r}, not a CLIP: name a directory or Hub "
-                f"repository of a whole image-text model of one of the types {', '.join(TOWERS)}."
-            )
-        clip = load_pretrained(TOWERS[clip_config_class(config).model_type].model_class(), clip, dtype=torch.float32)
+        clip = load_pretrained(tower_of(clip_config_class(config)).model_class(), clip, dtype=torch.float32)
     kind = getattr(getattr(clip, "config", None), "model_type", None)
     if kind not in TOWERS or not isinstance(clip, TOWERS[kind].model_class()):
         raise ValueError(
@@ -113,7 +116,7 @@ def load_backbone(
             raise ValueError(f"`backbone` is a {type(backbone).__name__}: give an `AutoBackbone`, or its name.")
         return backbone, {}
     if isinstance(backbone, PreTrainedConfig):
-        return new_backbone(with_four_maps(backbone)), {}
+        return AutoBackbone.from_config(with_four_maps(backbone)), {}
     config = load_pretrained(AutoConfig, backbone)
     if type(config) not in MODEL_FOR_BACKBONE_MAPPING or not hasattr(config, "stage_names"):
         config = getattr(config, "vision_config", config)  # an image-text model's image tower

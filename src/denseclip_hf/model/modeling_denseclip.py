@@ -361,13 +361,7 @@ def forward_by_size(
 
     Returns:
         The same names with lists of B tensors, in the order of the images.
-
-    Raises:
-        ValueError: for no image, or one of another shape.
     """
-    if not images or any(x.dim() not in (3, 4) or (x.dim() == 4 and len(x) != 1) for x in images):
-        shapes = [tuple(image.shape) for image in images]
-        raise ValueError(f"a list of `pixel_values` must hold images of shape (3, height, width), got {shapes}.")
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(tuple(image.shape[-2:]), []).append(index)
@@ -704,15 +698,12 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         If the model slides, `(B, K, H, W)`: averaged where windows overlap.
 
         Raises:
-            ValueError: if the model has no text guidance, or `text_embeds` another shape.
+            ValueError: if the model has no text guidance.
         """
         self._refuse_without_text("compare places with words")
-        dimension = self.config.embedding_size
         if text_embeds is None and self.config.prompting == "post_model":
             text_embeds = self.encode_classes()
         embeds = None if text_embeds is None else text_embeds.to(self.device, self.dtype)
-        if embeds is not None and (embeds.dim() != 2 or embeds.shape[1] != dimension or not len(embeds)):
-            raise ValueError(f"`text_embeds` must have the shape (classes, {dimension}), got {tuple(embeds.shape)}.")
 
         def whole(pixels: torch.Tensor) -> torch.Tensor:
             _, context, grid = self.encode_image(pixels)
@@ -746,7 +737,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             [`ScoreSegmentation`]: `segmentation`, a list of B int64 maps, and `score_maps`.
 
         Raises:
-            ValueError: without text guidance, for embeddings or sizes of another shape, or scores NaN or infinite.
+            ValueError: without text guidance, or for scores that are NaN or infinite.
         """
         with eval_mode(self):
             if isinstance(pixel_values, torch.Tensor):

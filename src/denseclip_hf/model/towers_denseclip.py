@@ -108,11 +108,6 @@ class ViTTower(TextTower):
     position_options: dict[str, Any] = {}  # arguments of `resize_position_grid`
     words_options: dict[str, Any] = {}  # options of the config, for words without training
 
-    @staticmethod
-    def model_class() -> type[PreTrainedModel]:
-        """The class of the image-text model."""
-        raise NotImplementedError
-
     @classmethod
     def adapt(cls, model: Any) -> None:
         """
@@ -440,7 +435,7 @@ class BackboneTower:
         check_last_block(BackboneTower, config)
         parts = [name for name, _ in (*clip.named_children(), *clip.named_parameters(recurse=False))]
         drop(clip, [name for name in parts if name not in model.text_tower.text_parts])
-        model.backbone = new_backbone(config.backbone_config)
+        model.backbone = AutoBackbone.from_config(config.backbone_config)
         if not config.use_text_guidance:
             return
         width, heads = model.backbone.channels[-1], config.backbone_pool_num_attention_heads
@@ -470,20 +465,6 @@ class BackboneTower:
         return ImageFeatures(maps, context, tuple(maps[-1].shape[-2:]))
 
 
-def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """
-    A backbone with random weights.
-
-    Raises:
-        ImportError: if it is of a library that is not installed.
-    """
-    try:
-        return AutoBackbone.from_config(config)
-    except ImportError as error:
-        reason = " ".join(str(error).split()).partition(".")[0]
-        raise ImportError(f"a backbone of the type {config.model_type!r} cannot be built: {reason}.") from error
-
-
 # Image-text model's `model_type` -> how it is read.
 TOWERS: dict[str, type] = {
     "clip": CLIPTower,
@@ -498,9 +479,9 @@ TOWERS: dict[str, type] = {
 PRETRAINING_KEYS = [r"^clip\.(logit_scale|logit_bias|temperature|vision_model\.embeddings\.mask_token)$"]
 
 
-def tower_of(clip_config: PreTrainedConfig) -> Any:
+def tower_of(clip_config: PreTrainedConfig | type[PreTrainedConfig]) -> Any:
     """
-    The row of `TOWERS` for an image-text model's config.
+    The row of `TOWERS` for an image-text model's config, or its class.
 
     Raises:
         ValueError: if there is none.
@@ -544,19 +525,14 @@ def check_images(pixel_values: torch.Tensor, config: DenseCLIPConfig) -> None:
     Raises:
         ValueError: if `pixel_values` is no batch of images, or they are smaller than a position of the coarsest map.
     """
-    if pixel_values.dim() != 4:
-        shape = tuple(pixel_values.shape)
-        raise ValueError(f"`pixel_values` must have the shape (batch_size, channels, height, width), got {shape}.")
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # programs take batches and images of any size
+    is_batch = pixel_values.dim() == 4
+    if is_batch and (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # programs take any number and size
         return
-    if config.tower_image_size is not None and len(pixel_values):
-        return
-    height, width = pixel_values.shape[-2:]
-    smallest = config.coarsest_stride
-    if not len(pixel_values) or min(height, width) < smallest:
+    least = config.coarsest_stride if config.tower_image_size is None else 1
+    if not is_batch or not len(pixel_values) or min(pixel_values.shape[-2:]) < least:
         raise ValueError(
-            f"{len(pixel_values)} images of {height} x {width} pixels cannot be segmented: give at least one, "
-            f"with sides of {smallest} pixels or more."
+            f"`pixel_values` must have the shape (images, channels, height, width), with at least one image and sides "
+            f"of {least} pixels or more, got {tuple(pixel_values.shape)}."
         )
 
 
