@@ -98,10 +98,10 @@ def test_a_flags_mapping_is_put_over_the_recipes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("learning_rat: 1", "did you mean `learning_rate`"),
-        ("- a list", "must be a mapping"),
-        ("a: [", "not valid YAML"),
-        ("x: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("learning_rat: 1", "`learning_rate`"),
+        ("- a list", "mapping"),
+        ("a: [", "YAML"),
+        ("x: !!python/object/apply:os.system ['true']", "YAML"),
     ],
 )
 def test_broken_recipes_are_refused(text, sentence, tmp_path):
@@ -111,21 +111,14 @@ def test_broken_recipes_are_refused(text, sentence, tmp_path):
         parse_arguments(KINDS, [str(recipe)])
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"config": "{"}, "`config` is not valid JSON"),
-        ({"config": "[1]"}, "`config` must be a JSON mapping of options"),
-        ({"clip_config": "7"}, "`clip_config` must be a JSON mapping of options"),
-    ],
-)
-def test_options_that_are_no_json_are_refused(folder, options, sentence):
+@pytest.mark.parametrize("options", [{"config": "{"}, {"config": "[1]"}, {"clip_config": "7"}])
+def test_options_that_are_no_json_are_refused(folder, options):
     model_args = ModelArguments(**{"clip_config": json.dumps(TINY_CLIP), **options})
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
         model_to_train(model_args, load_data(DataArguments(dataset=str(folder))), 64)
 
 
-@pytest.mark.parametrize(("text", "sentence"), [('{"tau": 0.05}', "has no option `tau`"), ("{", "not valid JSON")])
+@pytest.mark.parametrize(("text", "sentence"), [('{"tau": 0.05}', "`tau`"), ("{", "JSON")])
 def test_unknown_options_are_refused_before_the_data_is_read(tmp_path, text, sentence):
     training = DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True)
     with pytest.raises(ValueError, match=sentence):

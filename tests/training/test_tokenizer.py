@@ -35,8 +35,3 @@ def test_tokenizer_is_the_same_in_a_fresh_process(tokenizer, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(tokenizer("a hedge")["input_ids"])] * 2
-
-
-def test_a_vocabulary_too_small_for_the_bytes_is_refused():
-    with pytest.raises(ValueError, match="at least 514"):
-        learn_tokenizer(["a car"], vocab_size=300)

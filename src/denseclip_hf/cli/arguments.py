@@ -140,9 +140,9 @@ def parse_arguments(
     namespace, unknown = parser.parse_known_args([*_as_flags(recipe), *argv])
     if unknown:
         flag = unknown[0].partition("=")[0]
-        if not flag.startswith("-"):
-            raise ValueError(f"`{flag}` belongs to no flag: recipes ({', '.join(RECIPE_SUFFIXES)}) come first.")
-        raise ValueError(f"the flag `{flag}` is unknown{_closest(flag, parser._option_string_actions)}")
+        is_flag = flag.startswith("-")
+        hint = _closest(flag, parser._option_string_actions) if is_flag else ": recipes come first, and then flags."
+        raise ValueError(f"`{flag}` is {'an unknown' if is_flag else 'no'} flag{hint}")
     if missing := [f"`--{name}`" for name in needed if not getattr(namespace, name)]:
         raise ValueError(f"give {' and '.join(missing)}, by flag or recipe: see `--help`.")
     return [kind(**{k.name: getattr(namespace, k.name) for k in fields(kind) if k.init}) for kind in types]
@@ -161,11 +161,11 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
     """
     file = recipe_file(path)
     try:
-        recipe = yaml.load(file.read_text(encoding="utf-8"), _ExponentLoader)  # noqa: S506, it is a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"the recipe {file} is not valid YAML or JSON: {error}.") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe {file} must be a mapping from options to values.")
+        recipe = dict(yaml.load(file.read_text(encoding="utf-8"), _ExponentLoader))  # noqa: S506, it is a SafeLoader
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the recipe {file} is no mapping from options to values, as YAML or JSON: {error}."
+        ) from error
     for name in recipe:
         if name not in known:
             raise ValueError(f"the option `{name}` of the recipe {file} is unknown{_closest(str(name), known)}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from ..model.configuration_clip_resnet import refuse_first
+
 
 logger = logging.getLogger(__name__)
 
@@ -104,19 +106,28 @@ class DenseCLIPTrainingArguments(TrainingArguments):
                 self.max_steps,
                 self.num_train_epochs,
             )
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps is {self.max_steps}: give a positive number of steps, or -1 to count epochs.")
         self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
-        if self.push_to_hub:
-            raise ValueError(NO_PUSH)
-        if min(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier) < 0:
-            raise ValueError("learning-rate multipliers are at least 0, which freezes.")
+        refuse_first(
+            (
+                self.max_steps == 0 or self.max_steps < -1,
+                f"max_steps is {self.max_steps}: give a positive number of steps, or -1 to count epochs.",
+            ),
+            (
+                self.label_smoothing_factor,
+                "label_smoothing_factor is not used: the losses are those of the paper, see the model.",
+            ),
+            (self.push_to_hub, NO_PUSH),
+            (
+                min(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier) < 0,
+                "learning-rate multipliers are at least 0, which freezes.",
+            ),
+            (
+                self.precision not in (None, "auto"),
+                f"`precision` is auto or left out, got {self.precision!r}: see `--bf16` and `--fp16`.",
+            ),
+        )
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.precision not in (None, "auto"):
-            raise ValueError(f"`precision` is auto or left out, got {self.precision!r}: see `--bf16` and `--fp16`.")
         if self.precision == "auto":
             self.bf16 = has_bf16(self.use_cpu)
         elif self.bf16 and not has_bf16(self.use_cpu):

@@ -172,12 +172,9 @@ def balanced_weights(data: SegmentationData) -> list[float]:
 def _options(text: str, name: str) -> dict[str, Any]:
     """The options in a flag that is JSON."""
     try:
-        options = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{name}` is not valid JSON ({error}).") from error
-    if not isinstance(options, dict):
-        raise ValueError(f'`{name}` must be a JSON mapping of options, such as {{"gamma_init": 1.0}}, got {text}.')
-    return options
+        return dict(json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'`{name}` is no JSON mapping of options such as {{"gamma_init": 1.0}} ({error}).') from error
 
 
 def _trained_model(name: str, args: ModelArguments, data: SegmentationData):

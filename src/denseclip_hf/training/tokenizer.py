@@ -30,15 +30,9 @@ def learn_tokenizer(sentences: Iterable[str], vocab_size: int = 1024) -> CLIPTok
     Args:
         sentences (iterable of `str`): what it should be good at, such as class names.
         vocab_size (`int`): the most tokens there may be; the bytes and the two special tokens take 514.
-
-    Raises:
-        ValueError: for a vocabulary too small for the bytes.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     endings = [letter + "</w>" for letter in letters]
-    least = len(letters) + len(endings) + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise ValueError(f"`vocab_size` must be at least {least}, got {vocab_size}.")
     # An empty CLIPTokenizer lends its rules for splitting text, so that merges are learnt on what it will be given.
     rules = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

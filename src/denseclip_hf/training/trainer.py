@@ -344,10 +344,8 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         """
         start = time.perf_counter()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if _prepared(rows):
+        if rows is None or _prepared(rows):
             return super().evaluate(rows, ignore_keys, metric_key_prefix)
-        if rows is None:
-            raise ValueError("there is no image to evaluate on: give the trainer an `eval_dataset`.")
         if isinstance(rows, dict) and rows:
             results = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()]
             scores = {key: value for result in results for key, value in result.items()}
