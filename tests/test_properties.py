@@ -63,7 +63,7 @@ def test_any_size_any_classes_any_prompts(kind, count, prompts, height, width, b
     model = tiny_model(kind, num_labels=count, **options)
     pixel_values = noise(batch, 3, height, width)
     if min(height, width) < 32:
-        with pytest.raises(ValueError, match=f"{height} x {width} pixels"):
+        with pytest.raises(ValueError, match="pixels"):
             model(pixel_values)
         return
     with torch.no_grad():

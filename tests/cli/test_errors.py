@@ -2,6 +2,7 @@
 
 import pytest
 
+from denseclip_hf import DenseCLIPConfig
 from denseclip_hf.cli import train
 from denseclip_hf.cli.arguments import one_sentence_errors, sentence_of
 
@@ -21,6 +22,13 @@ def test_commands_end_in_one_sentence_and_as_shells_expect(capsys, error, code):
     with pytest.raises(SystemExit, match=f"^{code}$"):
         main()
     assert capsys.readouterr().err == ("error: the mask is missing\n" if code == 1 else "")
+
+
+def test_options_of_another_kind_end_in_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        one_sentence_errors(DenseCLIPConfig)(temperature="warm")
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "temperature" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from denseclip_hf import MeanBoundaryIoU, MeanIoU
-from denseclip_hf.evaluation import EvaluationArguments, evaluate_segmentation, measure
+from denseclip_hf.evaluation import EvaluationArguments, measure
 from denseclip_hf.evaluation.report import MatchedSamples, match_classes, report_table, scores_of_classes
 from denseclip_hf.files import OutputError
 from denseclip_hf.inference import load_model, multi_scale_probabilities, sliding_window_logits
@@ -212,11 +212,6 @@ def test_model_and_data_must_be_named(missing):
 
 def test_names_are_matched_as_class_names_are_compared():
     assert match_classes({0: " Traffic  light", 1: "sky"}, {0: "Sky", 1: "tree", 2: "traffic light"}) == [2, 0]
-
-
-def test_an_empty_split_is_refused(model_dir):
-    with pytest.raises(ValueError, match="empty"):
-        evaluate_segmentation(tiny_model(), [], None)
 
 
 def test_a_full_disk_is_refused_before_the_work(arguments, small_disk, monkeypatch):

@@ -1,6 +1,5 @@
 import json
 import math
-import pickle
 from pathlib import Path
 
 import evaluate
@@ -149,23 +148,6 @@ def test_is_an_evaluate_metric_that_starts_anew_after_compute(tmp_path, monkeypa
     assert len(metric) == 1
     assert metric.compute()["mean_iou"] == 0.0
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("metric_class", [MeanIoU, MeanBoundaryIoU])
-def test_merged_metrics_equal_one(golden, metric_class):
-    predictions, references = golden_maps(golden[1], "basic")
-    whole, first, second = (metric_class(num_labels=7) for _ in range(3))
-    whole.add_batch(predictions=predictions, references=references)
-    first.add_batch(predictions=predictions[:1], references=references[:1])
-    second.add_batch(predictions=predictions[1:], references=references[1:])
-    first.merge(second)
-    first.merge(metric_class(num_labels=7))
-    first = pickle.loads(pickle.dumps(first))
-    assert len(first) == 4 and len(second) == 3
-    expected, merged = whole.compute(), first.compute()
-    assert merged.keys() == expected.keys()
-    for name, value in expected.items():
-        assert merged[name] == pytest.approx(value, nan_ok=True)
 
 
 ZEROS = torch.zeros(2, 3, dtype=torch.long)

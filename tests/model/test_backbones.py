@@ -173,13 +173,6 @@ def test_the_backbone_learns_at_a_tenth_and_the_new_pool_at_the_full_rate():
         assert rates[parameter] == {"clip": 0.0, "backbone": 0.1, "pyramid": 0.1}.get(part, 1.0), name
 
 
-@every_backbone
-def test_sliding_windows(kind):
-    model = segmenter_of(kind, inference_mode="slide", crop_size=64, stride=32)
-    with torch.no_grad():
-        assert model(torch.randn(1, 3, 64, 96)).logits.shape == (1, 3, 64, 96)
-
-
 def test_a_backbone_of_one_image_size_sees_resized_images():
     torch.manual_seed(0)
     hiera = transformers.HieraConfig(embed_dim=4, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], image_size=[64, 64])
@@ -188,14 +181,6 @@ def test_a_backbone_of_one_image_size_sees_resized_images():
     ).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 96, 128)).logits.shape == (1, 3, 16, 16)
-
-
-def test_new_classes():
-    model = segmenter_of("Swin")
-    before = model.encode_classes()
-    model.set_classes(["tall green tree", "cat"], Tokenizer())
-    torch.testing.assert_close(model.encode_classes(), before[[2, 0]], atol=1e-5, rtol=0)
-    assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 2, 16, 16)
 
 
 @every_backbone
@@ -256,21 +241,9 @@ def test_a_backbone_of_other_than_four_maps_is_refused():
         DenseCLIPForSemanticSegmentation.from_backbone(backbone, clip(), NAMES, Tokenizer())
 
 
-@pytest.mark.skipif(transformers.utils.is_timm_available(), reason="timm is installed")
-def test_a_backbone_of_a_missing_library_is_named():
-    backbone = transformers.TimmBackboneConfig(backbone="resnet18", out_indices=[1, 2, 3, 4])
-    with pytest.raises(ImportError, match="timm"):
-        DenseCLIPForSemanticSegmentation(DenseCLIPConfig(backbone_config=backbone))
-
-
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="32"):
         segmenter_of("ConvNext", backbone_pool_num_attention_heads=5)
-
-
-def test_texts_need_a_tokenizer():
-    with pytest.raises(ValueError, match="tokenizer"):
-        DenseCLIPForSemanticSegmentation.from_backbone(config_of("ResNet"), clip(), NAMES)
 
 
 @pytest.mark.parametrize(

@@ -177,16 +177,6 @@ def test_compiles_as_one_graph(family):
 
 
 @every_family
-def test_sliding_windows(family):
-    model, _ = segmenter_of(family, inference_mode="slide", crop_size=64, stride=32)
-    images = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        assert model(images).logits.shape == (1, 3, 64, 96)
-        scores = model.predict_from_scores(images)
-    assert scores.segmentation[0].shape == (64, 96)
-
-
-@every_family
 def test_baseline_has_no_language(family):
     model, _ = segmenter_of(family, use_text_guidance=False)
     model.train()

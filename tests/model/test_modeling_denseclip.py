@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.model import modeling_denseclip
 from denseclip_hf.model.decoder_denseclip import cosine_score_maps
+from denseclip_hf.model.layers_denseclip import StochasticDepth
 from helpers.models import COST_AGGREGATION, EOS, SOS, calls_in_checkpointed_layers, forward, tiny_config, tiny_model
 
 
@@ -39,24 +40,17 @@ def test_all_ignored_labels_give_finite_gradients(kind, images):
 
 
 @pytest.mark.parametrize(
-    ("bad", "sentence"),
-    [
-        (torch.full((2, 64, 64), 3), "labels"),
-        (torch.full((2, 64, 64), -1), "labels"),
-        (torch.full((2, 64, 64), -1, dtype=torch.int8), "labels"),
-        (torch.zeros(1, 64, 64).long(), "labels"),
-        (torch.zeros(2, 64, 64), "labels"),
-        (torch.zeros(2, 1, 64, 64).long(), "labels"),
-    ],
+    "labels", [torch.zeros(1, 64, 64).long(), torch.zeros(2, 64, 64), torch.zeros(2, 1, 64, 64).long()]
 )
-def test_labels_that_do_not_fit_are_refused(bad, sentence, images):
-    with pytest.raises(ValueError, match=sentence):
-        tiny_model()(images, labels=bad)
+def test_labels_that_do_not_fit_are_refused(labels, images):
+    with pytest.raises(ValueError, match="labels"):
+        tiny_model()(images, labels=labels)
 
 
-def test_too_small_images_are_refused(kind):
-    with pytest.raises(ValueError, match="sides of 32 pixels"):
-        tiny_model(kind)(torch.zeros(1, 3, 31, 64))
+@pytest.mark.parametrize("shape", [(1, 3, 31, 64), (3, 64, 64), (0, 3, 64, 64)])
+def test_what_is_no_batch_of_large_enough_images_is_refused(kind, shape):
+    with pytest.raises(ValueError, match="pixel_values"):
+        tiny_model(kind)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(("patch", "least"), [(8, 16), (32, 64)])
@@ -65,7 +59,7 @@ def test_the_smallest_image_of_a_vit_has_two_patches_a_side(patch, least):
     config.clip_config.vision_config.patch_size = patch
     model = DenseCLIPForSemanticSegmentation(config).eval()
     assert forward(model, torch.zeros(1, 3, least, least)).score_maps.shape == (1, 3, 2, 2)
-    with pytest.raises(ValueError, match=f"sides of {least} pixels"):
+    with pytest.raises(ValueError, match=f"{least} pixels"):
         model(torch.zeros(1, 3, least, least - 1))
 
 
@@ -148,15 +142,6 @@ def test_forward_never_waits_for_the_device(kind, mode, images, labels, monkeypa
             model(torch.randn(2, 3, 96, 160, device=device))
 
 
-def test_a_value_that_is_read_is_noticed(images):
-    with pytest.raises(AssertionError, match="waits for the device"), NeverWaiting():
-        images.sum().item()
-    meta = images.to("meta")
-    for read in (meta.tolist, lambda: meta.cpu().numpy(), lambda: meta[meta > 0], meta.nonzero, meta.any().item):
-        with pytest.raises(RuntimeError, match="meta"):
-            read()
-
-
 def test_new_parts_start_as_the_config_says(kind):
     sizes = {"neck_hidden_size": 8, "decode_head_hidden_size": 32, "num_context_tokens": 8}
     model = tiny_model(kind, initializer_range=0.1, gamma_init=0.5, context_init_std=0.3, **sizes)
@@ -200,18 +185,6 @@ def test_what_transformers_asks_of_the_class():
     assert set(DenseCLIPForSemanticSegmentation._no_split_modules) <= parts
 
 
-@pytest.mark.parametrize("part", ["clip", "decode_head"])
-def test_weights_left_on_the_disk_give_the_same(kind, part, images, tmp_path):
-    model = tiny_model(kind)
-    model.save_pretrained(tmp_path)
-    places = {name: "disk" if name == part else "cpu" for name, _ in model.named_children()} | {"gamma": "cpu"}
-    loaded = DenseCLIPForSemanticSegmentation.from_pretrained(
-        tmp_path, device_map=places, offload_folder=tmp_path / "offload"
-    )
-    assert next(getattr(loaded, part).parameters()).is_meta
-    assert torch.equal(forward(loaded, images).logits, forward(model, images).logits)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_gradient(kind, images, labels, reentrant):
     options = {"context_decoder_dropout": 0.0, "decode_head_dropout": 0.0, "drop_path_rate": 0.5}
@@ -242,19 +215,12 @@ def test_attention_implementations_agree(kind, images):
 
 
 def test_stochastic_depth_drops_whole_samples():
-    from denseclip_hf.model.layers_denseclip import StochasticDepth
-
     torch.manual_seed(0)
     module = torch.nn.Identity().train()
     dropped = StochasticDepth(0.5)(module, None, torch.ones(64, 3, 2))
     assert all(sample.unique().tolist() in ([0.0], [2.0]) for sample in dropped)
     assert 16 < sum(sample.any().item() for sample in dropped) < 48
     assert torch.equal(StochasticDepth(0.5)(module.eval(), None, torch.ones(4, 3, 2)), torch.ones(4, 3, 2))
-
-
-def test_stochastic_depth_drops_the_branch_of_a_tuple():
-    from denseclip_hf.model.layers_denseclip import StochasticDepth
-
     branch, *rest = StochasticDepth(0.999)(torch.nn.Identity().train(), None, (torch.ones(4, 3, 2), "a", "b"))
     assert not branch.any() and rest == ["a", "b"]
 
@@ -284,11 +250,6 @@ def test_training_is_random_and_eval_is_not(images):
     assert torch.equal(forward(model, images).logits, forward(model, images).logits)
     model.train()
     assert not torch.equal(forward(model, images).logits, forward(model, images).logits)
-
-
-def test_a_picture_without_a_batch_is_refused(kind):
-    with pytest.raises(ValueError, match="pixel_values"):
-        tiny_model(kind)(torch.zeros(3, 64, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])

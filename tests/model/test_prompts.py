@@ -98,10 +98,6 @@ def test_names_are_put_into_the_template():
     assert tokenize_classes(["b"], as_letters, TextTower, config) == [[SOS, *map(ord, "{c}{b}"), EOS]]
 
 
-def test_the_layout_is_no_weight():
-    assert not any(name in key for key in tiny_model().state_dict() for name in ("token_ids", "owners", "last_index"))
-
-
 @pytest.mark.parametrize("ids", [[5, EOS], [SOS, 5], [SOS, EOS, 5, EOS]])
 def test_prompts_go_from_sos_to_their_only_eos(ids):
     with pytest.raises(ValueError, match="EOS"):

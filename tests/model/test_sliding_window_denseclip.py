@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from denseclip_hf.model import modeling_denseclip
 from denseclip_hf.model.layers_denseclip import resize_bilinear
 from denseclip_hf.model.modeling_denseclip import sliding_window_logits, window_starts
 
@@ -39,21 +38,6 @@ def test_overlaps_are_averaged_by_hand(batch_size):
     # windows begin at 0, 1, 2; pixel 2 lies in all three: 2 + (0 + 1 + 2) / 3
     assert logits[0, 0, 0].tolist() == [0.0, 1.5, 3.0, 4.5, 6.0]
     assert sum(calls) == 3 and max(calls) <= batch_size
-
-
-@pytest.mark.parametrize(("chunk", "classes"), [(2 * 64, [2, 2, 1]), (3 * 64 - 1, [2, 2, 1]), (1, [1] * 5)])
-def test_windows_are_resized_a_few_classes_at_a_time(monkeypatch, chunk, classes):
-    resized = []
-    monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(
-        modeling_denseclip,
-        "resize_bilinear",
-        lambda x, size: resized.append(x.shape[1]) or resize_bilinear(x, size),
-    )
-    small = torch.randn(1, 5, 2, 2)
-    logits = sliding_window_logits(lambda crops: small, torch.zeros(1, 3, 4, 16), (4, 16), (4, 4))
-    assert resized == classes
-    torch.testing.assert_close(logits, resize_bilinear(small, (4, 16)))
 
 
 def test_half_precision_logits_are_averaged_in_float32():
@@ -99,11 +83,6 @@ def test_logits_of_another_size_are_resized_to_the_window():
         lambda crops: torch.ones(len(crops), 2, 1, 1), torch.zeros(1, 3, 6, 6), (4, 4), (3, 3)
     )
     assert torch.equal(logits, torch.ones(1, 2, 6, 6))
-
-
-def test_a_window_without_logits_is_refused():
-    with pytest.raises(ValueError, match="shorter"):
-        sliding_window_logits(lambda crops: crops[:1], torch.zeros(1, 3, 4, 8), (4, 4), (4, 4), batch_size=2)
 
 
 @pytest.mark.parametrize("stride", [(5, 4), (4, 5)])

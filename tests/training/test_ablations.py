@@ -17,7 +17,6 @@ from denseclip_hf.training.ablations import (
     VARIANTS,
     ablation_json,
     ablation_tables,
-    mean_and_spread,
     read_measurements,
 )
 from denseclip_hf.training.run_directory import recipe_of
@@ -72,10 +71,6 @@ def test_results_without_a_mean_iou_are_refused_by_name(tmp_path, content):
     (run / "eval_results.json").write_text(content)
     with pytest.raises(ValueError, match="seed-3.eval_results.json"):
         read_measurements(tmp_path, VARIANTS, [3])
-
-
-def test_one_run_has_no_spread():
-    assert mean_and_spread([41.25]) == "41.2 (1)"
 
 
 def finished(folder, iou, flags, seed):

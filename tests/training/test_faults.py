@@ -106,16 +106,6 @@ def test_a_full_disk_loses_nothing(recipe, whole, tmp_path, fault, checkpoint):
     assert run.ends_as(whole)
 
 
-def test_a_second_start_is_refused_and_the_first_goes_on(recipe, whole, tmp_path):
-    """As a requeued job, or a command given twice."""
-    run = Run(tmp_path / "run", [recipe])
-    process = run.begin()
-    said = one_sentence(Run(tmp_path / "run", [recipe]).end(code=1))
-    assert "another run is writing into" in said and "wait until it has ended, or name another" in said
-    assert "The model is in" in process.communicate(timeout=100)[0]
-    assert process.returncode == 0 and run.ends_as(whole)
-
-
 def test_a_disk_that_fills_up(recipe, whole, small_disk):
     disk = small_disk("20m")
     run = Run(disk / "run", [recipe])

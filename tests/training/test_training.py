@@ -58,7 +58,7 @@ def test_exemption_covers_norms_and_biases():
 def test_unknown_parameter_is_refused():
     model = tiny_model()
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="no parameter group covers extra.weight"):
+    with pytest.raises(ValueError, match="extra.weight"):
         parameter_groups(model, 1.0, 1.0)
 
 
@@ -124,21 +124,31 @@ def test_epochs_that_are_given_count(caplog):
     assert DenseCLIPTrainingArguments("unused", max_steps=7).max_steps == 7
     assert not caplog.text
     assert DenseCLIPTrainingArguments("unused", max_steps=7, num_train_epochs=2).max_steps == 7
-    assert "max_steps 7 counts, not num_train_epochs 2: to train for epochs, pass `--max_steps -1`" in caplog.text
+    assert "num_train_epochs" in caplog.text
 
 
-@pytest.mark.parametrize("steps", [0, -2])
-def test_steps_that_mean_nothing_are_refused(steps):
-    with pytest.raises(ValueError, match=f"max_steps is {steps}: give a positive number"):
-        DenseCLIPTrainingArguments("unused", max_steps=steps)
+@pytest.mark.parametrize(
+    ("option", "value", "keyword"),
+    [
+        ("max_steps", 0, "max_steps"),
+        ("max_steps", -2, "max_steps"),
+        ("label_smoothing_factor", 0.1, "label_smoothing"),
+        ("image_encoder_lr_multiplier", -1.0, "multipliers"),
+        ("text_encoder_lr_multiplier", -1.0, "multipliers"),
+        ("precision", "bf16", "precision"),
+        ("push_to_hub", True, "push"),  # Trainer would push the pickle of its arguments, with the token in it
+    ],
+)
+def test_options_that_mean_nothing_here_are_refused(option, value, keyword):
+    with pytest.raises(ValueError, match=keyword):
+        DenseCLIPTrainingArguments("unused", **{option: value})
 
 
-def test_nothing_is_pushed_while_training(tmp_path):
-    """Trainer would push the pickle of its arguments, with the token in it, and half-written checkpoints."""
-    with pytest.raises(ValueError, match="training does not push, .*: push what it .* `denseclip push"):
-        DenseCLIPTrainingArguments("unused", push_to_hub=True, hub_token="secret")
-    with pytest.raises(ValueError, match="training does not push"):
+def test_neither_a_push_nor_an_order_that_is_not_random_is_taken_from_trainer(tmp_path):
+    with pytest.raises(ValueError, match="denseclip push"):
         trainer_for(tmp_path).push_to_hub()
+    with pytest.raises(ValueError, match="sequential"):
+        trainer_for(tmp_path, train_sampling_strategy="sequential").train()
 
 
 @pytest.mark.parametrize("capable", [False, True])
@@ -156,7 +166,7 @@ def test_without_a_launcher_one_of_several_devices_trains(tmp_path, caplog):
     trainer.args._n_gpu = 2
     again = DenseCLIPTrainer(trainer.model, trainer.args, trainer.train_dataset)
     assert again.args.n_gpu == 1 and again._train_batch_size == 2
-    assert "One of 2 devices is used: `accelerate launch` uses all" in caplog.text
+    assert "accelerate launch" in caplog.text
 
 
 def test_several_sets_are_evaluated_by_name(tmp_path):
@@ -171,13 +181,6 @@ def test_several_sets_are_evaluated_by_name(tmp_path):
         assert scores[f"eval_{name}_num_images"] == len(samples)
     assert scores["eval_mean_iou"] == (scores["eval_day_mean_iou"] + scores["eval_night_mean_iou"]) / 2
     assert sum("eval_night_loss" in entry for entry in trainer.state.log_history) == 3
-
-
-@pytest.mark.parametrize("name", ["image_encoder_lr_multiplier", "text_encoder_lr_multiplier"])
-def test_rates_below_zero_are_refused(name):
-    assert getattr(DenseCLIPTrainingArguments("unused", **{name: 0.0}), name) == 0
-    with pytest.raises(ValueError, match="at least 0"):
-        DenseCLIPTrainingArguments("unused", **{name: -1.0})
 
 
 def test_the_cpu_is_used_where_there_is_nothing_else(monkeypatch):
