@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 import sys
 from importlib.metadata import version
 
@@ -24,6 +25,18 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int | None:
     """Run the command that `argv` (by default `sys.argv[1:]`) names; its exit code."""
+    try:
+        try:
+            return run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output, such as `head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+        return 1
+
+
+def run(argv: list[str] | None) -> int | None:
+    """Do as [`main`] says."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name == "--version":
         print(version("denseclip_hf"))

@@ -24,7 +24,7 @@ from .model.modeling_denseclip import (
 from .model.resizing_denseclip import check_finite, highest
 from .model.towers_denseclip import check_last_block, check_normalization
 from .model.words_denseclip import class_probabilities, color_affinity, refine_scores, without_small_classes
-from .word_options import WindowOptions, WordOptions
+from .options import WindowOptions, WordOptions
 
 
 SHORT_SIDE, LONG_SIDE = 336, 2048  # pixels of an image, as NACLIP's results are published

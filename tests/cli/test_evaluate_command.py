@@ -142,7 +142,7 @@ def test_a_card_that_takes_no_result_is_no_failure(arguments, with_card, monkeyp
     if fault == "broken":
         (with_card / "README.md").write_text("---\ntags: [\n---\n\nMy own words.\n")
     else:
-        monkeypatch.setattr("denseclip_hf.cli.evaluate.add_results", refuse)
+        monkeypatch.setattr("denseclip_hf.sharing.add_results", refuse)
     before = (with_card / "README.md").read_text()
     assert evaluate(replace(arguments(), model=str(with_card)))["num_images"] == 1
     assert str(with_card / "README.md") in caplog.text and (with_card / "README.md").read_text() == before

@@ -27,21 +27,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
-from ..training import (
-    RECIPE_FILE,
-    STOP_SIGNALS,
-    VARIANTS,
-    DataArguments,
-    DenseCLIPTrainingArguments,
-    ModelArguments,
-    TrainingStopped,
-    ablation_json,
-    ablation_tables,
-    changes_of_recipe,
-    read_measurements,
-    recipe_of,
-)
-from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors, parse_arguments, recipe_file
+from .arguments import RECIPES, HelpFormatter, log_to_terminal, one_sentence_errors, parse_arguments, recipe_file
 
 
 TRAIN = "denseclip_hf.cli.train"
@@ -53,8 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", type=Path, help="RECIPE.yaml, on top of which comes each variant's")
     parser.add_argument("--output_dir", type=Path, required=True, help="of all runs and the tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs of each variant")
-    which = f"by default all: {', '.join(VARIANTS)}"
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT", help=which)
+    variants = sorted(path.stem for path in (RECIPES / "ablations").glob("*.yaml"))
+    which = f"by default all: {', '.join(variants)}"
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants, metavar="VARIANT", help=which)
     python = shlex.quote(sys.executable)
     parser.add_argument("--launcher", default=python, help="what starts a training, by default Python")
     own = list(sys.argv[1:] if argv is None else argv)
@@ -77,6 +64,15 @@ def arguments(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
 
 def refuse_another_recipe(args: argparse.Namespace, variant: str, seed: int) -> None:
     """Raise `ValueError` if there is a run already, of something else than what is asked for."""
+    from ..training import (
+        RECIPE_FILE,
+        DataArguments,
+        DenseCLIPTrainingArguments,
+        ModelArguments,
+        changes_of_recipe,
+        recipe_of,
+    )
+
     folder = directory(args, variant, seed)
     if (folder / RECIPE_FILE).exists():
         kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
@@ -95,6 +91,8 @@ def run(command: list[str], log: Path) -> int:
     Ctrl-C and SIGTERM are handed on to all its processes, whatever launcher started them; once they have ended this
     raises [`TrainingStopped`].
     """
+    from ..training import STOP_SIGNALS, TrainingStopped
+
     heard: list[int] = []  # schedulers repeat a signal, the first counts
     before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in STOP_SIGNALS}
     try:
@@ -141,6 +139,8 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     log_to_terminal()
     args = parse(argv)
+    from ..training import ablation_json, ablation_tables, read_measurements
+
     runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
     for variant, seed in runs:
         refuse_another_recipe(args, variant, seed)

@@ -8,16 +8,16 @@ import os
 import sys
 import time
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from torch.utils.data import DataLoader, RandomSampler
 from transformers.hf_argparser import string_to_bool
 
-from ..data import SegmentationData, check_dataset, load_segmentation_dataset
-from ..training import DataArguments
-from ..transforms import AugmentedDataset, TrainTransform
+from ..options import DataArguments
 from .arguments import HelpFormatter, one_sentence_errors
+
+
+if TYPE_CHECKING:
+    from ..data import SegmentationData
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,6 +41,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> int:
     options = vars(parse(argv))
+    from datasets import Dataset
+
+    from ..data import check_dataset, load_segmentation_dataset
+
     full, max_samples, speed = (options.pop(name) for name in ("full", "max_samples", "speed"))
     data = load_segmentation_dataset(
         options.pop("dataset"), options.pop("dataset_config"), **options, read_first=False
@@ -55,12 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if report.ok else 1
 
 
-def samples_per_second(data: SegmentationData, workers: int, seconds: float = 5.0) -> float:
+def samples_per_second(data: "SegmentationData", workers: int, seconds: float = 5.0) -> float:
     """
     How many samples of the training split a number of processes read and augment in a second, in random order.
 
     Files that were read shortly before come from memory, not from the disk.
     """
+    from torch.utils.data import DataLoader, RandomSampler
+
+    from ..transforms import AugmentedDataset, TrainTransform
+
     samples = AugmentedDataset(data.train, TrainTransform(ignore_index=data.ignore_index))
     order = RandomSampler(samples, replacement=True, num_samples=1 << 30)
     loader = iter(DataLoader(samples, batch_size=None, sampler=order, num_workers=workers))

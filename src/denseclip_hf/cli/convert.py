@@ -10,7 +10,6 @@ import argparse
 import json
 from pathlib import Path
 
-from ..conversion import ACTIVATIONS, DEFAULT_TOKENIZER, convert_catseg, convert_clip, convert_release, sha256_of
 from ..devices import DTYPES
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
@@ -26,13 +25,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     clip.add_argument("checkpoint", help="OpenAI's .pt as published, a state dict or .safetensors")
     for kind in (release, catseg, clip):
         kind.add_argument("output_dir", help="a new directory")
-        kind.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, help="CLIP's, directory or Hub name")
+        kind.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="CLIP's, directory or Hub name")
     release.add_argument("--options", help="JSON file: options of the original's model that the checkpoint lacks")
     release.add_argument("--classes", help="JSON file of class names, if the checkpoint has none or others are wanted")
     catseg.add_argument("--classes", help="JSON file of class names to ask for; ADE20K's by default")
     clip.add_argument(
         "--hidden_act",
-        choices=ACTIVATIONS,
+        choices=["quick_gelu", "gelu"],
         help="no weight shows it: gelu for open_clip's models whose name lacks -quickgelu, quick_gelu for others; "
         "only OpenAI's archives do without it",
     )
@@ -49,6 +48,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     log_to_terminal()
     options = vars(parse(argv))
+    from ..conversion import convert_catseg, convert_clip, convert_release, sha256_of
+
     kind = options.pop("kind")
     if kind == "clip":
         size = convert_clip(**options).num_parameters()

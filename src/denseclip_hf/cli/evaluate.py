@@ -16,12 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
-from ..data import DatasetArguments
-from ..evaluation import EvaluationArguments, measure, report_table
-from ..sharing import CARD, add_results
-from ..words import WordOptions
+from ..options import DatasetArguments, EvaluationArguments, WordOptions
 from .arguments import log_to_terminal, one_sentence_errors, parse_arguments
 
 
@@ -35,6 +30,10 @@ AS_TRAINED = {"split": "validation_split"} | {k.name: k.name for k in fields(Dat
 def main(argv: list[str] | None = None) -> None:
     log_to_terminal()
     args, options = parse_arguments([EvaluationArguments, WordOptions], argv, description=__doc__)
+    from accelerate import PartialState
+
+    from ..evaluation import report_table
+
     report = evaluate(args, options)
     if PartialState().is_main_process:
         print(report_table(report))
@@ -43,6 +42,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(args: EvaluationArguments, options: WordOptions | None = None) -> dict[str, Any]:
     """[`measure`], with the data read as in training on it, and the result put into the card of a local model."""
+    from accelerate import PartialState
+
+    from ..evaluation import measure
+    from ..sharing import CARD, add_results
+
     report = measure(as_trained(args), options)
     card = Path(args.model) / CARD
     of_classes = args.update_card and args.max_images is None and args.words is None
@@ -57,7 +61,7 @@ def evaluate(args: EvaluationArguments, options: WordOptions | None = None) -> d
 
 def as_trained(args: EvaluationArguments) -> EvaluationArguments:
     """`args`; what of `AS_TRAINED` they leave open is from the recipe of a model trained on the same data."""
-    from ..training import RECIPE_FILE  # with the Trainer, which `--help` does without
+    from ..training import RECIPE_FILE
 
     folder = Path(args.model).resolve()
     if re.fullmatch(r"checkpoint-\d+", folder.name) and not (folder / RECIPE_FILE).exists():

@@ -16,7 +16,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ..devices import LOADING_DTYPES, device_of
-from ..word_options import WindowOptions, WordOptions
+from ..options import WindowOptions, WordOptions
 from .arguments import DataclassParser, log_to_terminal, names, one_sentence_errors
 
 

@@ -2,35 +2,41 @@
 
     denseclip train configs/ade20k_rn50.yaml --dataset path/to/data_set --output_dir outputs/run
 
-On several devices: `accelerate launch -m denseclip_hf.cli.train ...`. The directory it leaves is complete: weights,
-config, image processor, tokenizer and card. The same command goes on from the last checkpoint of an interrupted run.
+The directory it leaves is complete: weights, config, image processor, tokenizer and card. The same command goes on
+from the last checkpoint of an interrupted run. On several devices: `accelerate launch -m denseclip_hf.cli.train ...`.
+Every option of transformers' TrainingArguments is a flag too: `--help_all` lists them.
 """
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 from ..files import write_atomically
-from ..training import (
-    DataArguments,
-    DenseCLIPTrainingArguments,
-    ModelArguments,
-    check_checkpoint,
-    exclusive_directory,
-    make_trainer,
-    prepare_run,
-    recipe_of,
-    results_json,
-    save_final_model,
-    write_recipe,
-    write_training_card,
-)
+from ..options import DataArguments, ModelArguments, TrainingOptions
 from .arguments import log_to_terminal, one_sentence_errors, parse_arguments
 
 
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> dict:
     log_to_terminal()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(argv):
+        parse_arguments([ModelArguments, DataArguments, TrainingOptions], ["--help"], description=__doc__)
+    from ..training import (  # with torch, which help does without
+        DenseCLIPTrainingArguments,
+        check_checkpoint,
+        exclusive_directory,
+        make_trainer,
+        prepare_run,
+        recipe_of,
+        results_json,
+        save_final_model,
+        write_recipe,
+        write_training_card,
+    )
+
     kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
+    argv = ["--help" if flag == "--help_all" else flag for flag in argv]
     model_args, data_args, args = parse_arguments(kinds, argv, needed=["dataset", "output_dir"], description=__doc__)
     output_dir, recipe = Path(args.output_dir), recipe_of(model_args, data_args, args)
     with exclusive_directory(output_dir) if args.process_index == 0 else nullcontext():

@@ -5,7 +5,6 @@ From what users have (folders, the output of annotation tools, data sets of the 
 they are stored become class ids 0…K − 1 here and nowhere else. [`check_dataset`] reads all of it and reports.
 """
 
-from .arguments import DatasetArguments
 from .check import check_dataset
 from .classes import ClassTable, ade20k_classes, default_palette, parse_classes
 from .folders import IMAGE_SUFFIXES
@@ -17,7 +16,6 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "NAMELESS",
     "ClassTable",
-    "DatasetArguments",
     "SampleReader",
     "SegmentationData",
     "ade20k_classes",

@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import AutoTokenizer
 
-from ..data import NAMELESS, DatasetArguments, SegmentationData, default_palette, file_stem, name_of
+from ..data import NAMELESS, SegmentationData, default_palette, file_stem, name_of
 from ..devices import device_of
 from ..files import make_directory, writing_into
 from ..inference import (
@@ -35,7 +35,8 @@ from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.image_processing_denseclip import decode_image
 from ..model.loading_denseclip import load_pretrained, reason_of
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
-from ..words import WindowOptions, WordOptions, WordReader, set_options
+from ..options import EvaluationArguments, WordOptions
+from ..words import WordReader, set_options
 from .loop import evaluate_segmentation
 from .report import (
     MatchedSamples,
@@ -51,54 +52,6 @@ from .report import (
 
 # What a data set calls the pixels of none of its classes, if that is a class of its own.
 BACKGROUND = "background"
-
-
-@dataclass
-class EvaluationArguments(WindowOptions, DatasetArguments):
-    """What is evaluated on what, how, and what is written."""
-
-    model: str = field(
-        default="", metadata={"help": "Needed: a segmenter or, for words, a CLIP; a directory or a name on the Hub."}
-    )
-    words: str | None = field(
-        default=None,
-        metadata={
-            "help": "Measure words without training: a YAML or JSON file (or JSON) with a word or a list of phrasings "
-            "for each of the data's classes that is not called by its own name; {} for none. A CLIP is measured so."
-        },
-    )
-    split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; by default as in training on this data, or validation."}
-    )
-    validation_fraction: float | None = field(
-        default=None,
-        metadata={"help": "Held out if there is no validation split: as the model was trained on this data, or 0.1."},
-    )
-    unseen: list[str] = field(
-        default_factory=list, metadata={"help": "Classes that training did not know: scored apart from the others."}
-    )
-    leave_out: list[str] = field(
-        default_factory=list, metadata={"help": "Classes that the means are not over, such as the background."}
-    )
-    max_images: int | None = field(default=None, metadata={"help": "Evaluate on at most N images, the first."})
-    scales: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Factors on the image size."})
-    flip: bool = field(default=False, metadata={"help": "Average with mirrored views."})
-    native_resolution: bool = field(
-        default=False, metadata={"help": "Segment in windows of the images as they are, without resizing them first."}
-    )
-    boundary_iou: bool = field(default=False, metadata={"help": "Also measure boundary IoU."})
-    batch_size: int = field(default=1, metadata={"help": "Images of one size run together (one process, one scale)."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read and preprocess."})
-    dtype: str = field(default="float32", metadata={"help": f"Of the model: {', '.join(LOADING_DTYPES)}."})
-    device: str = field(default="auto", metadata={"help": "auto (an accelerator if there is one), cpu, or torch's."})
-    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where results are written."})
-    save_predictions: bool = field(default=False, metadata={"help": "Write predictions as indexed PNG."})
-    worst: int = field(default=0, metadata={"help": "Draw the N images with the lowest mean IoU."})
-    confusion_matrix: bool = field(default=False, metadata={"help": "Draw the confusion matrix."})
-    update_card: bool = field(
-        default=True,
-        metadata={"help": "Add the result to the card of a model in a local folder (not with --max_images)."},
-    )
 
 
 def measure(args: EvaluationArguments, options: WordOptions | None = None) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 In: a recipe and a data set. Out: checkpoints, and a directory with the trained model, its results and its card.
 """
 
+from ..options import DataArguments, ModelArguments
 from .ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
 from .arguments import DenseCLIPTrainingArguments
 from .card import write_training_card
 from .optimizer import parameter_groups, poly_learning_rate
-from .recipe import DataArguments, ModelArguments, make_trainer
+from .recipe import make_trainer
 from .run_directory import (
     RECIPE_FILE,
     changes_of_recipe,

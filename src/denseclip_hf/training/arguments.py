@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..model.configuration_clip_resnet import refuse_first
+from ..options import TrainingOptions
 
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def has_bf16(cpu: bool) -> bool:
 
 
 @dataclass
-class DenseCLIPTrainingArguments(TrainingArguments):
+class DenseCLIPTrainingArguments(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # None until it is made
     """
     How it is trained: transformers' `TrainingArguments`, by default the published recipe, and its learning rates.
 
@@ -38,54 +39,6 @@ class DenseCLIPTrainingArguments(TrainingArguments):
         ValueError: for values without a meaning, or that contradict each other.
     """
 
-    output_dir: str | None = field(default=None, metadata={"help": "Needed: the directory of the run."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Rate of what is new: contexts, γ, decoders."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's, see `parameter_groups`."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 clips nothing."})
-    max_steps: int | None = field(  # type: ignore[assignment]  # a number once it is made
-        default=None, metadata={"help": "Optimizer steps: 80000, or -1 (count epochs) if `num_train_epochs` is given."}
-    )
-    num_train_epochs: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Epochs, where `max_steps` is not given."}
-    )
-    warmup_steps: float = field(default=1500, metadata={"help": "Warm-up steps, or below 1 their share of all."})
-    lr_scheduler_type: str = field(
-        default="polynomial", metadata={"help": "`polynomial` is the original's schedule; others are transformers'."}
-    )
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per device and forward pass."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images of one size per forward pass."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave an incomplete last batch out."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: file names travel along."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a bad loss stops training."})
-    metric_for_best_model: str | None = field(default="mean_iou", metadata={"help": "What `best` means."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
-    image_encoder_lr_multiplier: float = field(
-        default=0.1,
-        metadata={"help": "Learning rate of the image encoder, as a share of `learning_rate`; 0 freezes it."},
-    )
-    text_encoder_lr_multiplier: float = field(
-        default=0.0, metadata={"help": "Learning rate of the text encoder, as a share; 0 freezes it."}
-    )
-    min_learning_rate: float = field(default=1e-6, metadata={"help": "Rate of every group at the last step."})
-    poly_power: float = field(default=0.9, metadata={"help": "Exponent of the polynomial decay."})
-    warmup_start_ratio: float = field(default=1e-6, metadata={"help": "Share of the rate at step 0."})
-    channels_last: bool = field(
-        default=False, metadata={"help": "Keep convolutions' tensors channels-last: faster with bf16 and ResNets."}
-    )
-    exempt_norms_and_biases: bool = field(default=False, metadata={"help": "No weight decay on norms and biases."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without a better `metric_for_best_model`."}
-    )
-    precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "auto: `bf16` where the hardware has it, else float32; by default as `--bf16` and `--fp16` say."
-        },
-    )
-    save_code: bool = field(
-        default=False,
-        metadata={"help": "Put the model's code beside the weights, for `trust_remote_code=True`."},
-    )
     if not hasattr(TrainingArguments, "activation_checkpointing"):  # the name since transformers 5.23
         activation_checkpointing: bool = field(
             default=False, metadata={"help": "Compute activations again in the backward pass, to need less memory."}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,14 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
-from ..data import DatasetArguments, SegmentationData, check_dataset
+from ..data import SegmentationData, check_dataset
 from ..model.configuration_clip_resnet import clip_config_class, refuse_unknown_options
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_clip, load_pretrained
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, refuse_if_frozen
 from ..model.towers_denseclip import tower_of
+from ..options import DataArguments, ModelArguments
 from ..transforms import AugmentedDataset, AugmentedStream, TrainTransform
 from .arguments import DenseCLIPTrainingArguments
 from .tokenizer import learn_tokenizer
@@ -27,70 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Of each split, looked at before training.
 CHECKED_SAMPLES = 20
-
-
-@dataclass
-class ModelArguments:
-    """What is trained: a fresh segmenter around a CLIP or a backbone, or a trained one that goes on."""
-
-    clip: str = field(
-        default="openai/clip-vit-base-patch16",
-        metadata={"help": "CLIP to start from: a directory, or a name on the Hub."},
-    )
-    clip_config: str = field(
-        default="{}", metadata={"help": "A CLIP's config as JSON: start from random weights instead of `clip`."}
-    )
-    backbone: str | None = field(
-        default=None,
-        metadata={"help": "Backbone that reads the images instead of the CLIP: a directory, or a name on the Hub."},
-    )
-    backbone_config: str = field(
-        default="{}", metadata={"help": "A backbone's config as JSON: random weights instead of `backbone`'s."}
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "A trained DenseCLIP to go on from, directory or Hub name, instead of `clip`."}
-    )
-    replace_classes: bool = field(
-        default=False, metadata={"help": "Give `model` the classes of the data where they differ."}
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer, directory or Hub name; by default the CLIP's or model's own."}
-    )
-    config: str = field(
-        default="{}", metadata={"help": "Options of DenseCLIPConfig as JSON, such as num_context_tokens."}
-    )
-    balance_classes: bool = field(
-        default=False,
-        metadata={"help": "Weight classes by median frequency over their own, counted in all training masks first."},
-    )
-
-
-@dataclass
-class DataArguments(DatasetArguments):
-    """What it is trained on, and how images are resized and augmented (sizes in pixels)."""
-
-    validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set without downloading it first."})
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Samples, still encoded, from which a stream's next is drawn."}
-    )
-    crop_size: int = field(default=512, metadata={"help": "Side of the training crops."})
-    scale_long: int = field(default=2048, metadata={"help": "Longest side an image is resized to."})
-    scale_short: int | None = field(
-        default=None, metadata={"help": "Short side an image is resized to, `crop_size` by default."}
-    )
-    eval_scale_short: int | None = field(
-        default=None, metadata={"help": "Short side in evaluation, saved with the model; `scale_short` by default."}
-    )
-    ratio_min: float = field(default=0.5, metadata={"help": "Lowest random factor on that size in training."})
-    ratio_max: float = field(default=2.0, metadata={"help": "Highest random factor on that size in training."})
-    cat_max_ratio: float = field(default=0.75, metadata={"help": "Most of a crop one class may fill."})
-    photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
-    unseen: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Classes that training must not know: their pixels have none."},
-    )
-    check_data: bool = field(default=True, metadata={"help": "Look at a sample of the files before training."})
 
 
 def load_data(args: DataArguments) -> SegmentationData:
@@ -271,4 +207,4 @@ def make_trainer(
     return trainer, data
 
 
-__all__ = ["DataArguments", "ModelArguments", "load_data", "make_trainer", "model_to_train"]
+__all__ = ["load_data", "make_trainer", "model_to_train"]
