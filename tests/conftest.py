@@ -84,7 +84,7 @@ def compiler():
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """Two normalised square images at the tiny models' training resolution."""
+    """Two normalized square images at the tiny models' training resolution."""
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 

@@ -14,7 +14,7 @@ from helpers.models import tiny_model
 
 
 RAMP = np.linspace(0, 1, 64 * 96).reshape(64, 96)
-# What is stored, and the grey levels that are meant.
+# What is stored, and the gray levels that are meant.
 KINDS = {
     "8 bits": ((RAMP * 255).round().astype(np.uint8), ".png", 255),
     "16 bits": ((RAMP * 65535).round().astype(np.uint16), ".png", 255),

@@ -243,7 +243,7 @@ def test_rates_stay_between_their_ends(base, lowest, total, warmup, ratio, power
     if step >= warmup:
         assert rate >= min(base, lowest) * (1 - 1e-9)
         after = poly_learning_rate(min(step + 1, total), base, **options)
-        assert (after - rate) * (lowest - base) >= -1e-15  # towards the last rate, never back
+        assert (after - rate) * (lowest - base) >= -1e-15  # toward the last rate, never back
     assert poly_learning_rate(max(total, warmup), base, **options) == pytest.approx(lowest)
 
 

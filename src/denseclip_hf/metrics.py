@@ -38,8 +38,8 @@ def confusion_matrix(
     Raises:
         ValueError: If the shapes differ, a map is not made of integers, or a class id is out of range.
     """
-    predicted, labelled, valid = _checked(prediction, reference, num_labels, ignore_index)
-    pairs = labelled[valid] * num_labels + predicted[valid]
+    predicted, labeled, valid = _checked(prediction, reference, num_labels, ignore_index)
+    pairs = labeled[valid] * num_labels + predicted[valid]
     return torch.bincount(pairs, minlength=num_labels**2).view(num_labels, num_labels)
 
 
@@ -60,16 +60,16 @@ def scores_from_confusion_matrix(matrix: torch.Tensor | np.ndarray, leave_out: S
         the number of classes that `mean_iou` is over.
     """
     counts = torch.as_tensor(matrix).cpu().double()
-    correct, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    precision, recall = correct / predicted, correct / labelled
+    correct, labeled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    precision, recall = correct / predicted, correct / labeled
     per_category = {
-        "iou": correct / (labelled + predicted - correct),
+        "iou": correct / (labeled + predicted - correct),
         "accuracy": recall,
-        "dice": 2 * correct / (labelled + predicted),
+        "dice": 2 * correct / (labeled + predicted),
         "fscore": 2 * precision * recall / (precision + recall),
         "precision": precision,
     }
-    scores: dict[str, Any] = {"overall_accuracy": (correct.sum() / labelled.sum()).item()}
+    scores: dict[str, Any] = {"overall_accuracy": (correct.sum() / labeled.sum()).item()}
     in_means = torch.ones(len(counts), dtype=torch.bool)
     in_means[list(leave_out)] = False
     scores |= {f"mean_{name}": values[in_means].nanmean().item() for name, values in per_category.items()}
@@ -100,12 +100,12 @@ def boundary_counts(
     Raises:
         ValueError: As [`confusion_matrix`] does.
     """
-    predicted, labelled, valid = _checked(prediction, reference, num_labels, ignore_index)
+    predicted, labeled, valid = _checked(prediction, reference, num_labels, ignore_index)
     distance = max(1, round(boundary_width * float(np.hypot(*predicted.shape))))
     in_prediction = _contour_band(predicted, valid, distance) & valid
-    in_reference = _contour_band(labelled, valid, distance) & valid
-    in_both = in_prediction & in_reference & (predicted == labelled)
-    bands = ((in_both, labelled), (in_prediction, predicted), (in_reference, labelled))
+    in_reference = _contour_band(labeled, valid, distance) & valid
+    in_both = in_prediction & in_reference & (predicted == labeled)
+    bands = ((in_both, labeled), (in_prediction, predicted), (in_reference, labeled))
     return torch.stack([torch.bincount(classes[band], minlength=num_labels) for band, classes in bands])
 
 
@@ -114,19 +114,19 @@ def _checked(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both maps as int64 on the prediction's device, and the mask of pixels that count."""
     predicted = _integers(prediction)
-    labelled = _integers(reference).to(predicted.device)
-    if predicted.shape != labelled.shape:
-        sizes = ("×".join(map(str, label_map.shape)) for label_map in (predicted, labelled))
+    labeled = _integers(reference).to(predicted.device)
+    if predicted.shape != labeled.shape:
+        sizes = ("×".join(map(str, label_map.shape)) for label_map in (predicted, labeled))
         raise ValueError(f"The prediction is {' but the reference '.join(sizes)} pixels: make them of one size.")
-    valid = labelled != ignore_index
-    for name, values in (("prediction", predicted[valid]), ("reference", labelled[valid])):
+    valid = labeled != ignore_index
+    for name, values in (("prediction", predicted[valid]), ("reference", labeled[valid])):
         lowest, highest = values.aminmax() if values.numel() else (0, 0)
         if lowest < 0 or highest >= num_labels:
             raise ValueError(
                 f"The {name}'s values go from {lowest} to {highest} where the reference is not "
                 f"{ignore_index}, but class ids from 0 to {num_labels - 1}: correct them, num_labels or ignore_index."
             )
-    return predicted, labelled, valid
+    return predicted, labeled, valid
 
 
 def _integers(label_map: LabelMap) -> torch.Tensor:
@@ -347,6 +347,6 @@ class MeanBoundaryIoU(_CountingMetric):
         return boundary_counts(prediction, reference, self.num_labels, self.ignore_index, self.boundary_width)
 
     def _scores(self, counts: torch.Tensor) -> dict[str, Any]:
-        intersection, predicted, labelled = counts.cpu().double()
-        iou = intersection / (predicted + labelled - intersection)
+        intersection, predicted, labeled = counts.cpu().double()
+        iou = intersection / (predicted + labeled - intersection)
         return {"mean_boundary_iou": iou.nanmean().item(), "per_category_boundary_iou": iou.tolist()}

@@ -53,8 +53,8 @@ def resize_region(image: Image.Image, new_size: tuple[int, int], box: tuple[int,
 
 def crop_is_varied(labels: np.ndarray, cat_max_ratio: float = 0.75, ignore_index: int = 255) -> bool:
     """
-    Whether a crop shows more than one labelled class, the largest on strictly less than `cat_max_ratio` of the
-    labelled pixels. `labels`: class ids, an integer array of any shape.
+    Whether a crop shows more than one labeled class, the largest on strictly less than `cat_max_ratio` of the
+    labeled pixels. `labels`: class ids, an integer array of any shape.
     """
     if ignore_index < 0:
         labels = labels[labels >= 0]
@@ -132,8 +132,8 @@ class TrainTransform:
         crop_size: side, or (height, width), of what comes out, in pixels.
         scale: (long, short) sides in pixels that a ratio of 1 resizes to; the aspect ratio is kept.
         ratio_range: lowest and highest factor on `scale`, drawn uniformly.
-        cat_max_ratio: a crop is redrawn, up to ten times, while one class fills this share of its labelled pixels
-            or only one class is labelled; 1 takes the first crop.
+        cat_max_ratio: a crop is redrawn, up to ten times, while one class fills this share of its labeled pixels
+            or only one class is labeled; 1 takes the first crop.
         flip_probability: probability of a left-right flip.
         photometric: whether to apply [`photometric_distortion`].
         ignore_index: label of pixels without a class, and of the padding.

@@ -89,10 +89,10 @@ def word_image_processor(model: DenseCLIPModel) -> DenseCLIPImageProcessorPil:
 
 
 def is_trained(model: DenseCLIPModel) -> bool:
-    """Whether a model has learnt prompts or segmentation, and so is not a CLIP as it is."""
+    """Whether a model has learned prompts or segmentation, and so is not a CLIP as it is."""
     config = model.config
-    has_learnt = config.num_context_tokens > 0 or config.context_decoder_num_layers > 0
-    return isinstance(model, DenseCLIPForSemanticSegmentation) or has_learnt
+    has_learned = config.num_context_tokens > 0 or config.context_decoder_num_layers > 0
+    return isinstance(model, DenseCLIPForSemanticSegmentation) or has_learned
 
 
 class WordReader:

@@ -95,7 +95,7 @@ def test_the_page_takes_a_clip(clip_dir):
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> str:
+def labeled(tmp_path_factory) -> str:
     """Two scenes in the usual folders, whose classes are called otherwise."""
     folder = tmp_path_factory.mktemp("data")
     for kind in ("images", "masks"):
@@ -114,16 +114,16 @@ def measured(folder, *flags: str) -> dict:
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def test_words_are_measured_on_a_clip(clip_dir, labelled, tmp_path):
+def test_words_are_measured_on_a_clip(clip_dir, labeled, tmp_path):
     (tmp_path / "words.yaml").write_text(
         "background: [sky, house]\nstreet: [road, street]\nplant: tree\nvehicle: car\n"
     )
-    common = ["--model", clip_dir, "--dataset", labelled, "--save_predictions", "--short_side", "128"]
+    common = ["--model", clip_dir, "--dataset", labeled, "--save_predictions", "--short_side", "128"]
     report = measured(tmp_path / "out", *common, "--words", str(tmp_path / "words.yaml"), "--threshold", "0.3")
     assert report["num_images"] == 2 and list(report["per_category"]) == ["background", "street", "plant", "vehicle"]
     assert report["protocol"]["crop_size"] == [224, 224] and report["protocol"]["words"]["threshold"] == 0.3
     files = sorted((tmp_path / "out" / "predictions").iterdir())
-    images = [f"{labelled}/val/images/{number}.png" for number in range(2)]
+    images = [f"{labeled}/val/images/{number}.png" for number in range(2)]
     segmenter = pipeline("zero-shot-image-segmentation", model=clip_dir)
     options = {"background": ["sky", "house"], "threshold": 0.3, "short_side": 128, "return_map": True}
     found = segmenter(images, candidate_labels=[["road", "street"], "tree", "car"], **options)
@@ -131,8 +131,8 @@ def test_words_are_measured_on_a_clip(clip_dir, labelled, tmp_path):
         assert (np.asarray(Image.open(file)) == one["segmentation"].numpy() + 1).all()
 
 
-def test_a_segmenter_is_measured_by_words_if_asked(word_model_dir, labelled, tmp_path):
-    common = ["--model", str(word_model_dir), "--dataset", labelled]
+def test_a_segmenter_is_measured_by_words_if_asked(word_model_dir, labeled, tmp_path):
+    common = ["--model", str(word_model_dir), "--dataset", labeled]
     report = measured(tmp_path / "out", *common, "--words", '{"street": ["road", "street"]}')
     assert "street" in report["per_category"]
 
@@ -146,9 +146,9 @@ def test_a_segmenter_is_measured_by_words_if_asked(word_model_dir, labelled, tmp
         (["--flip"], "one view"),
     ],
 )
-def test_words_that_do_not_fit_the_data_are_refused(clip_dir, labelled, tmp_path, capsys, flags, keyword):
+def test_words_that_do_not_fit_the_data_are_refused(clip_dir, labeled, tmp_path, capsys, flags, keyword):
     with pytest.raises(SystemExit, match="^1$"):
-        measured(tmp_path / "out", "--model", clip_dir, "--dataset", labelled, *flags)
+        measured(tmp_path / "out", "--model", clip_dir, "--dataset", labeled, *flags)
     assert keyword in capsys.readouterr().err
 
 

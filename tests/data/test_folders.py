@@ -74,7 +74,7 @@ def test_layouts_without_splits_hold_some_out(tmp_path, image, mask):
 
 def test_pascal_voc_with_its_lists(tmp_path):
     put(tmp_path, "JPEGImages/x.jpg", "SegmentationClass/x.png", *range(5))
-    Image.fromarray(make_pixels()).save(tmp_path / "JPEGImages/unlabelled.jpg")
+    Image.fromarray(make_pixels()).save(tmp_path / "JPEGImages/unlabeled.jpg")
     lists = tmp_path / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("no 0\nno 3\n")
@@ -89,9 +89,9 @@ def test_pascal_voc_with_its_lists(tmp_path):
 
 def test_pascal_voc_without_lists_takes_what_has_a_mask_and_says_so(tmp_path, caplog):
     put(tmp_path, "JPEGImages/x.jpg", "SegmentationClass/x.png", 0, 1)
-    Image.fromarray(make_pixels()).save(tmp_path / "JPEGImages/unlabelled.jpg")
+    Image.fromarray(make_pixels()).save(tmp_path / "JPEGImages/unlabeled.jpg")
     data = load_segmentation_dataset(tmp_path, classes=NAMES, validation_fraction=0)
-    assert len(data.train) == 2 and "unlabelled.jpg" in caplog.text
+    assert len(data.train) == 2 and "unlabeled.jpg" in caplog.text
 
 
 @pytest.mark.parametrize(

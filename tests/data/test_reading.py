@@ -98,8 +98,8 @@ def test_a_mask_that_lies_on_its_side_is_turned_upright(tmp_path, compression, i
         return Image.open(file) if is_open else file
 
     assert np.array_equal(reader().read(image, save(np.rot90(upright)))["mask"], upright)
-    grey = np.asarray(read_image(save(np.rot90(upright))))
-    assert np.array_equal(grey, np.dstack([upright] * 3))
+    gray = np.asarray(read_image(save(np.rot90(upright))))
+    assert np.array_equal(gray, np.dstack([upright] * 3))
     with pytest.raises(ValueError, match="8x6.*6x8"):
         reader().read(image, save(upright))
 
@@ -264,8 +264,8 @@ def test_void_stays_void_whatever_color_the_palette_was_filled_up_with(tmp_path)
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA"])
 def test_greys_of_the_palette_are_classes(tmp_path, mode):
-    greys = np.array([[10, 200, 90]], np.uint8)
-    Image.fromarray(greys).convert(mode).save(tmp_path / "mask.png")
+    grays = np.array([[10, 200, 90]], np.uint8)
+    Image.fromarray(grays).convert(mode).save(tmp_path / "mask.png")
     rules = reader(palette=[[v] * 3 for v in (10, 90, 200)])
     assert rules.read_mask(tmp_path / "mask.png").tolist() == [[0, 2, 1]]
 
@@ -279,7 +279,7 @@ def test_greys_that_could_be_both_ids_and_colors_are_refused():
 
 
 def png_of_bits(samples, bits):
-    """A grey PNG of 2 or 4 bits, which Pillow does not write."""
+    """A gray PNG of 2 or 4 bits, which Pillow does not write."""
     height, width = np.shape(samples)
     rows = [int("".join(f"{v:0{bits}b}" for v in row), 2).to_bytes(width * bits // 8, "big") for row in samples]
 

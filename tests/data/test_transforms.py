@@ -53,7 +53,7 @@ def test_resized_size_image_and_mask_agree_with_the_original(name):
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_normalised_and_padded_pixels_agree_with_the_original(name):
+def test_normalized_and_padded_pixels_agree_with_the_original(name):
     image, mask = TENSORS[f"out/{name}/resized"], TENSORS[f"out/{name}/label_resized"]
     transform = whole_only(crop_size=tuple(GOLDEN["pad_size"]), scale=mask.shape)
     result = transform(Image.fromarray(image), mask, sample_rng(0, 0, 0))
@@ -147,11 +147,11 @@ def test_image_and_mask_stay_aligned(index):
     )
     result = transform(Image.fromarray(colors[mask]), mask, sample_rng(0, 0, index))
     labels = result["labels"]
-    labelled = labels != 255
+    labeled = labels != 255
     expected = torch.from_numpy(colors.astype(np.float32) / 255)[labels.clamp(max=4)].permute(2, 0, 1)
     wrong = (result["pixel_values"] - expected).abs().amax(0) > 0.5
     # Only pixels on the border of two blocks may differ.
-    assert wrong[labelled].float().mean() < 0.05
+    assert wrong[labeled].float().mean() < 0.05
 
 
 def test_flip_turns_image_and_mask():
@@ -207,7 +207,7 @@ def distorted(colors, rng):
 @pytest.mark.parametrize("hue", [-18, -1, 0, 7, 17])
 def test_saturation_and_hue_are_those_of_hsv(saturation, hue):
     colors = np.random.default_rng(0).integers(0, 256, (400, 3))
-    colors[:100] = colors[:100] // 128 * 127  # black, grey and pure colors
+    colors[:100] = colors[:100] // 128 * 127  # black, gray and pure colors
     rng = Scripted([NO, NO, NO, YES, YES], gains=(1.0, saturation), hue=hue)
     hsv = [colorsys.rgb_to_hsv(*color) for color in colors / 255]
     expected = [colorsys.hsv_to_rgb((h + hue / 180) % 1, min(1, s * saturation), v) for h, s, v in hsv]

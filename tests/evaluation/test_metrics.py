@@ -69,7 +69,7 @@ def test_scores_match_the_original(golden, case, as_numpy):
 
 
 def test_scores_computed_by_hand():
-    # class 0: 3 right of 4 labelled, 4 predicted; class 1: 1 of 2, 3 predicted; class 2: never predicted; 3: absent
+    # class 0: 3 right of 4 labeled, 4 predicted; class 1: 1 of 2, 3 predicted; class 2: never predicted; 3: absent
     matrix = torch.tensor([[3, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
     scores = scores_from_confusion_matrix(matrix)
     expected = {

@@ -30,24 +30,24 @@ class AllReduceBatchNorm2d(nn.BatchNorm2d):
         total, number = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), count])).split([x.shape[1], 1])
         mean = total / number
         # The deviations take a second exchange: beside a large mean, means of squares lose the digits of a variance.
-        centred = x - mean[:, None, None]
-        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / number
+        centered = x - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centered.square().sum((0, 2, 3))) / number
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * number / (number - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
+        return torch.addcmul(self.bias[:, None, None], centered, scale[:, None, None])
 
 
-def synchronise_trainers_batch_norms():
+def synchronize_trainers_batch_norms():
     """From now on, trainers on the CPU do what they do on GPUs."""
     start = DenseCLIPTrainer.__init__
 
-    def synchronised(self, model, *args, **kwargs):
+    def synchronized(self, model, *args, **kwargs):
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = AllReduceBatchNorm2d
         start(self, model, *args, **kwargs)
 
-    DenseCLIPTrainer.__init__ = synchronised
+    DenseCLIPTrainer.__init__ = synchronized

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from denseclip_hf.transforms import AugmentedStream
-from helpers.batch_norm import synchronise_trainers_batch_norms
+from helpers.batch_norm import synchronize_trainers_batch_norms
 from helpers.images import pictures
 from helpers.models import tiny_model
 from helpers.training import NO_DROPOUT, trainer_for
 
 
 def main(output_dir: str, options: str) -> None:
-    synchronise_trainers_batch_norms()
+    synchronize_trainers_batch_norms()
     # With an epsilon that keeps Adam from blowing up what rounding leaves of gradients near zero.
     chosen = {"max_steps": 5, "adam_epsilon": 1e-4, **json.loads(options)}
     samples, stream = pictures(10), chosen.pop("stream", False)

@@ -15,7 +15,7 @@ from denseclip_hf import transforms
 from denseclip_hf.cli import train as command
 from denseclip_hf.evaluation import loop as evaluation
 from denseclip_hf.training import trainer
-from helpers.batch_norm import synchronise_trainers_batch_norms
+from helpers.batch_norm import synchronize_trainers_batch_norms
 
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
@@ -84,7 +84,7 @@ def worker():
 
 def none():
     """The batch norms of several processes work together, as on GPUs."""
-    synchronise_trainers_batch_norms()
+    synchronize_trainers_batch_norms()
 
 
 def fsdp():
@@ -92,7 +92,7 @@ def fsdp():
 
     Asked for a mean, `reduce_scatter_tensor` of torch 2.8 gives the sum on the CPU.
     """
-    synchronise_trainers_batch_norms()
+    synchronize_trainers_batch_norms()
     scatter = distributed.reduce_scatter_tensor
 
     def mean(output, input, op=distributed.ReduceOp.SUM, group=None, **options):
@@ -115,7 +115,7 @@ def fsdp():
 
 def rank():
     """The second process is killed in the middle of step 5, and leaves a file that tells when."""
-    synchronise_trainers_batch_norms()
+    synchronize_trainers_batch_norms()
     compute_loss = trainer.DenseCLIPTrainer.compute_loss
 
     def fail(self, *args, **kwargs):

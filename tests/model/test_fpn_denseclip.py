@@ -5,7 +5,7 @@ from denseclip_hf.model.decoder_denseclip import FPNNeck, SemanticFPNHead
 from denseclip_hf.model.layers_denseclip import resize_bilinear
 
 
-def test_neck_adds_coarser_levels_by_nearest_neighbour():
+def test_neck_adds_coarser_levels_by_nearest_neighbor():
     neck = FPNNeck([1, 1, 1, 1], 1)
     for convolution in [*neck.lateral_convs, *neck.output_convs]:
         nn.init.zeros_(convolution.bias)

@@ -75,7 +75,7 @@ def test_preprocessing_matches_the_original(golden, processor_class, name):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_normalisation_alone_is_exact(golden, processor, name):
+def test_normalization_alone_is_exact(golden, processor, name):
     _, tensors = golden
     image = tensors[f"out/{name}/resized"].permute(2, 0, 1)
     pixel_values = processor(image, do_resize=False, return_tensors="pt")["pixel_values"][0]
@@ -176,9 +176,9 @@ def test_arrays_and_tensors_equal_the_pil_image(processor, convert):
 
 
 def test_grey_arrays_become_rgb(processor):
-    grey = picture()[..., 0]
-    expected = processor(np.dstack([grey] * 3), return_tensors="pt")["pixel_values"]
-    for image in (grey, grey[..., None], grey[None]):
+    gray = picture()[..., 0]
+    expected = processor(np.dstack([gray] * 3), return_tensors="pt")["pixel_values"]
+    for image in (gray, gray[..., None], gray[None]):
         assert torch.equal(processor(image, return_tensors="pt")["pixel_values"], expected)
 
 

@@ -86,7 +86,7 @@ def test_from_clip_refuses_names_that_do_not_fit(names, sentence):
         DenseCLIPForSemanticSegmentation.from_clip(tiny_clip("vit"), names, tokenizer=Tokenizer())
 
 
-def test_set_classes_keeps_what_known_classes_learnt(kind, images):
+def test_set_classes_keeps_what_known_classes_learned(kind, images):
     model = tiny_model(kind)
     weight = model.decode_head.classifier.weight.clone()
     before = forward(model, images)

@@ -29,7 +29,7 @@ def test_size_keeps_the_aspect_ratio_within_both_bounds(size, bounds, expected):
 
 
 def test_bilinear_without_antialiasing_by_default():
-    # halving reads the two pixels around each new centre: (10 + 20) / 2 and (30 + 45) / 2, rounded half up
+    # halving reads the two pixels around each new center: (10 + 20) / 2 and (30 + 45) / 2, rounded half up
     image = torch.tensor([[[10, 20, 30, 45]]], dtype=torch.uint8)
     assert resize_image(image, (1, 2)).tolist() == [[[15, 38]]]
     # a quarter reads only the two pixels in the middle; antialiasing weighs all of them

@@ -338,8 +338,8 @@ def test_evaluation_counts_every_picture_once_at_its_own_size(tmp_path):
     matrix = trainer.evaluate()["eval_confusion_matrix"]
     hook.remove()
     assert sorted(together) == [1, 2, 2] and (matrix.sum(0) > 0).all()
-    labelled = sum(int((sample["mask"] != 255).sum()) for sample in samples)
-    assert matrix.sum() == labelled
+    labeled = sum(int((sample["mask"] != 255).sum()) for sample in samples)
+    assert matrix.sum() == labeled
     one_by_one = trainer_for(tmp_path, trainer.model, samples, per_device_eval_batch_size=1).evaluate()
     assert torch.equal(matrix, one_by_one["eval_confusion_matrix"])
 

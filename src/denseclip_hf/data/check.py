@@ -173,8 +173,8 @@ def _check_split(name: str, rows: Rows, data: SegmentationData, limit: int | Non
             report.problems.append(f"sample {position}: {sample}")
             continue
         mask = sample["mask"]
-        labelled = mask[mask != data.ignore_index]
-        counts = np.bincount(labelled, minlength=num_labels)
+        labeled = mask[mask != data.ignore_index]
+        counts = np.bincount(labeled, minlength=num_labels)
         report.sizes.append(sample["image"].size)
         if max(sample["image"].size) > MAX_ASPECT * min(sample["image"].size):
             report.problems.append(
@@ -183,8 +183,8 @@ def _check_split(name: str, rows: Rows, data: SegmentationData, limit: int | Non
             )
         report.pixels_per_class += counts
         report.images_per_class += counts > 0
-        report.void_pixels += mask.size - labelled.size
-        report.void_masks += not labelled.size
+        report.void_pixels += mask.size - labeled.size
+        report.void_masks += not labeled.size
         odd.update(found)
         example = {remark: name_of(sample["image"]) for remark in found} | example
     report.remarks = [f"left out: {sentence}" for sentence in data.left_out.get(name, [])]

@@ -287,8 +287,8 @@ class _Collector:
         labels = len(self.config.id2label)
         counts = torch.zeros(3, labels, dtype=torch.int64) if self.boundary is None else self.boundary
         counts = counts.to(accelerator.device)
-        both, predicted, labelled = accelerator.reduce(counts, "sum").cpu().double()
-        iou = (both / (predicted + labelled - both))[self.ids].tolist()
+        both, predicted, labeled = accelerator.reduce(counts, "sum").cpu().double()
+        iou = (both / (predicted + labeled - both))[self.ids].tolist()
         return {"mean_boundary_iou": nan_mean(iou), "per_category_boundary_iou": iou}
 
     def gathered_worst(self) -> list[tuple[float, int, np.ndarray]]:

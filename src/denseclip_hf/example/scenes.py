@@ -313,7 +313,7 @@ def draw_mountains(canvas: Canvas, haze: Color) -> None:
 
 
 def draw_road(canvas: Canvas) -> None:
-    """A road towards the horizon or across the image; all but dirt roads have markings."""
+    """A road toward the horizon or across the image; all but dirt roads have markings."""
     rng, width = canvas.rng, canvas.width
     color = canvas.material("road")
     marked = canvas.things[-1][1] != "dirt"

@@ -108,7 +108,7 @@ class CLIPResNetAttentionPool(nn.Module):
 
 
 class CLIPResNetPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and the loading machinery of the ResNet image tower."""
+    """Weight initialization and the loading machinery of the ResNet image tower."""
 
     config: CLIPResNetVisionConfig
     config_class = CLIPResNetVisionConfig
@@ -122,7 +122,7 @@ class CLIPResNetPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Every initialisation below respects already loaded weights, which is what this switch guards against.
+        # Every initialization below respects already loaded weights, which is what this switch guards against.
         return False
 
     @torch.no_grad()

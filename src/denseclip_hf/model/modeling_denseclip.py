@@ -51,7 +51,7 @@ logger = logging.get_logger(__name__)
 
 # Resized logits that exist at a time (16 MiB of float32).
 _CHUNK_ELEMENTS = 2**22
-# Sentences that a class name is put into where a model has learnt no prompt of its own.
+# Sentences that a class name is put into where a model has learned no prompt of its own.
 ZERO_SHOT_TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",

@@ -66,8 +66,8 @@ def _resize_levels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(C, H, W) gray levels resized bilinearly in OpenCV's whole-number arithmetic, some rows at a time."""
     channels, old_height, old_width = image.shape
     height, width = size
-    upper, lower, upper_weight, lower_weight = (x.to(image.device) for x in _neighbours(old_height, height))
-    left, right, left_weight, right_weight = (x.to(image.device) for x in _neighbours(old_width, width))
+    upper, lower, upper_weight, lower_weight = (x.to(image.device) for x in _neighbors(old_height, height))
+    left, right, left_weight, right_weight = (x.to(image.device) for x in _neighbors(old_width, width))
     result = torch.empty(channels, height, width, dtype=torch.uint8, device=image.device)
     strip = max(1, _IMAGE_STRIP_ELEMENTS // (max(width, old_width) * channels))
     for top in range(0, height, strip):
@@ -84,7 +84,7 @@ def _resize_levels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return result
 
 
-def _neighbours(old: int, new: int) -> tuple[torch.Tensor, ...]:
+def _neighbors(old: int, new: int) -> tuple[torch.Tensor, ...]:
     """For each new pixel along one axis the two old ones around it, and their weights in 2048ths (int32)."""
     # dividing twice, as for labels
     positions = ((torch.arange(new, dtype=torch.float64) + 0.5) * (1 / (new / old)) - 0.5).float()

@@ -119,7 +119,7 @@ class TextTower:
     def special_token_ids(text_config: PreTrainedConfig) -> tuple[int | None, int]:
         """Ids of SOS (`None` where only the tokenizer knows it) and EOS."""
         sos, eos = text_config.bos_token_id, text_config.eos_token_id
-        # Configs of OpenAI's checkpoints on the Hub carry 0 and 2 from before transformers learnt the real ones;
+        # Configs of OpenAI's checkpoints on the Hub carry 0 and 2 from before transformers learned the real ones;
         # CLIP's vocabulary always ends with SOS, EOS.
         if eos == 2 or not isinstance(eos, int) or sos is None:
             return text_config.vocab_size - 2, text_config.vocab_size - 1

@@ -48,9 +48,9 @@ class TrainingLog:
                 sums[key] += outputs[key].detach() * share
         # At the logits' own resolution: exact enough to watch, and nothing is upsampled for it.
         small = F.interpolate(labels[:, None].float(), size=outputs["logits"].shape[-2:], mode="nearest")[:, 0]
-        labelled = small != ignore_index
-        sums["hits"] += ((outputs["logits"].argmax(1) == small) & labelled).sum()
-        sums["pixels"] += labelled.sum()
+        labeled = small != ignore_index
+        sums["hits"] += ((outputs["logits"].argmax(1) == small) & labeled).sum()
+        sums["pixels"] += labeled.sum()
 
     def note_rates(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Take the rates of an optimizer's parameter groups; a caller's own may have no names."""

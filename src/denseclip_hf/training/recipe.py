@@ -149,7 +149,7 @@ def _random_clip(config: dict[str, Any], tokenizer) -> PreTrainedModel:
 
 
 def _tokenizer_for(args: ModelArguments, data: SegmentationData):
-    """The named tokenizer, or for a CLIP with random weights a small one learnt from the class names."""
+    """The named tokenizer, or for a CLIP with random weights a small one learned from the class names."""
     if args.tokenizer is not None:
         return load_pretrained(AutoTokenizer, args.tokenizer)
     return learn_tokenizer(data.id2label.values())

@@ -23,7 +23,7 @@ food fruit bread bottle cup plate book screen phone clothes shoe bag
 
 def learn_tokenizer(sentences: Iterable[str], vocab_size: int = 1024) -> CLIPTokenizer:
     """
-    A byte-level BPE learnt from `sentences` and `WORDS`: lower case, `</w>` ends a word, SOS and EOS come last.
+    A byte-level BPE learned from `sentences` and `WORDS`: lower case, `</w>` ends a word, SOS and EOS come last.
 
     Every byte is in the vocabulary, inside and at the end of a word, so that no text is unknown.
 
@@ -33,7 +33,7 @@ def learn_tokenizer(sentences: Iterable[str], vocab_size: int = 1024) -> CLIPTok
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     endings = [letter + "</w>" for letter in letters]
-    # An empty CLIPTokenizer lends its rules for splitting text, so that merges are learnt on what it will be given.
+    # An empty CLIPTokenizer lends its rules for splitting text, so that merges are learned on what it will be given.
     rules = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
