@@ -1,6 +1,7 @@
 """Writing that leaves files and directories whole or not at all, and says in one sentence why it could not."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -137,6 +138,15 @@ def write_atomically(path: Path, text: str) -> None:
         sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def asked_by_pickle(error: Exception) -> str | None:

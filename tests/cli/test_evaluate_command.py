@@ -175,3 +175,4 @@ def test_classes_unknown_to_training_are_scored_apart(tmp_path):
         evaluate(replace(args, unseen=["zebra"]))
     report = evaluate(replace(args, unseen=[], leave_out=["car"]))
     assert report["metrics"]["mean_iou"] == pytest.approx(seen) and report["protocol"]["leave_out"] == ["car"]
+    assert report["classes_in_mean_iou"] == len(report["per_category"]) - 1

@@ -237,6 +237,7 @@ def test_matched_masks_are_copies_in_the_models_ids():
 
 def test_means_are_over_the_chosen_classes():
     matrix = torch.tensor([[2, 0, 2], [0, 0, 0], [1, 0, 3]])
+    assert scores_of_classes(matrix, [2, 0], leave_out=[0])["mean_iou"] == pytest.approx(3 / 6)
     scores = scores_of_classes(matrix, [2, 0])
     assert scores["per_category_iou"] == pytest.approx([3 / 6, 2 / 5])
-    assert scores["mean_iou"] == pytest.approx((3 / 6 + 2 / 5) / 2)
+    assert scores["mean_iou"] == pytest.approx((3 / 6 + 2 / 5) / 2) and scores["classes_in_mean_iou"] == 2

@@ -8,7 +8,12 @@ import pytest
 from denseclip_hf.evaluation.report import build_report, save_report
 
 
-SCORES = {"mean_iou": 0.5, "per_category_iou": [0.5, float("nan")], "per_category_accuracy": [0.25, 1.0]}
+SCORES = {
+    "mean_iou": 0.5,
+    "classes_in_mean_iou": 1,
+    "per_category_iou": [0.5, float("nan")],
+    "per_category_accuracy": [0.25, 1.0],
+}
 REPORT = build_report(SCORES, ['say "sky", or air', "road"])
 
 

@@ -48,7 +48,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     log_to_terminal()
     options = vars(parse(argv))
-    from ..conversion import convert_catseg, convert_clip, convert_release, sha256_of
+    from ..conversion import convert_catseg, convert_clip, convert_release
+    from ..files import sha256_of
 
     kind = options.pop("kind")
     if kind == "clip":

@@ -10,7 +10,7 @@ from .directory import DEFAULT_TOKENIZER
 from .keys import clip_key_table, convert_original_state_dict, rename
 from .options import config_from_original
 from .release import convert_release
-from .weights import CheckpointError, read_checkpoint, sha256_of, state_dict_of
+from .weights import CheckpointError, read_checkpoint, state_dict_of
 
 
 __all__ = [
@@ -27,6 +27,5 @@ __all__ = [
     "convert_release",
     "read_checkpoint",
     "rename",
-    "sha256_of",
     "state_dict_of",
 ]

@@ -1,6 +1,5 @@
 """Other people's checkpoint files as weights by name; nothing in them is run."""
 
-import hashlib
 import os
 import pickle
 import re
@@ -14,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
-from ..files import asked_by_pickle
+from ..files import asked_by_pickle, sha256_of
 from ..model.loading_denseclip import reason_of
 
 
@@ -155,12 +154,3 @@ def count_layers(weights: StateDict, pattern: str) -> int:
 def grid_side(positions: torch.Tensor) -> int:
     """Side of the square grid that `positions` `(1 + side * side, C)` belong to."""
     return round((len(positions) - 1) ** 0.5)
-
-
-def sha256_of(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -36,8 +36,6 @@ from ..model.configuration_denseclip import DenseCLIPConfig
 
 logger = logging.getLogger(__name__)
 
-SCORES = ("iou", "accuracy", "dice", "fscore", "precision")
-
 
 def match_classes(data: Mapping[int, str], model: Mapping[int, str]) -> list[int]:
     """
@@ -93,13 +91,9 @@ class MatchedSamples:
 
 def scores_of_classes(matrix, ids: Sequence[int], leave_out: Sequence[int] = ()) -> dict[str, Any]:
     """[`scores_from_confusion_matrix`] for the classes `ids` alone, in their order; means are without `leave_out`."""
-    scores = scores_from_confusion_matrix(matrix)
-    chosen: dict[str, Any] = {"overall_accuracy": scores["overall_accuracy"]}
-    for name in SCORES:
-        values = [scores[f"per_category_{name}"][i] for i in ids]
-        counted = [value for i, value in zip(ids, values, strict=True) if i not in leave_out]
-        chosen |= {f"mean_{name}": nan_mean(counted), f"per_category_{name}": values}
-    return chosen
+    others = set(range(len(matrix))).difference(ids).union(leave_out)
+    scores = scores_from_confusion_matrix(matrix, sorted(others))
+    return {name: [value[i] for i in ids] if isinstance(value, list) else value for name, value in scores.items()}
 
 
 def seen_and_unseen(iou: Sequence[float], names: Sequence[str], unseen: Sequence[str]) -> dict[str, float]:
@@ -149,7 +143,7 @@ def build_report(scores: Mapping[str, Any], names: Sequence[str], **description:
     lists = {key.removeprefix(prefix): values for key, values in scores.items() if key.startswith(prefix)}
     return {
         **description,
-        "classes_in_mean_iou": sum(not math.isnan(value) for value in lists["iou"]),
+        "classes_in_mean_iou": scores["classes_in_mean_iou"],
         "metrics": {key: value for key, value in scores.items() if isinstance(value, float)},
         "per_category": {name: {score: values[i] for score, values in lists.items()} for i, name in enumerate(names)},
     }

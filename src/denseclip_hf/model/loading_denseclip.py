@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from typing import Any
 
 import torch
@@ -173,26 +174,17 @@ def load_clip_weights(model: nn.Module, clip: PreTrainedModel) -> None:
     model.clip.load_state_dict(weights)
 
 
-def loading_report(model: nn.Module, clip: PreTrainedModel, backbone: PreTrainedModel | None = None) -> str:
-    """What came from `clip`, and from `backbone` where there is one, and what is new, in one message."""
-    counts = {"loaded": 0}
+def loading_report(model: nn.Module, *sources: PreTrainedModel) -> str:
+    """What of `model` came from `sources`, and what is new, in one message."""
+    counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        part = "loaded" if part in ("clip", "backbone") else part
-        counts[part] = counts.get(part, 0) + parameter.numel()
-    loaded = counts.pop("loaded")
-    before, after = clip.config.vision_config.image_size, model.config.image_size
-    stride = model.config.embedding_stride
-    grid = ""
-    if backbone is None:
-        grid = f"{before // stride}x{before // stride} positions"
-        grid += f" resized to {after // stride}x{after // stride} " if before != after else " "
-    new = ", ".join(f"{part} ({count:,} parameters)" for part, count in counts.items())
-    sources = [clip] if backbone is None else [backbone, clip]
+        counts[name.split(".")[0]] += parameter.numel()
+    loaded = counts.pop("clip", 0) + counts.pop("backbone", 0)
     names = " and ".join(source.config.name_or_path or type(source).__name__ for source in sources)
+    new = ", ".join(f"{part} ({count:,} parameters)" for part, count in counts.items())
     return (
-        f"Loaded {loaded:,} parameters from {names} ({grid}for images of {after} pixels). Newly initialized, to be "
-        f"trained: {new}."
+        f"Loaded {loaded:,} parameters from {names}, for images of {model.config.image_size} pixels. Newly "
+        f"initialized, to be trained: {new}."
     )
 
 

@@ -1116,7 +1116,7 @@ class DenseCLIPForSemanticSegmentation(DenseCLIPModel):
         options = {"backbone_config": shared_config(backbone), "backbone_image_size": image_size, **normalization}
         model = cls._around(clip, class_names(id2label), tokenizer, None, {**options, **config})
         model.backbone.load_state_dict(backbone.state_dict())
-        logger.info(loading_report(model, clip, backbone))
+        logger.info(loading_report(model, backbone, clip))
         return model
 
     def _resize_decoder(self, kept: list[tuple[int, int]], num_labels: int) -> None:

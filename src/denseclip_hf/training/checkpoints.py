@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent: written aside, listed in a manifest, then moved; verified on resume."""
 
-import hashlib
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
-from ..files import complete_or_gone, sync, write_atomically
+from ..files import complete_or_gone, sha256_of, sync, write_atomically
 from ..sharing import CARD, add_code, write_card
 from .adapters import load_added_adapter
 from .arguments import NO_PUSH
@@ -48,11 +47,7 @@ def _described(path: Path) -> dict[str, Any] | None:
     """Size and SHA-256 of a file; `None` if there is none."""
     if not path.is_file():
         return None
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def check_whole(checkpoint: str | os.PathLike) -> None:
