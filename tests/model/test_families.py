@@ -127,9 +127,12 @@ for folder in Path(sys.argv[1]).iterdir():
 
 @pytest.mark.slow
 def test_remote_code_without_the_package(tmp_path):
-    families = [name for name in FAMILIES if name != "Siglip 2"]
-    for family in families:
-        model, _ = segmenter_of(family)
+    models = {name: segmenter_of(name)[0] for name in FAMILIES if name != "Siglip 2"}
+    stages = transformers.ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 1, 1])
+    models["a backbone"] = DenseCLIPForSemanticSegmentation.from_backbone(
+        stages, image_text_model("MetaClip2"), NAMES, tokenizer_of("MetaClip2"), **SIZES
+    ).eval()
+    for family, model in models.items():
         model.save_pretrained(tmp_path / "models" / family)
         DenseCLIPImageProcessor().save_pretrained(tmp_path / "models" / family)
         add_code(tmp_path / "models" / family)
@@ -144,7 +147,7 @@ def test_remote_code_without_the_package(tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    assert sorted(result.stdout.split()) == sorted(families), result.stderr
+    assert sorted(result.stdout.splitlines()) == sorted(models), result.stderr
 
 
 @pytest.mark.slow
