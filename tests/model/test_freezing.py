@@ -73,18 +73,16 @@ def test_other_classes_are_refused(frozen, kind, tmp_path):
     for other in ({"num_labels": 7}, {"id2label": {0: "sky", 1: "road", 2: "sea"}}):
         with pytest.raises(ValueError, match="frozen"):
             load(tmp_path, ignore_mismatched_sizes=True, **other)
-    config = tiny_config(kind, num_labels=7, frozen_classes=True)
-    with pytest.raises(ValueError, match="noise"):
-        load(tmp_path, config=config, ignore_mismatched_sizes=True)
-    with pytest.raises(ValueError, match="noise"):
-        load(tmp_path, frozen_classes=False)
     assert load(tmp_path, num_labels=3).config.frozen_classes
-
-
-def test_a_whole_model_is_not_loaded_as_a_frozen_one(kind, tmp_path):
-    tiny_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="noise"):
-        AutoModelForSemanticSegmentation.from_pretrained(tmp_path, frozen_classes=True)
+    tiny_model(kind).save_pretrained(tmp_path / "whole")
+    config = tiny_config(kind, num_labels=7, frozen_classes=True)
+    for folder, options in (
+        (tmp_path, {"config": config, "ignore_mismatched_sizes": True}),
+        (tmp_path, {"frozen_classes": False}),
+        (tmp_path / "whole", {"frozen_classes": True}),
+    ):
+        with pytest.raises(ValueError, match="noise"):
+            load(folder, **options)
 
 
 def test_without_text_there_is_nothing_to_freeze(kind):

@@ -113,31 +113,31 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("clip", "error", "sentence"),
+    ("clip", "error", "named"),
     [
-        ("no/such/directory", OSError, "no/such/directory is neither a folder here nor a name on the Hub"),
-        ("no-such-name", OSError, "no-such-name is neither a folder here"),
-        (torch.nn.Identity(), ValueError, "`clip` is a Identity: give a whole `CLIPModel`"),
+        ("no/such/directory", OSError, "no/such/directory"),
+        ("no-such-name", OSError, "no-such-name"),
+        (torch.nn.Identity(), ValueError, "Identity"),
     ],
 )
-def test_what_is_no_clip_is_refused(clip, error, sentence):
-    with pytest.raises(error, match=sentence):
+def test_what_is_no_clip_is_refused(clip, error, named):
+    with pytest.raises(error, match=named):
         DenseCLIPForSemanticSegmentation.from_clip(clip, ["sky"], Tokenizer())
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "sentence"),
+    ("file", "content", "part"),
     [
-        ("model.safetensors", b"", "the model in .* cannot be loaded .*download or save it again"),
-        ("config.json", b'{"model_type": "clip", "vision_config": 5}', "the model in .* cannot be loaded"),
-        ("tokenizer.json", b"{}", "the tokenizer in .* cannot be loaded"),
-        ("tokenizer.json", b'{"model":', "the tokenizer in .* cannot be loaded"),
+        ("model.safetensors", b"", "model"),
+        ("config.json", b'{"model_type": "clip", "vision_config": 5}', "model"),
+        ("tokenizer.json", b"{}", "tokenizer"),
+        ("tokenizer.json", b'{"model":', "tokenizer"),
     ],
 )
-def test_a_damaged_clip_is_refused_by_name(tmp_path, file, content, sentence):
+def test_a_damaged_clip_is_refused_by_name(tmp_path, file, content, part):
     make_example_clip(tmp_path / "clip")
     (tmp_path / "clip" / file).write_bytes(content)
-    with pytest.raises(ValueError, match=sentence) as caught:
+    with pytest.raises(ValueError, match=part) as caught:
         load_clip(tmp_path / "clip")
     assert str(tmp_path / "clip") in str(caught.value) and "\n" not in str(caught.value)
 

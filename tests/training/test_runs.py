@@ -57,35 +57,31 @@ def test_a_run_that_never_trained_is_in_nobodys_way(tmp_path):
 
 
 def test_another_recipe_is_refused(run):
-    with pytest.raises(ValueError, match="another recipe .seed 1 -> 2."):
-        prepare_run(run, {**RECIPE, "seed": 2})
-    with pytest.raises(ValueError, match="another recipe .max_steps 10 -> 5."):
-        prepare_run(run, {**RECIPE, "max_steps": 5})
+    for change, said in (({"seed": 2}, "seed 1 -> 2"), ({"max_steps": 5}, "max_steps 10 -> 5")):
+        with pytest.raises(ValueError, match=said):
+            prepare_run(run, {**RECIPE, **change})
 
 
 def test_what_an_earlier_version_did_not_write_down_is_no_other_recipe(run):
     assert prepare_run(run, {"learning_rate": 1.0, "new": True})
 
 
-def test_a_finished_run_is_refused_unless_it_goes_on_for_longer(run):
+def test_a_finished_run_is_refused_unless_it_goes_on_for_longer(run, tmp_path_factory):
+    """Without checkpoints there is nothing to go on from, and the model is not overwritten."""
     (run / "README.md").touch(), (run / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="finished run"):
-        prepare_run(run, RECIPE)
+    bare = tmp_path_factory.mktemp("bare")
+    write_recipe(bare, RECIPE)
+    (bare / "model.safetensors").touch()
+    for folder in (run, bare):
+        with pytest.raises(ValueError, match="finished"):
+            prepare_run(folder, RECIPE)
     assert prepare_run(run, {**RECIPE, "max_steps": 20})
-
-
-def test_a_model_without_checkpoints_is_not_overwritten(tmp_path):
-    """Its evaluation failed, and there is nothing to go on from."""
-    write_recipe(tmp_path, RECIPE)
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="finished run"):
-        prepare_run(tmp_path, RECIPE)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"seed": ', b"5", b"\xff"])
 def test_a_damaged_recipe_is_refused_by_name(run, content):
     (run / "recipe.json").write_bytes(content)
-    with pytest.raises(ValueError, match="recipe.json is damaged"):
+    with pytest.raises(ValueError, match="recipe.json"):
         prepare_run(run, RECIPE)
 
 
@@ -173,7 +169,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(run, caplo
 
 def test_the_only_checkpoint_is_refused_where_it_is_damaged(run):
     (run / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged .optimizer.pt"):
+    with pytest.raises(ValueError, match="checkpoint-2 .*optimizer.pt"):
         newest_whole_checkpoint(run)
     assert (run / "checkpoint-2").exists()
 
@@ -184,7 +180,7 @@ def test_the_only_checkpoint_is_refused_where_it_is_damaged(run):
 def test_a_checkpoint_without_the_state_of_training_is_refused(run, file, what):
     (run / "checkpoint-2" / file).unlink(), (run / "checkpoint-2" / "manifest.json").unlink()
     write_manifest(run / "checkpoint-2")
-    with pytest.raises(ValueError, match=f"without {what}, .*--model"):
+    with pytest.raises(ValueError, match=what):
         check_whole(run / "checkpoint-2")
 
 
@@ -193,7 +189,7 @@ def test_the_trainer_resumes_from_no_damaged_checkpoint(tmp_path, file):
     trainer_for(tmp_path, save_strategy="steps", save_steps=2, evaluate=False).train()
     damaged = tmp_path / "checkpoint-4" / file
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"checkpoint-4 is damaged .{file}"):
+    with pytest.raises(ValueError, match=f"checkpoint-4 .*{file}"):
         trainer_for(tmp_path, evaluate=False).train(resume_from_checkpoint=str(damaged.parent))
     trainer = trainer_for(tmp_path, evaluate=False)
     trainer.train(resume_from_checkpoint=True)
@@ -233,20 +229,20 @@ def test_a_data_set_may_move_but_not_change(tmp_path):
     moved = data.rename(tmp_path / "there")
     assert prepare_run(tmp_path / "run", recipe(moved))
     (moved / "masks" / "0.png").unlink()
-    with pytest.raises(ValueError, match="another recipe .dataset "):
+    with pytest.raises(ValueError, match="dataset"):
         prepare_run(tmp_path / "run", recipe(moved))
 
 
 def test_a_checkpoint_of_another_recipe_or_of_none_is_refused(tmp_path):
     checkpoint = tmp_path / "other" / "checkpoint-4"
-    with pytest.raises(ValueError, match="checkpoint-4 is no checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint-4"):
         check_checkpoint(checkpoint, RECIPE)
     make_checkpoint(checkpoint)
-    with pytest.raises(ValueError, match="lies in no run"):
+    with pytest.raises(ValueError, match="--model"):
         check_checkpoint(checkpoint, RECIPE)
     write_recipe(tmp_path / "other", RECIPE)
     check_checkpoint(checkpoint, RECIPE)
-    with pytest.raises(ValueError, match="of another recipe .seed 1 -> 2."):
+    with pytest.raises(ValueError, match="seed 1 -> 2"):
         check_checkpoint(checkpoint, {**RECIPE, "seed": 2})
 
 
