@@ -45,6 +45,7 @@ MAX_FILE_BYTES = 1 << 30
 # Of one image, decoded and as it is converted to RGB.
 MAX_DECODED_BYTES = 1 << 30
 BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+COLORS_AT_ONCE = 1 << 22
 NO_COLOR = 1 << 24  # beyond the codes of colors
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -214,11 +215,8 @@ def _lossy(image: Image.Image, content: bytes) -> str | None:
         return "TIFF with JPEG or WebP compression"
     if image.format == "WEBP" and content and b"VP8L" not in content:
         return "lossy WebP"
-    if image.format == "JPEG2000" and content:
-        # The marker of the coding style, and in it which wavelet: 1 is reversible.
-        wavelet = content.find(b"\xff\x52", content.find(b"\xff\x4f\xff\x51")) + 13
-        if content[wavelet : wavelet + 1] == b"\0":
-            return "lossy JPEG 2000"
+    if image.format == "JPEG2000":  # a reversible wavelet does not tell whether bits were left out for a smaller file
+        return "JPEG 2000"
     return None
 
 
@@ -323,7 +321,7 @@ class SampleReader:
             if mask is None:
                 return self._ids(stored)
             if kind := _lossy(mask, content):
-                raise ValueError(f"is a {kind}, whose compression changes ids; save masks as PNG")
+                raise ValueError(f"is a {kind}, whose compression may change ids; save masks as PNG")
             if mask.mode in ("P", "1"):  # in one bit, 0 is black and 1 is white
                 colors = [0, 0, 0, 255, 255, 255] if mask.mode == "1" else mask.getpalette("RGB") or []
                 return self._ids_of_palette(stored, np.reshape(colors, (-1, 3)))
@@ -410,19 +408,21 @@ class SampleReader:
         """The class ids of colors, and which of them are in the palette."""
         known, classes = self._colors
         positions = np.minimum(np.searchsorted(known, codes), len(known) - 1)
-        return classes[positions], known[positions] == codes
+        return self._typed(classes[positions]), known[positions] == codes
 
     def _ids_of_colors(self, pixels: np.ndarray) -> np.ndarray:
         """Class ids of an (h, w, 3) mask in the palette's colors, or with the id in each of three channels."""
-        is_gray = bool((pixels[..., :1] == pixels).all())
         if not self.palette or self._shares_colors:
-            if is_gray and not self.palette:
+            if _is_gray(pixels) and not self.palette:
                 return self._ids_of_grays(pixels[..., 0])
             raise ValueError("is in color, so every class needs a color of its own in the palette; or save ids")
-        ids, is_known = self._of_colors(_color_codes(pixels))
+        # In parts, as codes and their places take many times the memory of the mask.
+        parts = np.array_split(pixels, 1 + pixels.size // COLORS_AT_ONCE)
+        found = [self._of_colors(_color_codes(part)) for part in parts]
+        ids, is_known = (np.concatenate(kind) for kind in zip(*found, strict=True))
         if is_known.all():
-            return self._typed(ids)
-        if is_gray:
+            return ids
+        if _is_gray(pixels):
             return self._ids_of_grays(pixels[..., 0])
         color = tuple(pixels[~is_known][0].tolist())
         raise ValueError(f"holds the color {color}; add it to the palette or, if it means no class, ignore_colors")
@@ -449,7 +449,7 @@ class SampleReader:
                 ids[index], is_known[index] = self.ignore_index, True
         if not is_own or not is_known[used].all():
             return self._ids(indices)
-        return self._typed(ids)[indices]
+        return ids[indices]
 
     def _ids_of_grays(self, grays: np.ndarray) -> np.ndarray:
         """Class ids of a mask of ids, or where all colors of the palette are grays, of these."""
@@ -461,7 +461,7 @@ class SampleReader:
         ids, is_known = self._of_colors(_color_codes(np.repeat(used.clip(0, 255)[:, None], 3, 1)))
         is_known &= used < 256
         if is_known.all():
-            return self._typed(ids)[np.searchsorted(used, grays)]
+            return ids[np.searchsorted(used, grays)]
         meant = zip(used[is_known].tolist(), ids[is_known].tolist(), strict=True)
         if any(self._meaning(value) not in (None, class_id) for value, class_id in meant):
             raise ValueError(
@@ -502,6 +502,10 @@ class SampleReader:
     def _typed(self, ids: np.ndarray) -> np.ndarray:
         is_small = self.num_labels <= 256 and 0 <= self.ignore_index <= 255
         return ids.astype(np.uint8 if is_small else np.int32)
+
+
+def _is_gray(pixels: np.ndarray) -> bool:
+    return bool((pixels[..., :1] == pixels).all())
 
 
 def _check_size(shape: tuple[int, ...], mask: str, image: Image.Image | None) -> None:
