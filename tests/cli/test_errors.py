@@ -13,7 +13,10 @@ def test_training_without_a_directory_is_refused(capsys):
     assert capsys.readouterr().err == "error: give `--output_dir`, by flag or recipe: see `--help`.\n"
 
 
-@pytest.mark.parametrize(("error", "code"), [(ValueError("the mask is missing"), 1), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("the mask is missing"), 1), (ImportError("the mask is missing"), 1), (KeyboardInterrupt(), 130)],
+)
 def test_commands_end_in_one_sentence_and_as_shells_expect(capsys, error, code):
     @one_sentence_errors
     def main():

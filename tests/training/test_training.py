@@ -151,6 +151,12 @@ def test_neither_a_push_nor_an_order_that_is_not_random_is_taken_from_trainer(tm
         trainer_for(tmp_path, train_sampling_strategy="sequential").train()
 
 
+def test_a_missing_logger_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("denseclip_hf.training.arguments.is_mlflow_available", lambda: False)
+    with pytest.raises(ValueError, match="pip install mlflow"):
+        DenseCLIPTrainingArguments("unused", report_to="mlflow")
+
+
 @pytest.mark.parametrize("capable", [False, True])
 def test_bf16_is_taken_where_the_hardware_has_it(tmp_path, caplog, monkeypatch, capable):
     monkeypatch.setattr("denseclip_hf.training.arguments.has_bf16", lambda cpu: capable)

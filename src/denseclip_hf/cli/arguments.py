@@ -229,7 +229,7 @@ def one_sentence_errors(main: Callable) -> Callable:
             if exit_code is None:
                 logger.warning("interrupted")
             sys.exit(exit_code or 128 + signal.SIGINT)
-        except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
+        except (ValueError, OSError, RuntimeError, ImportError, StrictDataclassError) as error:
             logger.debug("traceback", exc_info=True)
             sys.stderr.write(f"error: {sentence_of(error)}\n")
             sys.exit(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import is_mlflow_available
 
 from ..model.configuration_clip_resnet import refuse_first
 from ..options import TrainingOptions
@@ -90,6 +91,8 @@ class DenseCLIPTrainingArguments(TrainingOptions, TrainingArguments):  # type: i
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
         super().__post_init__()
+        if "mlflow" in (self.report_to or ()) and not is_mlflow_available():  # else a traceback follows its callback's error
+            raise ValueError("`report_to` is mlflow, which is not installed: `pip install mlflow`.")
 
 
 __all__ = ["DenseCLIPTrainingArguments"]
