@@ -208,6 +208,9 @@ class DataArguments(DatasetArguments):
         default=1000, metadata={"help": "Samples, still encoded, from which a stream's next is drawn."}
     )
     crop_size: int = field(default=512, metadata={"help": "Side of the training crops."})
+    native_resolution: bool = field(
+        default=False, metadata={"help": "Cut crops and windows from images as they are, without resizing them first."}
+    )
     scale_long: int = field(default=2048, metadata={"help": "Longest side an image is resized to."})
     scale_short: int | None = field(
         default=None, metadata={"help": "Short side an image is resized to, `crop_size` by default."}

@@ -4,6 +4,7 @@ Letter key: H, W the crop; h, w the image as stored. Images are 8-bit RGB, masks
 """
 
 import itertools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ class TrainTransform:
 
     Args:
         crop_size: side, or (height, width), of what comes out, in pixels.
-        scale: (long, short) sides in pixels that a ratio of 1 resizes to; the aspect ratio is kept.
+        scale: (long, short) sides in pixels that a ratio of 1 resizes to, the aspect ratio kept; None for the image's
+            own size, however large.
         ratio_range: lowest and highest factor on `scale`, drawn uniformly.
         cat_max_ratio: a crop is redrawn, up to ten times, while one class fills this share of its labeled pixels
             or only one class is labeled; 1 takes the first crop.
@@ -144,7 +146,7 @@ class TrainTransform:
     """
 
     crop_size: int | tuple[int, int] = 512
-    scale: tuple[int, int] = (2048, 512)
+    scale: tuple[int, int] | None = (2048, 512)
     ratio_range: tuple[float, float] = (0.5, 2.0)
     cat_max_ratio: float = 0.75
     flip_probability: float = 0.5
@@ -156,7 +158,7 @@ class TrainTransform:
     def __post_init__(self):
         side = self.crop_size
         self._crop: tuple[int, int] = (side, side) if isinstance(side, int) else (side[0], side[1])
-        if min(self._crop) < 1 or min(self.scale) < 1:
+        if min(*self._crop, *(self.scale or ())) < 1:
             raise ValueError(f"crop_size {self.crop_size} and scale {self.scale} must be positive numbers of pixels.")
         if not 0 < self.ratio_range[0] <= self.ratio_range[1]:
             raise ValueError(f"ratio_range {self.ratio_range} must be (lowest, highest), both above 0.")
@@ -183,10 +185,18 @@ class TrainTransform:
                 f"{mask.shape[1]}x{mask.shape[0]}; save both at the same size."
             )
         ratio = rng.uniform(*self.ratio_range)
-        short, long = sorted(int(side * ratio) for side in self.scale)
-        new_size = fit_within(mask.shape[0], mask.shape[1], short, long)
-        rows, columns = _nearest(mask.shape[0], new_size[0]), _nearest(mask.shape[1], new_size[1])
-        box, labels = self._random_crop(mask, rows.numpy(), columns.numpy(), rng)
+        if self.scale is None:  # cut first, so that no more than a crop is resized
+            sides = [math.ceil(side / ratio) for side in self._crop]
+            lines = [np.arange(side) for side in mask.shape]
+            (top, left, bottom, right), mask = self._random_crop(mask, lines, sides, rng)
+            image = image.crop((left, top, right, bottom))
+            height, width = (max(1, round(side * ratio)) for side in mask.shape)
+            new_size = (min(height, self._crop[0]), min(width, self._crop[1]))
+        else:
+            short, long = sorted(int(side * ratio) for side in self.scale)
+            new_size = fit_within(mask.shape[0], mask.shape[1], short, long)
+        lines = [_nearest(old, new).numpy() for old, new in zip(mask.shape, new_size, strict=True)]
+        box, labels = self._random_crop(mask, lines, self._crop, rng)
         flip = rng.random() < self.flip_probability
         crop = resize_region(image, new_size, box).contiguous()
         if flip:
@@ -201,13 +211,13 @@ class TrainTransform:
         return {"pixel_values": pixel_values, "labels": class_ids}
 
     def _random_crop(
-        self, mask: np.ndarray, rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator
+        self, mask: np.ndarray, lines: Sequence[np.ndarray], sides: Sequence[int], rng: np.random.Generator
     ) -> tuple[tuple[int, int, int, int], np.ndarray]:
-        """The box (top, left, bottom, right) in the resized image, whose pixels are these of the mask; its labels."""
-        new_size = (len(rows), len(columns))
+        """A box (top, left, bottom, right) of `sides` among these rows and columns of the mask, and its labels."""
+        rows, columns = lines
         for _ in range(MAX_CROP_DRAWS):
-            top, left = (int(rng.integers(max(n - c, 0) + 1)) for n, c in zip(new_size, self._crop, strict=True))
-            bottom, right = min(top + self._crop[0], new_size[0]), min(left + self._crop[1], new_size[1])
+            top, left = (int(rng.integers(max(len(n) - c, 0) + 1)) for n, c in zip(lines, sides, strict=True))
+            bottom, right = min(top + sides[0], len(rows)), min(left + sides[1], len(columns))
             labels = mask[rows[top:bottom]].take(columns[left:right], axis=1)
             if self.cat_max_ratio >= 1 or crop_is_varied(labels, self.cat_max_ratio, self.ignore_index):
                 break

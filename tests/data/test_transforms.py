@@ -138,13 +138,12 @@ def test_padding_uses_the_ignore_index(ignore_index):
     assert np.array_equal(result["labels"][:60, :80], mask) and np.array_equal(mask, before)
 
 
+@pytest.mark.parametrize("scale", [(256, 64), None])
 @pytest.mark.parametrize("index", range(6))
-def test_image_and_mask_stay_aligned(index):
+def test_image_and_mask_stay_aligned(index, scale):
     mask = make_sample(height=120, width=160, seed=index)[1]
     colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=np.uint8)
-    transform = TrainTransform(
-        crop_size=48, scale=(256, 64), photometric=False, image_mean=(0, 0, 0), image_std=(1, 1, 1)
-    )
+    transform = TrainTransform(crop_size=48, scale=scale, photometric=False, image_mean=(0, 0, 0), image_std=(1, 1, 1))
     result = transform(Image.fromarray(colors[mask]), mask, sample_rng(0, 0, index))
     labels = result["labels"]
     labeled = labels != 255
@@ -152,6 +151,29 @@ def test_image_and_mask_stay_aligned(index):
     wrong = (result["pixel_values"] - expected).abs().amax(0) > 0.5
     # Only pixels on the border of two blocks may differ.
     assert wrong[labeled].float().mean() < 0.05
+
+
+def test_without_a_scale_crops_are_parts_of_the_image_as_it_is():
+    """At a ratio of 1 its very pixels; at others as much of it as fills the crop."""
+    rows, columns = np.mgrid[:200, :150]
+    image = Image.fromarray(np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8))
+    mask = (rows * 150 + columns).astype(np.int32)
+    options = {"crop_size": (32, 40), "scale": None, "image_mean": (0, 0, 0), "image_std": (1, 1, 1)}
+    for ratio in (0.5, 0.7, 1, 1.9):
+        transform = whole_only(**options, ratio_range=(ratio, ratio), ignore_index=-1)
+        crops = [transform(image, mask, sample_rng(0, 0, index)) for index in range(20)]
+        for crop in crops:
+            labels, pixels = crop["labels"], (crop["pixel_values"] * 255).round()
+            seen = torch.stack([labels // 150, labels % 150])
+            assert (labels >= 0).all() and (pixels[:2] - seen).abs().max() <= (ratio != 1)
+            assert (
+                seen.amax((1, 2)) - seen.amin((1, 2)) - torch.tensor([32, 40]) / ratio
+            ).abs().max() <= 1 + 1 / ratio
+        assert len({int(crop["labels"][0, 0]) for crop in crops}) > 10
+    small = whole_only(crop_size=300, scale=None, ratio_range=(1, 1), ignore_index=-1)(
+        image, mask, sample_rng(0, 0, 0)
+    )
+    assert np.array_equal(small["labels"][:200, :150], mask) and (small["labels"][200:] == -1).all()
 
 
 def test_flip_turns_image_and_mask():

@@ -15,7 +15,8 @@ from denseclip_hf import (
     DenseCLIPTrainingArguments,
 )
 from denseclip_hf.cli.arguments import parse_arguments
-from denseclip_hf.evaluation.measurement import EvaluationArguments
+from denseclip_hf.evaluation import EvaluationArguments, measure
+from denseclip_hf.inference import Segmenter, load_model, segment_in_windows
 from denseclip_hf.training.recipe import (
     DataArguments,
     ModelArguments,
@@ -177,6 +178,30 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
     assert len(trainer.model.config.palette) == 3
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= saved
+
+
+def test_a_model_trained_at_native_resolution_goes_on_at_it(folder, tmp_path):
+    """Crops of the image as it is; the same windows in training's evaluation, in `evaluate` and in `predict`."""
+    args = DenseCLIPTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    model_args, data_args = tiny_arguments(folder)
+    with pytest.raises(ValueError, match="scale_long"):
+        make_trainer(model_args, replace(data_args, native_resolution=True), args)
+    data_args = DataArguments(dataset=str(folder), crop_size=64, native_resolution=True)
+    trainer, data = make_trainer(model_args, data_args, args)
+    trainer.train()
+    measured = trainer.evaluate()
+    trainer.save_model()
+    out, options = str(tmp_path / "out"), {"output_dir": str(tmp_path / "report"), "update_card": False}
+    for asked in (False, True):
+        report = measure(EvaluationArguments(model=out, dataset=str(folder), native_resolution=asked, **options))
+        assert report["metrics"]["mean_iou"] == measured["eval_mean_iou"] and report["protocol"]["size"] is None
+    model, processor = load_model(out)
+    image = data.validation[0]["image"]
+    expected, _ = segment_in_windows(model, image, processor)
+    assert torch.equal(Segmenter(model, processor)([image])[0].ids, expected)
 
 
 def test_a_backbone_is_trained_beside_the_texts_of_a_clip(folder, tmp_path):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from ..data import name_of
-from ..inference import batches_of_one_size
+from ..inference import batches_of_one_size, is_native, segment_in_windows
 from ..metrics import MeanIoU, scores_from_confusion_matrix
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, eval_mode
 from ..model.resizing_denseclip import resize_argmax, resize_labels
@@ -105,6 +105,8 @@ def evaluate_segmentation(
     length = len(samples) if hasattr(samples, "__len__") else None
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     config, device = model.config, accelerator.device if accelerator and world > 1 else model.device
+    if predict is None and image_processor is not None and is_native(model, image_processor):
+        predict = lambda image: segment_in_windows(model, image, image_processor)[0].long()  # noqa: E731
     prepare = _Preparation(None if predict else image_processor)
     share = (_StreamShare if length is None else _Share)(samples, world, rank, prepare)
     workers = 0 if length is None else num_workers

@@ -27,7 +27,6 @@ from ..inference import (
     load_model,
     multi_scale_segmentation,
     overlay,
-    segment_in_windows,
 )
 from ..metrics import boundary_counts, confusion_matrix
 from ..model.class_names_denseclip import class_phrasings
@@ -144,8 +143,6 @@ def _prediction_function(
         return partial(
             multi_scale_segmentation, model, scales=args.scales, flip=args.flip, image_processor=image_processor
         )
-    if args.native_resolution:
-        return lambda image: segment_in_windows(model, image, image_processor)[0].long()
     return None
 
 

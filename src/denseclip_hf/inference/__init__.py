@@ -18,6 +18,7 @@ from .sources import Source, find_sources, read_image_of
 from .views import (
     LOADING_DTYPES,
     batches_of_one_size,
+    is_native,
     load_model,
     multi_scale_probabilities,
     multi_scale_segmentation,
@@ -39,6 +40,7 @@ __all__ = [
     "find_sources",
     "heat_map",
     "indexed_image",
+    "is_native",
     "load_model",
     "multi_scale_probabilities",
     "multi_scale_segmentation",

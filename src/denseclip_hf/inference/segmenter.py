@@ -25,7 +25,7 @@ from ..model.towers_denseclip import check_normalization
 from ..words import WordOptions, WordReader, set_options
 from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_image, overlay_with_legend
 from .sources import Source, read_frames, read_image_of
-from .views import batches_of_one_size, segment_in_windows
+from .views import batches_of_one_size, is_native, segment_in_windows
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class Segmenter:
         options ([`WordOptions`]): how words are read. Its `threshold` is for the model's own classes too (softmax of
             the logits): less probable pixels become `void`, 255, or 65535 if there are more than 255 classes.
         certainty (`bool`): whether each pixel's probability is wanted.
-        native_resolution (`bool`): segment in windows of the config's `crop_size` without resizing the image.
+        native_resolution (`bool`): segment in windows of the config's `crop_size` without resizing the image, as a
+            model that was trained so does unasked.
 
     Raises:
         ValueError: for an image processor of another family; for words without a tokenizer, given twice, empty or too
@@ -93,7 +94,8 @@ class Segmenter:
         check_normalization(image_processor, model.config)
         self.model, self.image_processor, self.options = model.eval(), image_processor, options or WordOptions()
         set_options(model, self.options.settings())
-        self.certainty, self.native_resolution = certainty, native_resolution
+        self.certainty = certainty
+        self.native_resolution = native_resolution or (not words and is_native(model, image_processor))
         self.classes = class_phrasings(words) if words else []
         own_names = [model.config.id2label[i] for i in range(len(model.config.id2label))]
         if not words and not isinstance(model, DenseCLIPForSemanticSegmentation):

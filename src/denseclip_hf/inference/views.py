@@ -181,6 +181,11 @@ def segment_in_windows(
     return ids, certainty
 
 
+def is_native(model: DenseCLIPModel, image_processor) -> bool:
+    """Whether a model and its image processor take images in windows and at their own resolution."""
+    return model.config.inference_mode == "slide" and not image_processor.do_resize
+
+
 def multi_scale_probabilities(
     model: DenseCLIPForSemanticSegmentation,
     images,

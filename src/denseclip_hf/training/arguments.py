@@ -91,7 +91,8 @@ class DenseCLIPTrainingArguments(TrainingOptions, TrainingArguments):  # type: i
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
         super().__post_init__()
-        if "mlflow" in (self.report_to or ()) and not is_mlflow_available():  # else a traceback follows its callback's error
+        # Its callback's own error is followed by a traceback.
+        if "mlflow" in (self.report_to or ()) and not is_mlflow_available():
             raise ValueError("`report_to` is mlflow, which is not installed: `pip install mlflow`.")
 
 

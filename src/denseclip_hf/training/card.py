@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data import SegmentationData, default_palette
+from ..data import SegmentationData
 from ..evaluation import protocol_of
-from ..inference import overlay_with_legend
+from ..inference import Segmenter, overlay_with_legend
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..sharing import shown_name, write_card
@@ -48,7 +48,8 @@ def write_training_card(
             "dataset": data_args.dataset,
             "split": data.split_names.get("validation", f"held out of {data.split_names.get('train', 'the data')}"),
             "num_images": metrics["eval_num_images"],
-            "protocol": protocol_of(model.config, processor.size) | {"dtype": precision(args)},
+            "protocol": protocol_of(model.config, processor.size if processor.do_resize else None)
+            | {"dtype": precision(args)},
             "metrics": {key.removeprefix("eval_"): value for key, value in metrics.items()},
             "per_category": _per_category(metrics, model.config.id2label),
         }
@@ -113,16 +114,14 @@ def precision(args: Any) -> str:
     return {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision, args.mixed_precision)
 
 
-@torch.no_grad()
 def draw_example(
     model: DenseCLIPForSemanticSegmentation, processor: DenseCLIPImageProcessorPil, image: Any
 ) -> Image.Image:
     """`image` with `model`'s prediction painted over it, and a legend."""
     photo = image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    outputs = model(**processor(photo, return_tensors="pt"))
-    (prediction,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[photo.size[::-1]])
-    palette = model.config.palette or default_palette(len(model.config.id2label))
-    return overlay_with_legend(photo, prediction.numpy(), model.config.id2label, palette)
+    segmenter = Segmenter(model, processor)
+    ids = segmenter([photo])[0].ids.numpy()
+    return overlay_with_legend(photo, ids, model.config.id2label, segmenter.palette)
 
 
 __all__ = ["draw_example", "training_summary", "write_training_card"]

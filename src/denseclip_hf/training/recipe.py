@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Of each split, looked at before training.
 CHECKED_SAMPLES = 20
+SIZES = ("scale_long", "scale_short", "eval_scale_short")
 
 
 def load_data(args: DataArguments) -> SegmentationData:
@@ -167,16 +168,21 @@ def make_trainer(
     set_seed(args.seed)
     known, given = DenseCLIPConfig(), _options(model_args.config, "config")  # before the data, which may take long
     refuse_unknown_options(known, {name: value for name, value in given.items() if name not in known.to_dict()})
+    native = data_args.native_resolution
+    if native and any(getattr(data_args, name) != getattr(DataArguments, name) for name in SIZES):
+        raise ValueError(f"`native_resolution` resizes nothing first: leave out {', '.join(SIZES)}.")
     data = load_data(data_args)
     if data_args.unseen:
         data = data.without(data_args.unseen)
     if data.train is None:
         raise ValueError(f"{data_args.dataset} has no training split: name it with `--train_split`.")
     model, tokenizer = model_to_train(model_args, data, data_args.crop_size)
+    if native:
+        model.config.inference_mode = "slide"
     short = data_args.scale_short or data_args.crop_size
     transform = TrainTransform(
         crop_size=data_args.crop_size,
-        scale=(data_args.scale_long, short),
+        scale=None if native else (data_args.scale_long, short),
         ratio_range=(data_args.ratio_min, data_args.ratio_max),
         cat_max_ratio=data_args.cat_max_ratio,
         photometric=data_args.photometric,
@@ -191,6 +197,7 @@ def make_trainer(
     size = {"shortest_edge": eval_short, "longest_edge": max(data_args.scale_long * eval_short // short, eval_short)}
     image_processor = DenseCLIPImageProcessorPil(
         size=size,
+        do_resize=not native,
         do_reduce_labels=data.do_reduce_labels,
         image_mean=model.tower.image_mean,
         image_std=model.tower.image_std,
