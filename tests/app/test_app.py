@@ -154,7 +154,7 @@ def test_uploads_at_a_time_and_what_is_kept_are_bounded(monkeypatch, tmp_path, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "named"), [([], "model"), (["--model", "no/where"], "no/where")])
+@pytest.mark.parametrize(("flags", "named"), [([], "openai/clip"), (["--model", "no/where"], "no/where")])
 def test_app_without_a_model_ends_with_one_sentence(flags, named):
     pytest.importorskip("gradio")
     environment = {k: v for k, v in os.environ.items() if k != "DENSECLIP_MODELS"} | {"HF_HUB_OFFLINE": "1"}

@@ -37,9 +37,8 @@ MAX_UPLOADS, MAX_KEPT_BYTES = 8, 2 << 30
 KEPT_SECONDS, CLEARING_SECONDS = 3600, 300  # how old a file becomes, and how often is looked
 OWN_CLASSES, NEW_WORDS = "the model's classes", "words of your own"
 LIMITS = (
-    "Every pixel goes to the word it matches best, however poorly, so give words for the rest of the scene too, or "
-    "leave out what is uncertain. Words are read from score maps alone: the decoder knows only the classes it was "
-    "trained with and takes no part, so outlines are coarse, and words far from those classes match less well."
+    "Every pixel goes to the word it matches best, however poorly: give words for the rest of the scene too, or leave "
+    "out what is uncertain. Outlines are coarse, because a decoder that was trained on other classes takes no part."
 )
 
 
@@ -97,8 +96,9 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
     """
     first = models.names[0]
 
-    def mode_of(name: str) -> str:
-        return OWN_CLASSES if models.has_classes(name) else NEW_WORDS
+    def mode_of(name: str) -> dict[str, Any]:
+        own = models.has_classes(name)
+        return {"value": OWN_CLASSES if own else NEW_WORDS, "visible": own}
 
     with Page(title="DenseCLIP", analytics_enabled=False, delete_cache=(CLEARING_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown("# DenseCLIP\nEvery pixel is matched with the names of classes.")
@@ -109,7 +109,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
                 image.preprocess = _path_of  # type: ignore
                 gr.Examples([str(file) for file in examples or drawn_examples()], image, label="Examples")
                 name = gr.Dropdown(models.names, value=first, label="Model", elem_id="model")
-                mode = gr.Radio([OWN_CLASSES, NEW_WORDS], value=mode_of(first), label="Segment into", elem_id="mode")
+                mode = gr.Radio([OWN_CLASSES, NEW_WORDS], label="Segment into", elem_id="mode", **mode_of(first))
                 with gr.Column(visible=not models.has_classes(first)) as words_part:
                     words = gr.Textbox(
                         "\n".join(models.classes(first)),
@@ -172,7 +172,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
         @one_sentence
         def on_model(name):
             classes = models.classes(name)
-            return "\n".join(classes), gr.Dropdown(choices=classes, value=[]), mode_of(name)
+            return "\n".join(classes), gr.Dropdown(choices=classes, value=[]), gr.Radio(**mode_of(name))
 
         @one_sentence
         def on_ask(image, name, threshold, words=None, sentences=False):

@@ -1,14 +1,14 @@
 """Open a page to try DenseCLIP models on one's own images.
 
-    pip install 'denseclip_hf[app]'
-    denseclip app --model outputs/demo/model
-    denseclip app --model openai/clip-vit-base-patch16    # words of your own on a CLIP that nobody trained further
+    denseclip app                               # words of your own on a CLIP as it is, openai/clip-vit-base-patch16
+    denseclip app --model outputs/demo/model    # a trained model's classes, and words
 
-Several models can be given, by directory or by name on the Hub; without `--model` they are read from the environment
-variable DENSECLIP_MODELS (with commas between them), as a Space has it. See docs/app.md.
+Several models can be given, by directory or by name on the Hub. Without `--model` they are read from the environment
+variable DENSECLIP_MODELS (with commas between them), as a Space has it.
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 
@@ -26,13 +26,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", help="address to listen at; by default GRADIO_SERVER_NAME or 127.0.0.1")
     parser.add_argument("--port", type=int, help="by default GRADIO_SERVER_PORT, or a free one from 7860")
     args = parser.parse_args(argv)
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("the page is made with Gradio: `pip install 'gradio>=6.31,<7'`.")
     from ..app import AppModels
     from ..app.page import build_page, launch
     from ..inference import find_sources
 
     log_to_terminal()
     from_environment = [name.strip() for name in os.environ.get("DENSECLIP_MODELS", "").split(",") if name.strip()]
-    models = AppModels(args.model or from_environment, args.device, args.dtype)
+    models = AppModels(args.model or from_environment or ["openai/clip-vit-base-patch16"], args.device, args.dtype)
     sources, problems = find_sources(args.examples)
     for problem in problems:
         logging.warning(problem)

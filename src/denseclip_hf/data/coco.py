@@ -58,7 +58,7 @@ def read_annotations(files: Mapping[str, Path], root: Path, skip_unpaired: bool)
             COCO annotations.
     """
     if importlib.util.find_spec("pycocotools") is None:
-        raise ImportError("Reading COCO annotations needs pycocotools: pip install 'denseclip_hf[coco]'.")
+        raise ImportError("reading COCO annotations needs pycocotools: `pip install pycocotools`.")
     contents: dict[str, Any] = {}
     names: list[str] = []
     for split, file in files.items():
