@@ -4,8 +4,11 @@ A query is one phrasing, a class one or several. Shapes: Q queries, K classes, D
 pixels.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +35,20 @@ SHORT_SIDE, LONG_SIDE = 336, 2048  # pixels of an image, as NACLIP's results are
 CHUNK_ELEMENTS, MAX_SCORES = 2**24, 2**29
 # Pixels at which edges are refined (16 weights each, 256 MiB); larger images are refined at a smaller size.
 MAX_REFINED_PIXELS = 2**22
+
+
+def fingerprint(tensors: Iterable[torch.Tensor], *facts: Any) -> str:
+    """
+    A hash that is the same where the values of `tensors` and the `facts` (what JSON can say) are, in any process.
+
+    Offloaded tensors, which are not here to be read, make it another each time.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        here = None if tensor.is_meta else tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(os.urandom(32) if here is None else here.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def set_options(model: DenseCLIPModel, settings: dict[str, Any]) -> None:
@@ -252,6 +269,7 @@ __all__ = [
     "WordOptions",
     "WordReader",
     "as_word_model",
+    "fingerprint",
     "is_trained",
     "options_set",
     "set_options",

@@ -4,15 +4,18 @@
 
 MODEL is a trained segmenter or, with --words, any CLIP.
 
-Writes for each image a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps. The exit
-code is 1 if something could not be segmented, such as an image of more than 89 million pixels (178 million with
+Writes for each image a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps, and a line
+of `manifest.jsonl`: its files, or the problem. The same command again goes on where it stopped. On several devices:
+`accelerate launch -m denseclip_hf.cli.predict ...` shares the images out, each process with a manifest. The exit code is 1 if something could not be segmented, such as an image of more than 89 million pixels (178 million with
 --native_resolution) or 256 MiB from an address. A video's frames are images too (needs `pip install av`); of an
 animation (GIF, WebP) the first is taken.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import fields
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ..devices import LOADING_DTYPES, device_of
@@ -53,7 +56,9 @@ def make_parser(description: str | None, output_dir: str) -> DataclassParser:
     parser.add_argument(
         "--timeout", type=float, default=20.0, help="seconds that all of an image from an address may take"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="segment everything again and replace files that are there"
+    )
     return parser
 
 
@@ -80,20 +85,35 @@ def load_segmenter(args: argparse.Namespace, words: list[str]) -> "Segmenter":
 
 def run(args: argparse.Namespace, words: list[str]) -> int:
     """Segment what `args` name and write the results; the exit code."""
-    from ..inference import find_sources, predict_sources
+    from ..inference import Summary, find_sources, predict_sources
 
-    sources, problems = find_sources(args.inputs)
-    done = 0
+    rank, world = 0, 1
+    found, summary = find_sources(args.inputs), Summary()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list, gather_object
+
+        # The first to end waits for the last, however many images that has.
+        state = PartialState(timeout=timedelta(days=30))
+        rank, world = state.process_index, state.num_processes
+        (found,) = broadcast_object_list([found])  # a file may have come since
+    sources, problems = found
     if sources:
         options = {
             k: getattr(args, k) for k in ("batch_size", "opacity", "overwrite", "timeout", "every", "max_frames")
         }
+        options |= {"rank": rank, "world": world, "progress": rank == 0}
         summary = predict_sources(load_segmenter(args, words), sources, args.output_dir, **options)
-        done, problems = summary.done, [*problems, *summary.problems]
+    summaries = [summary] if world == 1 else gather_object([summary])
+    if rank:
+        return 0  # the first reports for all
+    done, skipped = sum(one.done for one in summaries), sum(one.skipped for one in summaries)
+    problems += [problem for one in summaries for problem in one.problems]
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"{done} segmented into {args.output_dir}, {len(problems)} problems.")
-    return 1 if problems or not done else 0
+    earlier = f" ({skipped} were there already)" if skipped else ""
+    print(f"{done} segmented into {args.output_dir}{earlier}, {len(problems)} problems.")
+    return 1 if problems or not done + skipped else 0
 
 
 @one_sentence_errors

@@ -156,22 +156,25 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def read_image(source: Any) -> Image.Image:
+def read_image(source: Any, max_pixels: int | None = None) -> Image.Image:
     """
     An RGB image of 8 bits per channel as [`decode_image`] makes it, turned upright as its EXIF tag says.
 
     Args:
         source: path, `{"path": …, "bytes": …}` as `datasets` stores images, or PIL image.
+        max_pixels (`int`, *optional*): of the image, by default twice `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if it cannot be read, would take more than 1 GiB or is larger than Pillow's limit, or has values
+        ValueError: if it cannot be read, would take more than 1 GiB or has more pixels than allowed, or has values
             without a meaning as gray.
     """
     image, _, name = _open(source)
     with _blaming(name):
         if 0 in image.size:
             raise ValueError("it has no pixels")
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels}")
         image.load()
         turn = _turn(image)  # asked after decoding, which turns a TIFF by itself
         if image.mode != "RGB":

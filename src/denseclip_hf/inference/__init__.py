@@ -13,7 +13,8 @@ from .drawing import (
     overlay,
     overlay_with_legend,
 )
-from .segmenter import Segmenter, Summary, predict_sources
+from .predict import Summary, predict_sources
+from .segmenter import Segmenter
 from .sources import Source, find_sources, read_image_of
 from .views import (
     LOADING_DTYPES,

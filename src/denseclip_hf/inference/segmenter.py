@@ -1,45 +1,26 @@
-"""Segmenting whatever somebody has: images in, masks, overlays and heat maps out.
+"""A model with what is asked of it: images in, class ids, certainty and score maps out.
 
 Shapes: B images, K classes, D embedding size, H x W pixels.
 """
 
-import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
-from ..data import default_palette, parse_classes
-from ..files import make_directory, write_atomically, writing_into
+from ..data import default_palette
 from ..model.class_names_denseclip import class_phrasings
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
 from ..model.resizing_denseclip import check_finite, resize_argmax, resize_max
 from ..model.towers_denseclip import check_normalization
 from ..words import WordOptions, WordReader, set_options
-from .drawing import MAX_INDEXED_CLASSES, heat_map, indexed_image, overlay_with_legend
-from .sources import Source, read_frames, read_image_of
-from .views import batches_of_one_size, is_native, segment_in_windows
+from .drawing import MAX_INDEXED_CLASSES
+from .views import is_native, segment_in_windows
 
 
 logger = logging.getLogger(__name__)
-
-# Of a file's name without its suffix, so that any file system takes it; the distinguishing part comes first.
-MAX_STEM_BYTES = 240
-
-
-@dataclass
-class Summary:
-    """What came of it: how many images were segmented, and a sentence for each that was not."""
-
-    done: int = 0
-    problems: list[str] = field(default_factory=list)
 
 
 class Segmented(NamedTuple):
@@ -190,183 +171,3 @@ class Segmenter:
             self.model, image, self.image_processor, score=lambda pixels: reader.score(pixels, queries)
         )
         return owners.cpu()[ids.long()], certainty
-
-
-def predict_sources(
-    segmenter: Segmenter,
-    sources: Sequence[Source],
-    output_dir: str | Path,
-    *,
-    batch_size: int = 1,
-    opacity: float = 0.6,
-    overwrite: bool = False,
-    timeout: float = 20.0,
-    every: int = 1,
-    max_frames: int | None = None,
-    progress: bool = True,
-) -> Summary:
-    """
-    Segment every source, and write `NAME_mask.png`, `NAME_overlay.png` and, as `segmenter` was asked,
-    `NAME_certainty.png` (gray, 255 for a probability of 1) and `NAME_score_WORD.png` into `output_dir`; with words of
-    the user's own, or where an earlier call had such, also which id is which, `classes.json`.
-
-    What cannot be read or segmented, or would overwrite a file, is left out with a sentence; the others go on.
-
-    Args:
-        segmenter ([`Segmenter`]): model, classes and words.
-        sources (`Sequence[Source]`): from [`find_sources`].
-        output_dir: made if it is missing.
-        batch_size (`int`): most images that go through the model together; they have one size after preprocessing.
-        opacity (`float`): of the colors in overlays and heat maps, 0 … 1.
-        overwrite (`bool`): replace files that are there.
-        timeout (`float`): seconds to wait for an address.
-        every, max_frames (`int`): of videos, take every `every`-th frame, and at most `max_frames`.
-        progress (`bool`): whether to show a progress bar.
-
-    Returns:
-        [`Summary`]
-
-    Raises:
-        ValueError: for masks of other words there.
-        OutputError: if `output_dir` cannot be written, or the disk is full.
-    """
-    folder, summary = Path(output_dir), Summary()
-    make_directory(folder)
-    if segmenter.classes or (folder / "classes.json").exists():
-        _name_classes(folder / "classes.json", segmenter.names, overwrite)
-    outputs = _Outputs(folder, segmenter, opacity, overwrite)
-    bar = tqdm(sources, desc="Segmenting", disable=not progress, leave=False)
-    prepared = _prepared(segmenter, bar, summary, outputs, timeout, every, max_frames)
-    for batch in batches_of_one_size(prepared, batch_size, lambda item: item[2] if item[2] is None else item[2].shape):
-        for name, image, result in _segmented(segmenter, batch, summary):
-            try:
-                outputs.write(name, image, result)
-                summary.done += 1
-            except FileExistsError:  # since it was read
-                summary.problems.append(outputs.problem(name) or f"{name}: its results are there already.")
-    return summary
-
-
-def _name_classes(file: Path, names: list[str], overwrite: bool) -> None:
-    """
-    Write which id is which word, in the format of a data set's `classes.json`, unless one there says the same. One
-    that says more than that is a data set's own, and stays.
-    """
-    if file.exists():
-        is_ours = False
-        with suppress(ValueError, OSError):
-            if parse_classes(file).id2label == dict(enumerate(names)):
-                return
-            is_ours = list(json.loads(file.read_text(encoding="utf-8"))) == ["id2label"]
-        if not (overwrite and is_ours):
-            way = ", or allow to overwrite it" if is_ours else ""
-            raise ValueError(f"{file} is there already, of other words: choose another folder{way}.")
-    text = json.dumps({"id2label": dict(enumerate(names))}, indent=2) + "\n"
-    with writing_into(file.parent):
-        write_atomically(file, text)
-
-
-class _Outputs:
-    """The files of each image, whose names are checked before any work is done for it."""
-
-    def __init__(self, folder: Path, segmenter: Segmenter, opacity: float, overwrite: bool):
-        self.folder, self.segmenter, self.opacity, self.overwrite = folder, segmenter, opacity, overwrite
-        self.kinds = ["mask", "overlay", *["certainty"] * segmenter.certainty]
-        for number, word in enumerate(segmenter.score_names):
-            simple = "".join(c if c.isalnum() else "-" for c in word)[:40]
-            self.kinds.append(f"score_{number}_{simple}")
-
-    def files(self, name: str) -> list[Path]:
-        stems = (f"{name}_{kind}".encode()[:MAX_STEM_BYTES].decode(errors="ignore") for kind in self.kinds)
-        return [self.folder / f"{stem}.png" for stem in stems]
-
-    def problem(self, name: str) -> str | None:
-        """A sentence if something of this name is there that may not be overwritten."""
-        there = [] if self.overwrite else [file for file in self.files(name) if file.exists() or file.is_symlink()]
-        return f"{there[0]} is there already: choose another folder, or allow to overwrite it." if there else None
-
-    def write(self, name: str, image: Image.Image, result: Segmented) -> None:
-        with writing_into(self.folder):
-            for file, drawing in zip(self.files(name), self._drawings(image, result), strict=True):
-                if self.overwrite:
-                    file.unlink(missing_ok=True)  # a link there would be followed
-                _write_new(file, drawing)
-
-    def _drawings(self, image: Image.Image, result: Segmented) -> Iterator[Image.Image]:
-        """In the order of `kinds`, made one at a time."""
-        ids, palette = result.ids.cpu().numpy(), self.segmenter.palette
-        yield indexed_image(ids, palette)
-        yield overlay_with_legend(image, ids, dict(enumerate(self.segmenter.names)), palette, self.opacity)
-        if result.certainty is not None:
-            yield Image.fromarray((255 * result.certainty.float()).round().cpu().numpy().astype(np.uint8))
-        if (maps := result.score_maps) is not None:
-            lowest, highest = maps.min().item(), maps.max().item()
-            yield from (heat_map(image, score_map, lowest, highest, self.opacity) for score_map in maps)
-
-
-Prepared = tuple[str, Image.Image, torch.Tensor | None]  # a name, and pixel values unless it goes in windows
-
-
-def _prepared(
-    segmenter: Segmenter,
-    sources: Iterable[Source],
-    summary: Summary,
-    outputs: _Outputs,
-    timeout: float,
-    every: int,
-    max_frames: int | None,
-) -> Iterator[Prepared]:
-    """Images and frames; what cannot be read, resized or written, or has the name of another, is noted."""
-    taken: set[str] = set()
-    windows = segmenter.native_resolution
-    for source in sources:
-        try:
-            if source.is_video:
-                named = read_frames(source, every, max_frames)
-            else:
-                named = iter([(source.name, read_image_of(source, timeout, large=windows))])
-            for name, image in named:
-                problem = outputs.problem(name)
-                if name.casefold() in taken:
-                    problem = f"{source.shown}: results called {name} are another's already: rename one of the two."
-                pixel_values = None
-                if not problem and not windows:
-                    try:
-                        pixel_values = segmenter.preprocess(image)
-                    except ValueError as error:
-                        problem = f"{name}: {error}"
-                if problem:
-                    summary.problems.append(problem)
-                    continue
-                taken.add(name.casefold())
-                yield name, image, pixel_values
-        except (OSError, ValueError, ImportError) as error:
-            summary.problems.append(str(error))
-
-
-def _segmented(
-    segmenter: Segmenter, batch: Sequence[Prepared], summary: Summary
-) -> Iterator[tuple[str, Image.Image, Segmented]]:
-    """Images of one size with their results; those that cannot be segmented are noted."""
-    names, images, pixel_values = zip(*batch, strict=True)
-    try:
-        results = segmenter(images, None if pixel_values[0] is None else torch.stack(pixel_values))
-    except ValueError as error:
-        if len(batch) == 1:
-            summary.problems.append(f"{names[0]}: {error}")
-        else:  # it may be the fault of one of them
-            for one in batch:
-                yield from _segmented(segmenter, [one], summary)
-        return
-    yield from zip(names, images, results, strict=True)
-
-
-def _write_new(file: Path, image: Image.Image) -> None:
-    """Write `image` to a file that is not there yet, whole or not at all."""
-    stream = file.open("xb")
-    try:
-        with stream:
-            image.save(stream, format="PNG")
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise

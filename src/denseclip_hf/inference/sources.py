@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one since Python 3.11
@@ -107,11 +106,10 @@ def read_image_of(source: Source, timeout: float = 20.0, large: bool = False) ->
         ValueError, OSError: with one sentence, for what is missing, unreadable, takes longer than `timeout` seconds,
             or has more pixels than that (`PIL.Image.MAX_IMAGE_PIXELS`, Pillow's guard against bombs).
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if large else "error", Image.DecompressionBombWarning)
-        if not _is_url(source.address):
-            return read_image(source.address)
-        return read_image({"path": source.shown, "bytes": _fetched(source, timeout)})
+    max_pixels = None if large else Image.MAX_IMAGE_PIXELS
+    if not _is_url(source.address):
+        return read_image(source.address, max_pixels)
+    return read_image({"path": source.shown, "bytes": _fetched(source, timeout)}, max_pixels)
 
 
 def _fetched(source: Source, timeout: float) -> bytes:
