@@ -1,6 +1,9 @@
 """Segmenting images by command: what it writes and leaves alone, and the words it is asked for."""
 
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -50,6 +53,35 @@ def test_it_reads_sentences_with_commas_from_a_file(word_model_dir, photos, tmp_
     assert main([str(photos / "a.png"), *flags, "--words", words, "--score_maps", words]) == 0
     names = {file.name for file in (tmp_path / "out").glob("*.png")}
     assert names == {"a_mask.png", "a_overlay.png", "a_score_0_a-tall--green-tree.png", "a_score_1_sky.png"}
+
+
+def test_the_same_command_goes_on_where_it_stopped(word_model_dir, photos, tmp_path, capsys):
+    command = [str(photos), "--model", str(word_model_dir), "--output_dir", str(tmp_path / "out")]
+    (photos / "a.png").rename(tmp_path / "a.png")
+    for said in ("4 segmented", "0 segmented into .* \\(4 were there already\\)"):
+        assert main(command) == 0
+        assert re.search(said, capsys.readouterr().out)
+    (tmp_path / "a.png").rename(photos / "a.png")
+    assert main(command) == 0
+    assert "1 segmented" in capsys.readouterr().out and len(list((tmp_path / "out").glob("*.png"))) == 10
+
+
+@pytest.mark.slow
+def test_launched_processes_share_the_images_out(word_model_dir, photos, tmp_path):
+    (photos / "broken.jpg").write_bytes(b"no image")
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    launcher += " --mixed_precision no --dynamo_backend no"
+    options = f"-m denseclip_hf.cli.predict {photos} --model {word_model_dir} --words sky,tree --output_dir"
+    command = [sys.executable, *launcher.split(), *options.split(), str(tmp_path / "two")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 1 and ran.stdout.count("5 segmented") == 1 and "broken.jpg" in ran.stderr
+    assert main([*options.split()[2:], str(tmp_path / "one")]) == 1
+    names = {file.name for file in (tmp_path / "one").iterdir()}
+    assert {file.name for file in (tmp_path / "two").iterdir()} == names | {"manifest.1.jsonl"}
+    for name in names - {"manifest.jsonl"}:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    lines = [line for file in (tmp_path / "two").glob("manifest*") for line in file.read_text().splitlines()]
+    assert sorted(lines) == sorted((tmp_path / "one" / "manifest.jsonl").read_text().splitlines())
 
 
 def test_words_are_kept_beside_their_masks(word_model_dir, photos, tmp_path, capsys):

@@ -4,10 +4,12 @@
 
 MODEL is a trained segmenter or, with --words, any CLIP.
 
-Writes for each image a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps, and a line
-of `manifest.jsonl`: its files, or the problem. The same command again goes on where it stopped. On several devices:
-`accelerate launch -m denseclip_hf.cli.predict ...` shares the images out, each process with a manifest. The exit code is 1 if something could not be segmented, such as an image of more than 89 million pixels (178 million with
---native_resolution) or 256 MiB from an address. A video's frames are images too (needs `pip install av`); of an
+Writes for each image a mask (indexed PNG), an overlay with a legend and, as asked, heat maps of score maps, and into
+`manifest.jsonl` a line: its files, or the problem. The same command goes on where it stopped. On several devices:
+`accelerate launch -m denseclip_hf.cli.predict ...` shares the images out, each process with a manifest of its own.
+
+The exit code is 1 if something could not be segmented, such as an image of more than 89 million pixels (178 million
+with --native_resolution) or 256 MiB from an address. A video's frames are images too (needs `pip install av`); of an
 animation (GIF, WebP) the first is taken.
 """
 
@@ -56,9 +58,7 @@ def make_parser(description: str | None, output_dir: str) -> DataclassParser:
     parser.add_argument(
         "--timeout", type=float, default=20.0, help="seconds that all of an image from an address may take"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="segment everything again and replace files that are there"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="segment all again, and replace files that are there")
     return parser
 
 
@@ -90,11 +90,14 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
     rank, world = 0, 1
     found, summary = find_sources(args.inputs), Summary()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list, gather_object
 
-        # The first to end waits for the last, however many images that has.
-        state = PartialState(timeout=timedelta(days=30))
+        # They tell each other names and numbers alone, by way of the CPU. The first to end waits for the last.
+        state = PartialState(cpu=True, timeout=timedelta(days=30))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(state.local_process_index % torch.cuda.device_count())
         rank, world = state.process_index, state.num_processes
         (found,) = broadcast_object_list([found])  # a file may have come since
     sources, problems = found
