@@ -6,9 +6,11 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, init_empty_weights, load_checkpoint_and_dispatch
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
 
-from denseclip_hf import DenseCLIPModel, DenseCLIPProcessor
+from denseclip_hf import DenseCLIPImageProcessor, DenseCLIPModel, DenseCLIPProcessor
+from denseclip_hf.sharing import export
 from denseclip_hf.training.tokenizer import learn_tokenizer
 from helpers.images import pictures
 from helpers.models import tiny_model
@@ -60,6 +62,37 @@ def test_a_trace_computes_the_same_at_its_size(model):
     with torch.no_grad():
         traced = torch.jit.trace(model, PIXELS, strict=False)
         torch.testing.assert_close(traced(PIXELS + 1)["logits"], model(PIXELS + 1).logits)
+
+
+def test_tensorboard_draws_the_graph(model, tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_graph(model, PIXELS, use_strict_trace=False)
+    (events,) = tmp_path.iterdir()
+    assert b"decode_head" in events.read_bytes()
+
+
+def test_fvcore_counts_what_every_part_computes(model):
+    nn = pytest.importorskip("fvcore.nn")
+    one, two = (nn.FlopCountAnalysis(model, PIXELS[:count]).unsupported_ops_warnings(False) for count in (1, 2))
+    for part in ("clip.vision_model", "context_decoder", "neck", "decode_head"):
+        assert 0 < 2 * one.by_module()[part] == pytest.approx(two.by_module()[part], rel=0.01)
+    assert nn.parameter_count(model)[""] == model.num_parameters()
+
+
+@pytest.mark.parametrize("source", ["model", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_openvino_computes_the_same(model, tmp_path, source):
+    """Of the model as it is, at the size of the example; of an ONNX file, at any."""
+    openvino = pytest.importorskip("openvino")
+    batches = [PIXELS] if source == "model" else [PIXELS, PIXELS[:1, :, :, :64]]
+    with torch.no_grad():
+        if source == "model":
+            program = openvino.convert_model(model, example_input=PIXELS)
+        else:
+            program = export(model, DenseCLIPImageProcessor(), tmp_path, "onnx")
+        compiled = openvino.Core().compile_model(program, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        for pixels in batches:
+            logits = torch.from_numpy(compiled([pixels.numpy()])["logits"])
+            torch.testing.assert_close(logits, model(pixels).logits, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "load_checkpoint_and_dispatch"])
