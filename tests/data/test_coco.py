@@ -56,7 +56,8 @@ def test_a_file_without_splits_and_the_group_of_roboflow(tmp_path):
     assert list(data.id2label.values()) == ["background", "road", "car"] and len(data.train) == 2
 
 
-def test_panoptic_pngs(tmp_path):
+@pytest.mark.parametrize("images", ["train", "images/train"])
+def test_panoptic_pngs(tmp_path, images):
     (tmp_path / "annotations/panoptic_train").mkdir(parents=True)
     colors = np.zeros((6, 8, 3), np.uint8)
     colors[:3], colors[3:, :4] = (5, 0, 0), (1, 2, 0)  # segments 5 and 513
@@ -64,7 +65,7 @@ def test_panoptic_pngs(tmp_path):
         Image.fromarray(colors).save(tmp_path / f"annotations/panoptic_train/{name}.png")
     segments = [{"id": 5, "category_id": 3}, {"id": 513, "category_id": 7}]
     rows = [{"image_id": i, "file_name": f"{n}.png", "segments_info": segments} for i, n in ((1, "a"), (2, "b"))]
-    annotated(tmp_path / "annotations/panoptic_train.json", tmp_path / "train", annotations=rows)
+    annotated(tmp_path / "annotations/panoptic_train.json", tmp_path / images, annotations=rows)
     data = load_segmentation_dataset(tmp_path, validation_fraction=0)
     assert list(data.id2label.values()) == ["road", "car"]
     assert data.train[1]["mask"][:, [0, 7]].tolist() == [[0, 0]] * 3 + [[1, 255]] * 3

@@ -176,7 +176,9 @@ def _has_masks(folder: Path) -> bool:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)
+    """Whether there are images in a folder or below it, but for COCO's panoptic ones, which only its JSON explains."""
+    found = ((path, name) for path, _, names in os.walk(folder) for name in names if _is_image(name))
+    return any(not Path(path).name.startswith("panoptic_") for path, _ in found)
 
 
 def _is_image(name: str | Path) -> bool:
