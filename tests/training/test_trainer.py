@@ -1,6 +1,7 @@
 """The trainer: what it trains, logs, saves, resumes and refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,6 +221,16 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
     assert (tmp_path / "checkpoint-2" / "preprocessor_config.json").exists()
+
+
+def test_a_run_that_moved_finds_its_best_checkpoint(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer_for(tmp_path / "here", load_best_model_at_end=True, **options).train()
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    trainer = trainer_for(there, load_best_model_at_end=True, **options)
+    trainer.train(resume_from_checkpoint=str(there / "checkpoint-2"))
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == there and best.is_dir()
 
 
 @pytest.mark.parametrize(("options", "asked"), [({}, "miou"), ({"inference_mode": "slide"}, "loss"), ({}, "iou/moon")])
