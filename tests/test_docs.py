@@ -57,10 +57,10 @@ def example(tmp_path_factory):
     """A CLIP, a small data set and an untrained model, as `make demo` would leave them."""
     folder = tmp_path_factory.mktemp("example")
     data, clip = make_example_dataset(folder / "data", 4, 2), make_example_clip(folder / "clip", "vit")
-    names = load_segmentation_dataset(data).id2label
-    sizes = {"neck_hidden_size": 16, "decode_head_hidden_size": 16}
+    classes = load_segmentation_dataset(data)
+    sizes = {"neck_hidden_size": 16, "decode_head_hidden_size": 16, "palette": [list(c) for c in classes.palette]}
     _, tokenizer = load_clip(clip)
-    model = DenseCLIPForSemanticSegmentation.from_clip(clip, names, image_size=96, **sizes)
+    model = DenseCLIPForSemanticSegmentation.from_clip(clip, classes.id2label, image_size=96, **sizes)
     processor = DenseCLIPImageProcessor(size={"shortest_edge": 96, "longest_edge": 384})
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder / "model")

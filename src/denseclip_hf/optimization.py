@@ -46,7 +46,7 @@ def optimize_for_inference(model: DenseCLIPForSemanticSegmentation) -> DenseCLIP
         if optimized.backbone is None and optimized.device.type == "cpu":
             _convolve_instead_of_multiplying(optimized.clip.vision_model.encoder)
     optimized.save_pretrained = _refuse("be saved")
-    optimized.train = MethodType(_train, optimized)  # a method, which belongs to the copy in a copy
+    optimized.train = MethodType(_train, optimized)  # a bound method, so that deepcopy binds it to the copy
     return optimized.to(memory_format=torch.channels_last)
 
 

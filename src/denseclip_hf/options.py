@@ -41,7 +41,7 @@ class WordOptions:
         default=0.0, metadata={"help": "Pixels whose class is less probable (0 to 1) get none, in masks the id 255."}
     )
     area_threshold: float = field(
-        default=0.0, metadata={"help": "Classes on at most this share of the pixels beside the background get none."}
+        default=0.0, metadata={"help": "Classes that cover at most this share of what is not background get none."}
     )
     templates: list[str] | None = field(
         default=None,
@@ -220,7 +220,7 @@ class DataArguments(DatasetArguments):
     )
     ratio_min: float = field(default=0.5, metadata={"help": "Lowest random factor on that size in training."})
     ratio_max: float = field(default=2.0, metadata={"help": "Highest random factor on that size in training."})
-    cat_max_ratio: float = field(default=0.75, metadata={"help": "Most of a crop one class may fill."})
+    cat_max_ratio: float = field(default=0.75, metadata={"help": "Largest share of a crop that one class may fill."})
     photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
     unseen: list[str] = field(
         default_factory=list,

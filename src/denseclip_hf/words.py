@@ -152,7 +152,7 @@ class WordReader:
         if sentences is None and not is_trained(self.model):
             sentences = ZERO_SHOT_TEMPLATES
         if self._kept is None or self._kept[0] != (words, sentences):
-            # A word may stand in two classes, or be a class and background.
+            # A word may belong to two classes, or to a class and the background.
             unique = {word: number for number, word in enumerate(dict.fromkeys(words))}
             embeds = self.model.encode_texts(list(unique), self.tokenizer, sentences)
             self._kept = (words, sentences), embeds[[unique[word] for word in words]]

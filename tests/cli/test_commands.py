@@ -52,7 +52,7 @@ sys.exit(denseclip_command.main(["--help"]))
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_a_misspelt_command_names_the_nearest(capsys):
+def test_a_misspelled_command_names_the_nearest(capsys):
     assert denseclip_command.main(["trian"]) == 2
     assert "`train`" in capsys.readouterr().err
 

@@ -143,7 +143,7 @@ def test_a_damaged_clip_is_refused_by_name(tmp_path, file, content, part):
 
 
 def test_refusals_of_this_library_keep_their_own_remedy(tmp_path):
-    """A CLIP is a model, here or on the Hub, only no segmenter: neither damaged nor misspelt."""
+    """A CLIP is a model, here or on the Hub, only no segmenter: neither damaged nor misspelled."""
     make_example_clip(tmp_path / "clip")
 
     class FromTheHub:

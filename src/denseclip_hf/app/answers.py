@@ -166,7 +166,7 @@ def read_upload(file: str | Path | None) -> Image.Image:
 
 
 def _pixels(file: str) -> int:
-    """As the header says, before anything is decoded; 0 for what has none that can be read."""
+    """Pixels of an image according to its header, before anything is decoded; 0 if there is no readable header."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -285,7 +285,7 @@ def _shrunk(image: Image.Image) -> Image.Image:
 
 
 def _short_names(addresses: Sequence[str]) -> dict[str, str]:
-    """Addresses by what a page calls them."""
+    """Addresses by the names that a page shows."""
     unique = list(dict.fromkeys(addresses))
     short = [Path(address).resolve().name if Path(address).is_dir() else address for address in unique]
     return {name if short.count(name) == 1 else address: address for name, address in zip(short, unique, strict=True)}

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 MAX_FILE_SIZE = "20mb"
 # Uploads at a time, and bytes of uploads and results that are kept: more are refused until some are cleared away.
 MAX_UPLOADS, MAX_KEPT_BYTES = 8, 2 << 30
-KEPT_SECONDS, CLEARING_SECONDS = 3600, 300  # how old a file becomes, and how often is looked
+KEPT_SECONDS, CLEARING_SECONDS = 3600, 300  # a file's age when it is deleted, and the time between two looks
 OWN_CLASSES, NEW_WORDS = "the model's classes", "words of your own"
 LIMITS = (
     "Every pixel goes to the word it matches best, however poorly: give words for the rest of the scene too, or leave "
@@ -150,7 +150,7 @@ def build_page(models: AppModels, examples: Sequence[str | Path] = ()) -> gr.Blo
                         format="png",
                         elem_id="maps",
                     )
-        # What the endpoints answer with, and the buttons that nobody sees but they need.
+        # The endpoints of the API need parts of the page, which stay invisible: buttons, and places for the answers.
         mask, classes = gr.File(visible=False, label="Mask"), gr.JSON(visible=False, label="Classes")
         ask_segment, ask_words = gr.Button(visible=False), gr.Button(visible=False)
 

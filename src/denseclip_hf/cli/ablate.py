@@ -101,7 +101,7 @@ def run(command: list[str], log: Path) -> int:
         while process.poll() is None and not heard:
             time.sleep(0.1)
         if heard:
-            logger.warning("%s: the run in progress is waited for.", signal.Signals(heard[0]).name)
+            logger.warning("%s: waiting for the run in progress to end.", signal.Signals(heard[0]).name)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, heard[0])
             while is_at_work(process.pid):  # a launcher may end before its training
@@ -114,7 +114,7 @@ def run(command: list[str], log: Path) -> int:
 
 
 def is_at_work(group: int) -> bool:
-    """Whether a process of `group` has not ended; those that nobody has waited for have."""
+    """Whether a process of `group` is still running; zombies are not."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
     for variant, seed in runs:
         refuse_another_recipe(args, variant, seed)
-    read_measurements(args.output_dir, args.variants, args.seeds)  # damaged ones are better known before than after
+    read_measurements(args.output_dir, args.variants, args.seeds)  # before training, to report damaged ones early
     train_all(args, runs)
     measured = read_measurements(args.output_dir, args.variants, args.seeds)
     tables = ablation_tables(measured)

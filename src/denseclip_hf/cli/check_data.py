@@ -72,7 +72,7 @@ def samples_per_second(data: "SegmentationData", workers: int, seconds: float = 
     samples = AugmentedDataset(data.train, TrainTransform(ignore_index=data.ignore_index))
     order = RandomSampler(samples, replacement=True, num_samples=1 << 30)
     loader = iter(DataLoader(samples, batch_size=None, sampler=order, num_workers=workers))
-    for _ in range(4 * workers):  # those that are read ahead
+    for _ in range(4 * workers):  # leave out what workers have read ahead
         next(loader)
     count, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     make_example_dataset(data)
     make_example_clip(clip, vision="resnet")
     say("2/4  Training a segmenter on them, and evaluating it on held-out scenes")
-    if (model / "recipe.json").exists():  # an earlier demo's, which it is the demo's to replace
+    if (model / "recipe.json").exists():  # an earlier demo's, which this one replaces
         shutil.rmtree(model)
     flags = ["--clip", clip, "--dataset", data, "--output_dir", model]
     if args.max_steps:

@@ -16,7 +16,7 @@ IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm",
     ".pbm", ".jp2", ".j2k",
 }  # fmt: skip
-# Files beside images that nobody takes for one.
+# Files that often lie beside images without being one.
 OTHER_SUFFIXES = {".txt", ".csv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".db", ".ini", ".npy"}
 TRAIN_NAMES, VALIDATION_NAMES = ("train", "training"), ("val", "validation", "valid")
 SPLIT_NAMES = (*TRAIN_NAMES, *VALIDATION_NAMES, "test", "testing")

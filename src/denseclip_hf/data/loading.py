@@ -133,7 +133,7 @@ def load_segmentation_dataset(
         train_split, validation_split: names of the splits; the usual names by default.
         validation_fraction: without a validation split, about this share of the training samples is held out, the
             same ones on every call (not from a stream); 0 holds none out.
-        classes: class names where the data does not tell them, or to replace those: a list, a mapping from id to
+        classes: class names where the data does not name them, or to replace those: a list, a mapping from id to
             name, a mapping with the keys of classes.json, a JSON file of these, or names with commas between them.
         ignore_index: id of pixels without a class (default: what the data says, or 255).
         do_reduce_labels: whether 0 means no class and n the class n − 1 (default: what the data says, or False).

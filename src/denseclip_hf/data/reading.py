@@ -218,7 +218,7 @@ def _lossy(image: Image.Image, content: bytes) -> str | None:
         return "TIFF with JPEG or WebP compression"
     if image.format == "WEBP" and content and b"VP8L" not in content:
         return "lossy WebP"
-    if image.format == "JPEG2000":  # a reversible wavelet does not tell whether bits were left out for a smaller file
+    if image.format == "JPEG2000":  # a reversible wavelet does not show whether bits were left out for a smaller file
         return "JPEG 2000"
     return None
 

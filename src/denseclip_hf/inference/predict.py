@@ -35,7 +35,7 @@ START = '{"source": '
 
 @dataclass
 class Summary:
-    """What came of it: how many images were segmented or were there already, and a sentence for each that was not."""
+    """How many images were segmented or were there already, and a sentence for each that was not."""
 
     done: int = 0
     skipped: int = 0

@@ -266,7 +266,7 @@ def _averaged_probabilities(
     for pixel_values, flipped in scaled_views(pixels, image_processor, scales, flip):
         with eval_mode(model):
             logits = model(pixel_values.to(model.device, model.dtype)).logits.float()
-        # By way of the view's own size, as the original goes; a sliding window is there already.
+        # First to the view's own size, as the original does; a sliding window's logits have it already.
         logits = resize_bilinear(logits, (pixel_values.shape[-2], pixel_values.shape[-1]))[0]
         probabilities = resize_bilinear(logits[None], (size[0], size[1]))[0].softmax(0)
         total += probabilities.flip(-1) if flipped else probabilities

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, CLIPConfig, CLIPTextConfig, PreTrainedC
 # Before transformers 5.20, which reads `sub_configs` alone, the class itself will do.
 SubConfigSpec = getattr(configuration_utils, "SubConfigSpec", lambda config_class, **options: config_class)
 
-# What PreTrainedConfig itself understands beside the declared fields; everything else is a misspelt option.
+# What PreTrainedConfig itself understands beside the declared fields; everything else is a misspelled option.
 _BASE_OPTIONS = {
     "model_type", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "auto_map",
     "output_attentions", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",

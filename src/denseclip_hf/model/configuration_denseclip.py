@@ -88,7 +88,7 @@ class DenseCLIPConfig(PreTrainedConfig):
         class_token_ids (`list[list[int]]`, *optional*): for each of the K labels the token ids `[SOS, …, EOS]`.
         num_context_tokens (`int`, defaults to 8): learnable vectors N between SOS and the name; 0 is a fixed prompt.
         prompt_template (`str`, *optional*): sentence with one `{}` that class names are put into before they are
-            tokenised; by default `"{}"` with learnable contexts, `"a photo of a {}."` without.
+            tokenized; by default `"{}"` with learnable contexts, `"a photo of a {}."` without.
         context_init_std (`float`, defaults to 1.0): standard deviation of the contexts' truncated normal start.
         prompting (`str`, defaults to `"post_model"`): the image refines the class embeddings, or with `"pre_model"` it
             makes the contexts (section 3.3): the context decoder turns N learned queries into them, and the text tower
@@ -275,8 +275,8 @@ class DenseCLIPConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        [`PreTrainedConfig.from_dict`]; with other classes than the saved ones, what was known of those goes. Kept
-        aside, it tells [`DenseCLIPModel.from_pretrained`] what the weights are of.
+        [`PreTrainedConfig.from_dict`]; with other classes than the saved ones, what belongs to those is dropped
+        and kept aside for [`DenseCLIPModel.from_pretrained`], which loads their weights first.
 
         Raises:
             ValueError: for the config of a CLIP.

@@ -26,7 +26,7 @@ from .towers_denseclip import TOWERS, tower_of
 
 logger = logging.get_logger(__name__)
 
-# Where a tokenizer has its words. Without any, transformers may make up a CLIP's without words.
+# Files with a tokenizer's vocabulary. Without any of them transformers may make up a CLIP's with an empty one.
 TOKENIZER_FILES = {"tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
 
 
@@ -62,7 +62,7 @@ def load_pretrained(kind: Any, name: "str | os.PathLike", **options) -> Any:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a sentence of this library's own, which has its remedy in it."""
+    """Whether the message is this library's own, which already names a remedy."""
     where: Any = error.__traceback__
     while where.tb_next:
         where = where.tb_next

@@ -131,7 +131,7 @@ def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
         return
     if not torch.stack(scores.aminmax()).isfinite().all():
         raise ValueError(
-            f"{f'{name}: ' if name else ''}the model's scores are NaN or infinite and tell no class: if its `dtype` "
+            f"{f'{name}: ' if name else ''}the model's scores are NaN or infinite and give no class: if its `dtype` "
             "is float16, which overflows, use bfloat16 or float32; if not, its weights or words are damaged."
         )
 

@@ -106,7 +106,7 @@ def lay_out_rows(class_token_ids: list[list[int]], num_context_tokens: int) -> P
 
 class TextTower:
     """
-    How a family's text tower reads prompts. What stands here is CLIP's: causal, from SOS to EOS, read at EOS.
+    How a family's text tower reads prompts. This class reads as CLIP does: causal, from SOS to EOS, read at EOS.
 
     `text_parts` names the modules that only texts go through; `num_start_tokens` come before the contexts.
     """

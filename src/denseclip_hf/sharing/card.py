@@ -306,7 +306,7 @@ def is_hub_name(name: str | os.PathLike) -> bool:
 
 
 def shown_name(name: str | os.PathLike) -> str:
-    """What others are told of a Hub name (all of it) or of a local path (its last part, unless it is the home)."""
+    """How others see a Hub name (all of it) or a local path (its last part, unless that is the home)."""
     path = Path(name).resolve()
     if is_hub_name(name):
         return str(name)

@@ -181,8 +181,7 @@ def _recipe_in(folder: Path) -> dict[str, Any] | None:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is damaged ({error}), so whether that run is of this recipe cannot be told: name a new output "
-            "directory."
+            f"{file} is damaged ({error}), so its run may be of another recipe: name a new output directory."
         ) from error
 
 
@@ -203,8 +202,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
         ),
         (
             not (folder.parent / RECIPE_FILE).is_file(),
-            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so whether it is of this recipe cannot be told: "
-            f"{start_anew}",
+            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so it may be of another recipe: {start_anew}",
         ),
         (changes, f"{checkpoint} is of another recipe ({changes}): run that recipe, or {start_anew}"),
     )
@@ -227,7 +225,7 @@ def save_final_model(trainer: Any) -> None:
         trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         sync(*writing.iterdir())
-        (folder / CARD).unlink(missing_ok=True)  # an earlier end's; the new card finishes this run
+        (folder / CARD).unlink(missing_ok=True)  # of an earlier end; writing a new card finishes this run
         for file in sorted(writing.iterdir(), key=lambda file: file.suffix == ".safetensors"):
             os.replace(file, folder / file.name)
         writing.rmdir()

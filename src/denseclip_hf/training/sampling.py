@@ -122,7 +122,7 @@ def training_loader(
         multiprocessing_context=args.dataloader_multiprocessing_context,
         in_order=args.dataloader_in_order,
         worker_init_fn=leave_signals_to_main_process,
-        # Its own, as each new iterator draws from it, and after a resume there is one more than without.
+        # Not torch's global generator: every new iterator draws a number, and a resumed run makes one more.
         generator=torch.Generator().manual_seed(args.seed + args.process_index),
         **options,
     )

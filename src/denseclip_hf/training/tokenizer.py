@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 MAX_TOKENS = 77
-# Words of captions and of common class names, so that names that come later are not spelt letter by letter.
+# Words of captions and of common class names, so that names that come later are not spelled letter by letter.
 WORDS = """
 a an the of in on at with and is there this that two three some many photo picture image drawing view scene small large
 red orange yellow green blue purple pink brown white black grey dark light dry wet old new bright

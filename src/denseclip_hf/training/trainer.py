@@ -95,7 +95,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
             self._check_metrics()
 
     def _check_metrics(self) -> None:
-        """Refuse metrics that nothing would call, and a best metric that evaluation would be found not to give."""
+        """Refuse metric functions that would never be called, and a best metric that evaluation does not give."""
         if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
             raise ValueError(
                 "`compute_metrics` and `preprocess_logits_for_metrics` have no effect on images and masks, of which "
@@ -133,7 +133,7 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         with self._stop.listening():
             try:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
-            except TrainingStopped:  # loggers close their books, as at any other end
+            except TrainingStopped:  # loggers finish, as at any other end
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
                 raise
         if not output.global_step:
