@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .data import NAMELESS
-from .model.resizing_denseclip import _nearest, fit_within
+from .model.resizing_denseclip import fit_within, nearest_lines
 
 
 # The first box and ten redraws, as in the original recipe.
@@ -195,8 +195,8 @@ class TrainTransform:
         else:
             short, long = sorted(int(side * ratio) for side in self.scale)
             new_size = fit_within(mask.shape[0], mask.shape[1], short, long)
-        lines = [_nearest(old, new).numpy() for old, new in zip(mask.shape, new_size, strict=True)]
-        box, labels = self._random_crop(mask, lines, self._crop, rng)
+        rows, columns = nearest_lines(mask.shape, new_size)
+        box, labels = self._random_crop(mask, [rows.numpy(), columns.numpy()], self._crop, rng)
         flip = rng.random() < self.flip_probability
         crop = resize_region(image, new_size, box).contiguous()
         if flip:

@@ -3,7 +3,7 @@
 Shapes: B images, C channels, K classes, H × W pixels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,14 +105,18 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(..., *size)` and the same dtype.
     """
-    rows, columns = (_nearest(old, new).to(labels.device) for old, new in zip(labels.shape[-2:], size, strict=True))
+    rows, columns = (lines.to(labels.device) for lines in nearest_lines(labels.shape[-2:], size))
     return labels[..., rows[:, None], columns]
 
 
-def _nearest(old: int, new: int) -> torch.Tensor:
-    # dividing twice, in double precision, rounds as OpenCV does where a position is a whole number
-    positions = torch.arange(new, dtype=torch.float64) * (1 / (new / old))
-    return positions.long().clamp(max=old - 1)
+def nearest_lines(old_size: Sequence[int], new_size: Sequence[int]) -> list[torch.Tensor]:
+    """The rows and columns that [`resize_labels`] picks."""
+    lines = []
+    for old, new in zip(old_size, new_size, strict=True):
+        # dividing twice, in double precision, rounds as OpenCV does where a position is a whole number
+        positions = torch.arange(new, dtype=torch.float64) * (1 / (new / old))
+        lines.append(positions.long().clamp(max=old - 1))
+    return lines
 
 
 def check_finite(scores: torch.Tensor, name: str | None = None) -> None:
