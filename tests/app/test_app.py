@@ -169,8 +169,8 @@ def test_a_clip_opens_the_page_for_words(tmp_path, word_model_dir):
     clip = str(make_example_clip(tmp_path / "clip", "vit"))
     for models, expected in (([clip, str(word_model_dir)], NEW_WORDS), ([str(word_model_dir), clip], OWN_CLASSES)):
         parts = build_page(AppModels(models, device="cpu"), [APP]).config["components"]
-        (mode,) = (part["props"]["value"] for part in parts if part["props"].get("elem_id") == "mode")
-        assert mode == expected
+        (mode,) = (part["props"] for part in parts if part["props"].get("elem_id") == "mode")
+        assert mode["value"] == expected and mode["visible"] == (expected == OWN_CLASSES)  # a CLIP leaves no choice
 
 
 @pytest.mark.slow
