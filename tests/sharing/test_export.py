@@ -24,7 +24,7 @@ from denseclip_hf.sharing.export import export_program, run_exported
 from denseclip_hf.training.tokenizer import learn_tokenizer
 from denseclip_hf.words import WordReader
 from helpers.forked import run_script
-from helpers.models import COST_AGGREGATION, tiny_config, tiny_model
+from helpers.models import COST_AGGREGATION, tiny_config, tiny_model, varied
 
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +121,35 @@ def test_one_size_a_bound_half_precision_and_an_opset(kind, tmp_path):
         assert torch.equal(bounded(torch.zeros(1, 3, 128, 64)), model.window_logits(torch.zeros(1, 3, 128, 64)))
         with pytest.raises(Exception, match="Guard"):
             bounded(torch.zeros(1, 3, 160, 64))
+
+
+@pytest.mark.slow
+def test_an_int8_program_keeps_the_classes(directory, kind, photos, tmp_path, capsys):
+    """A smaller file of the same inputs, whose classes are those of the model nearly everywhere."""
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(directory)
+    size = {"height": 96, "width": 128}
+    pixels = PROCESSOR(Image.open(photos / "b.png"), size=size, return_tensors="pt")["pixel_values"]
+    varied(model.eval(), pixels).save_pretrained(directory)
+    options = ["--size", "96", "128"] if kind == "resnet" else []
+    command = [str(directory), str(tmp_path / "out"), "--quantize", "int8", "--calibration", str(photos), *options]
+    main(command)
+    assert "keep their class" in capsys.readouterr().out
+    path = tmp_path / "out" / "model.onnx"
+    assert {file.name for file in path.parent.iterdir()} == {"model.onnx", "labels.json", "preprocessor_config.json"}
+    assert any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
+    with torch.no_grad():
+        expected = model.window_logits(pixels)
+    found = run_exported(path, pixels)
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.9 and not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options", ["--quantize int8", "--calibration x", "--quantize int8 --calibration x --dtype fp16"]
+)
+def test_int8_needs_images_and_float32(tmp_path, capsys, options):
+    with pytest.raises(SystemExit):
+        main(["model", str(tmp_path / "out"), *options.split()])
+    assert "--calibration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [{"size": (96, 100)}, {"size": (32, 96)}, {"max_side": 96}])

@@ -4,7 +4,7 @@ A saved directory comes in; `README.md`, a folder to push, or ONNX and `torch.ex
 """
 
 from .card import CARD, add_results, shown_name, write_card
-from .export import FORMATS, MAX_SIDE, check_export, export, export_frozen
+from .export import FORMATS, MAX_SIDE, check_export, export, export_frozen, quantize
 from .hub import add_code, folder_to_push, push
 
 
@@ -19,6 +19,7 @@ __all__ = [
     "export_frozen",
     "folder_to_push",
     "push",
+    "quantize",
     "shown_name",
     "write_card",
 ]
