@@ -9,11 +9,15 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from huggingface_hub import cached_assets_path
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 from .model.class_names_denseclip import class_phrasings
 from .model.image_processing_denseclip import DenseCLIPImageProcessorBase, DenseCLIPImageProcessorPil
@@ -33,6 +37,8 @@ from .options import WindowOptions, WordOptions
 SHORT_SIDE, LONG_SIDE = 336, 2048  # pixels of an image, as NACLIP's results are published
 # Scores that are resized at a time (64 MiB of float32), and most of one image (2 GiB).
 CHUNK_ELEMENTS, MAX_SCORES = 2**24, 2**29
+# From so many on, embeddings take minutes: a bar is shown, and the files of the last sets are kept (20 MB for 10 000).
+MANY_WORDS, WORDS_PER_STEP, KEPT_FILES = 1000, 200, 8
 # Pixels at which edges are refined (16 weights each, 256 MiB); larger images are refined at a smaller size.
 MAX_REFINED_PIXELS = 2**22
 
@@ -153,10 +159,48 @@ class WordReader:
             sentences = ZERO_SHOT_TEMPLATES
         if self._kept is None or self._kept[0] != (words, sentences):
             # A word may belong to two classes, or to a class and the background.
-            unique = {word: number for number, word in enumerate(dict.fromkeys(words))}
-            embeds = self.model.encode_texts(list(unique), self.tokenizer, sentences)
-            self._kept = (words, sentences), embeds[[unique[word] for word in words]]
+            unique = list(dict.fromkeys(words))
+            embeds = (self._encode if len(unique) < MANY_WORDS else self._encode_once)(unique, sentences)
+            rows = {word: row for row, word in enumerate(unique)}
+            self._kept = (words, sentences), embeds[[rows[word] for word in words]]
         return self._kept[1]
+
+    def _encode(self, words: list[str], templates: tuple[str, ...] | None) -> torch.Tensor:
+        """Embeddings `(Q, D)`, worked out for words of like length together."""
+        by_length = sorted(words, key=len)
+        steps = tqdm(
+            range(0, len(words), WORDS_PER_STEP), "Encoding words", leave=False, disable=len(words) < MANY_WORDS
+        )
+        embeds = [
+            self.model.encode_texts(by_length[first : first + WORDS_PER_STEP], self.tokenizer, templates)
+            for first in steps
+        ]
+        rows = {word: row for row, word in enumerate(by_length)}
+        return torch.cat(embeds)[[rows[word] for word in words]]
+
+    def _encode_once(self, words: list[str], templates: tuple[str, ...] | None) -> torch.Tensor:
+        """The same, from a file in the Hub's cache where an earlier process kept them for equal words and weights."""
+        config, state = self.model.config, self.model.state_dict()
+        name = fingerprint(
+            (tensor for key, tensor in state.items() if "vision_model" not in key),
+            [words, templates, config.prompt_template, config.prompting, config.num_context_tokens],
+            sorted(self.tokenizer.get_vocab().items()),
+        )
+        with suppress(OSError, SafetensorError, KeyError):
+            file = cached_assets_path("denseclip_hf", "words") / f"{name}.safetensors"
+            embeds = load_file(file)["text_embeds"].to(self.model.device)
+            file.touch()
+            return embeds
+        embeds = self._encode(words, templates)
+        with suppress(OSError, SafetensorError):  # they are kept where there is room
+            file = cached_assets_path("denseclip_hf", "words") / f"{name}.safetensors"
+            part = file.with_suffix(f".{os.getpid()}")
+            save_file({"text_embeds": embeds.cpu()}, part)
+            os.replace(part, file)
+            files = sorted(file.parent.glob("*.safetensors"), key=lambda kept: kept.stat().st_mtime)
+            for old in files[:-KEPT_FILES]:
+                old.unlink()
+        return embeds
 
     def queries(self, classes: Sequence[Sequence[str]], options: WordOptions) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `(Q, D)` of all phrasings, the background's first, and the class `(Q,)` of each, or -1."""

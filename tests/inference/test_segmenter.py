@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from denseclip_hf import DenseCLIPForSemanticSegmentation
 from denseclip_hf.inference import find_sources, predict_sources, segment_in_windows, sliding_window_logits
-from denseclip_hf.words import WordOptions
+from denseclip_hf.words import WordOptions, WordReader
 from helpers.images import PHOTO_SIZES, photo
 from helpers.models import Tokenizer, segmenter, tiny_model, varied
 
@@ -175,6 +175,39 @@ def test_several_processes_share_the_images_out(photos, tmp_path):
 def test_other_words_need_a_tokenizer():
     with pytest.raises(ValueError, match="car"):
         segmenter(score_maps=["class 1", "car"])
+
+
+def test_embeddings_of_many_words_are_kept_on_disk(word_model_dir, tmp_path, monkeypatch):
+    """For the next process, as long as words, templates and weights are the same; a few sets, and no broken file."""
+    monkeypatch.setattr("denseclip_hf.words.MANY_WORDS", 20)
+    monkeypatch.setattr("denseclip_hf.words.WORDS_PER_STEP", 8)
+    monkeypatch.setattr("denseclip_hf.words.cached_assets_path", lambda *_: tmp_path)
+    model = DenseCLIPForSemanticSegmentation.from_pretrained(word_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(word_model_dir)
+    words = tuple(f"{'tall ' * (i % 3)}tree {i}" for i in range(20))
+    expected, encode_texts, passes = model.encode_texts(list(words), tokenizer), model.encode_texts, []
+    monkeypatch.setattr(model, "encode_texts", lambda *asked: passes.append(len(asked[0])) or encode_texts(*asked))
+
+    def steps(words=words, templates=None):
+        passes.clear()
+        found = WordReader(model, tokenizer).encode(words, templates)
+        if templates is None and words[0] == "tree 0":
+            torch.testing.assert_close(found, expected[: len(words)], atol=1e-5, rtol=1e-4)
+        return passes.copy()
+
+    assert steps() == [8, 8, 4] and steps() == []
+    assert steps(templates=["a {}."]) == [8, 8, 4] and steps(words[::-1]) == [8, 8, 4]
+    assert steps(words[:19]) == [8, 8, 3] == steps(words[:19])  # few are not kept
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"broken")
+    assert steps() == [8, 8, 4] and steps() == []
+    with torch.no_grad():
+        model.clip.text_model.final_layer_norm.weight += 1e-3
+    expected = encode_texts(list(words), tokenizer)
+    assert steps() == [8, 8, 4]
+    for number in range(12):
+        steps((f"word {number}", *words[1:]))
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 @pytest.mark.parametrize("option", ["words", "score_maps"])
