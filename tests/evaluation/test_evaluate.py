@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from PIL import Image
 
 from denseclip_hf import MeanBoundaryIoU, MeanIoU
-from denseclip_hf.evaluation import EvaluationArguments, measure
+from denseclip_hf.evaluation import EvaluationArguments, evaluate_segmentation, measure
 from denseclip_hf.evaluation.report import MatchedSamples, match_classes, report_table, scores_of_classes
 from denseclip_hf.files import OutputError
 from denseclip_hf.inference import load_model, multi_scale_probabilities, sliding_window_logits
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from helpers.forked import run_ranks, run_script
+from helpers.images import pictures
 from helpers.models import tiny_model, varied
 from helpers.sample_data import SIZES_OF_SAVED, save_data
 
@@ -70,6 +72,23 @@ def test_scores_are_those_of_the_metric(arguments, tmp_path, options, views):
     for name in ("overall_accuracy", "mean_iou", "mean_accuracy", "mean_dice", "mean_boundary_iou"):
         assert report["metrics"][name] == pytest.approx(expected[name], abs=2e-3), name
     assert len({round(v["iou"], 3) for v in report["per_category"].values()}) > 1
+
+
+def test_images_are_read_while_the_model_runs():
+    """The first image's result is there only when the second has been read; a stream's likewise."""
+    read = threading.Event()
+
+    def samples():
+        for number, sample in enumerate(pictures(3)):
+            if number == 1:
+                read.set()
+            yield sample
+
+    def predict(image):
+        assert read.wait(60)
+        return torch.zeros(image.height, image.width, dtype=torch.long)
+
+    assert evaluate_segmentation(tiny_model(), samples(), None, predict=predict, progress=False)["num_images"] == 3
 
 
 def test_files_state_model_data_protocol_and_scores(arguments, tmp_path, model_dir):

@@ -1,7 +1,9 @@
 """The evaluation loop: every image once, compared at its own size, with only counts kept."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -63,6 +65,16 @@ class _StreamShare(IterableDataset):
                 yield self.prepare(sample, index)
 
 
+def _read_ahead(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The samples in their order; a thread reads the next two while the caller has one."""
+    left = iter(samples)
+    with ThreadPoolExecutor(1) as reader:
+        waiting = deque(reader.submit(next, left, None) for _ in range(2))
+        while (sample := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(next, left, None))
+            yield sample
+
+
 def evaluate_segmentation(
     model: DenseCLIPForSemanticSegmentation,
     samples,
@@ -87,7 +99,7 @@ def evaluate_segmentation(
         accelerator (`Accelerator`, *optional*): shares the images among its processes.
         autocast (`bool`): compute in the mixed precision of `accelerator`, if it has one.
         batch_size (`int`): most images of one size that run together (in one process).
-        num_workers (`int`): processes that read and preprocess.
+        num_workers (`int`): processes that read and preprocess; by default, and of a stream, a thread does.
         progress (`bool`): whether to show a progress bar.
         predict (`Callable`, *optional*): maps an image to its class ids `(H, W)`, instead of one pass of the model:
             for instance [`multi_scale_segmentation`]. Then there is no `loss`, and images come one at a time.
@@ -110,7 +122,8 @@ def evaluate_segmentation(
     prepare = _Preparation(None if predict else image_processor)
     share = (_StreamShare if length is None else _Share)(samples, world, rank, prepare)
     workers = 0 if length is None else num_workers
-    loaded = DataLoader(share, batch_size=None, num_workers=workers, worker_init_fn=worker_init_fn)
+    loaded: Iterable[Sample] = DataLoader(share, batch_size=None, num_workers=workers, worker_init_fn=worker_init_fn)
+    loaded = loaded if workers else _read_ahead(loaded)
     ignore_index: Any = config.semantic_loss_ignore_index
     metric = MeanIoU(len(config.id2label), ignore_index)
     loss = torch.zeros((), device=device)
