@@ -237,6 +237,7 @@ def quantize(
     words = {} if text_embeds is None else {"text_embeds": text_embeds.numpy()}
     inputs = ({"pixel_values": image.numpy()} | words for image in images)
     before, program = classes(), onnx.load(path)
+    weights = {weight.name for weight in program.graph.initializer}
     add_pre_process_metadata(program)  # or it would ask for norms to be folded, which they are
     quantization.quantize_static(
         program,
@@ -247,7 +248,7 @@ def quantize(
         reduce_range=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True},
+        nodes_to_exclude=[n.name for n in program.graph.node if n.op_type == "MatMul" and n.input[1] not in weights],
     )
     return (before == classes()).float().mean().item()
 
