@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch import distributed
 from torch.utils.data import get_worker_info
 
-from denseclip_hf import transforms
+from denseclip_hf import training, transforms
 from denseclip_hf.cli import train as command
 from denseclip_hf.evaluation import loop as evaluation
 from denseclip_hf.training import trainer
@@ -44,13 +44,13 @@ def full_at_checkpoint():
 
 def full_at_end():
     """No room for the final model."""
-    save_final_model = command.save_final_model
+    save_final_model = training.save_final_model
 
     def fail(trainer):
         fill_disk()
         save_final_model(trainer)
 
-    command.save_final_model = fail
+    training.save_final_model = fail
 
 
 def in_checkpoint():
