@@ -225,3 +225,22 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 def test_what_only_a_clips_own_tower_has_is_refused(options):
     with pytest.raises((ValueError, StrictDataclassError), match=next(iter(options))):
         segmenter_of("ConvNext", **options)
+
+
+@every_backbone
+def test_sliding_windows(kind):
+    model = segmenter_of(kind, inference_mode="slide", crop_size=64, stride=32)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 96)).logits.shape == (1, 3, 64, 96)
+
+
+@pytest.mark.skipif(transformers.utils.is_timm_available(), reason="timm is installed")
+def test_a_backbone_of_a_missing_library_is_named():
+    backbone = transformers.TimmBackboneConfig(backbone="resnet18", out_indices=[1, 2, 3, 4])
+    with pytest.raises(ImportError, match="timm"):
+        DenseCLIPForSemanticSegmentation(DenseCLIPConfig(backbone_config=backbone))
+
+
+def test_texts_need_a_tokenizer():
+    with pytest.raises(ValueError, match="tokenizer"):
+        DenseCLIPForSemanticSegmentation.from_backbone(config_of("ResNet"), clip(), NAMES)

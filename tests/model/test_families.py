@@ -274,3 +274,13 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 def test_a_last_block_that_the_tower_does_not_have_is_refused(family):
     with pytest.raises(ValueError, match="last_block"):
         DenseCLIPModel.from_clip(image_text_model(family), last_block="class_token")
+
+
+@every_family
+def test_sliding_windows(family):
+    model, _ = segmenter_of(family, inference_mode="slide", crop_size=64, stride=32)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert model(images).logits.shape == (1, 3, 64, 96)
+        scores = model.predict_from_scores(images)
+    assert scores.segmentation[0].shape == (64, 96)

@@ -167,3 +167,9 @@ def test_a_run_that_has_not_ended_is_told_so(tmp_path):
     tiny_model().save_pretrained(tmp_path / "checkpoint-6")
     with pytest.raises(ValueError, match="checkpoint-6"):
         load_pretrained(DenseCLIPForSemanticSegmentation, tmp_path)
+
+
+def test_set_classes_takes_a_mapping():
+    model = tiny_model()
+    model.set_classes({1: "road", 0: "sky"}, Tokenizer())
+    assert model.config.id2label == {0: "sky", 1: "road"}
