@@ -29,13 +29,6 @@ def refuse_unknown_options(config: PreTrainedConfig, options: dict[str, Any]) ->
             raise ValueError(f"`{type(config).__name__}` has no option `{name}`: {hint}")
 
 
-def refuse_first(*rules: tuple[Any, str]) -> None:
-    """Raise `ValueError` with the sentence of the first of `rules` whose condition holds."""
-    for holds, sentence in rules:
-        if holds:
-            raise ValueError(sentence)
-
-
 def between(
     least: float, most: float = float("inf"), exclude_least: bool = False, exclude_most: bool = False
 ) -> Callable:
@@ -104,25 +97,17 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Part of `@strict` validation: what makes a tower."""
-        refuse_first(
-            (
-                len(self.depths) != 4 or min(self.depths) < 1,
-                f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.",
-            ),
-            (
-                self.embedding_size % 2,
-                f"`embedding_size` is halved in the stem and must be even, got {self.embedding_size}.",
-            ),
-            (
-                self.hidden_size % self.num_attention_heads,
+        if len(self.depths) != 4 or min(self.depths) < 1:
+            raise ValueError(f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.")
+        if self.embedding_size % 2:
+            raise ValueError(f"`embedding_size` is halved in the stem and must be even, got {self.embedding_size}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must divide the {self.hidden_size} channels of "
-                "the last stage (32 * `embedding_size`).",
-            ),
-            (
-                self.image_size % 32 or self.image_size < 32,
-                f"`image_size` must be a positive multiple of the stride 32, got {self.image_size}.",
-            ),
-        )
+                "the last stage (32 * `embedding_size`)."
+            )
+        if self.image_size % 32 or self.image_size < 32:
+            raise ValueError(f"`image_size` must be a positive multiple of the stride 32, got {self.image_size}.")
 
 
 @strict
@@ -181,6 +166,5 @@ __all__ = [
     "between",
     "clip_config_class",
     "positive",
-    "refuse_first",
     "refuse_unknown_options",
 ]

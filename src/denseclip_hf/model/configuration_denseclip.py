@@ -14,7 +14,6 @@ from .configuration_clip_resnet import (
     between,
     clip_config_class,
     positive,
-    refuse_first,
     refuse_unknown_options,
 )
 
@@ -363,47 +362,42 @@ class DenseCLIPConfig(PreTrainedConfig):
         blocks, count = self.out_indices, 2 if aggregates else 4
         has_contexts = self.use_text_guidance and self.num_context_tokens and self.context_decoder_num_layers
         heads, width = self.context_decoder_num_attention_heads, self.context_decoder_hidden_size
-        refuse_first(
-            (
-                blocks is not None and (len(blocks) != count or not all(0 <= index < depth for index in blocks)),
+        if blocks is not None and (len(blocks) != count or not all(0 <= index < depth for index in blocks)):
+            raise ValueError(
                 f"`out_indices` must be {count} ViT blocks in 0 … {depth - 1}, or `None` for a ResNet or a backbone, "
-                f"got {blocks}.",
-            ),
-            (
-                backbone is not None and len(backbone.out_indices or ()) != 4,
+                f"got {blocks}."
+            )
+        if backbone is not None and len(backbone.out_indices or ()) != 4:
+            raise ValueError(
                 "a backbone must give four maps, but the `out_features` of `backbone_config` are "
-                f"{getattr(backbone, 'out_features', None)}: choose four of {getattr(backbone, 'stage_names', None)}.",
-            ),
-            (
-                self.prompting == "pre_model" and (not has_contexts or aggregates or self.frozen_classes),
+                f"{backbone.out_features}: choose four of {backbone.stage_names}."
+            )
+        if self.prompting == "pre_model" and (not has_contexts or aggregates or self.frozen_classes):
+            raise ValueError(
                 '`prompting="pre_model"` makes contexts from images: it needs `use_text_guidance`, '
                 '`num_context_tokens` and `context_decoder_num_layers` above 0, the decoder "semantic_fpn" and '
-                "classes that are not frozen.",
-            ),
-            (
-                aggregates and not (self.use_text_guidance and depth),
+                "classes that are not frozen."
+            )
+        if aggregates and not (self.use_text_guidance and depth):
+            raise ValueError(
                 '`decode_head="cost_aggregation"` compares places of a ViT with class names: it needs a CLIP with a '
-                "ViT and `use_text_guidance=True`.",
-            ),
-            (
-                aggregates and (self.class_weights or self.focal_gamma or self.dice_loss_weight),
+                "ViT and `use_text_guidance=True`."
+            )
+        if aggregates and (self.class_weights or self.focal_gamma or self.dice_loss_weight):
+            raise ValueError(
                 "`class_weights`, `focal_gamma` and `dice_loss_weight` have no effect with "
-                '`decode_head="cost_aggregation"`, which decides for every class by itself: leave them out.',
-            ),
-            (
-                self.inference_mode == "slide_and_whole" and not aggregates,
-                '`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.',
-            ),
-            (
-                width % heads,
-                f"`context_decoder_num_attention_heads` ({heads}) must divide `context_decoder_hidden_size` "
-                f"({width}).",
-            ),
-            (
-                any(step > side for step, side in zip(self.stride, self.crop_size, strict=True)),
-                f"`stride` {self.stride} must be at most `crop_size` {self.crop_size}, or pixels are left out.",
-            ),
-        )
+                '`decode_head="cost_aggregation"`, which decides for every class by itself: leave them out.'
+            )
+        if self.inference_mode == "slide_and_whole" and not aggregates:
+            raise ValueError('`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.')
+        if width % heads:
+            raise ValueError(
+                f"`context_decoder_num_attention_heads` ({heads}) must divide `context_decoder_hidden_size` ({width})."
+            )
+        if any(step > side for step, side in zip(self.stride, self.crop_size, strict=True)):
+            raise ValueError(
+                f"`stride` {self.stride} must be at most `crop_size` {self.crop_size}, or pixels are left out."
+            )
 
     def validate_classes(self):
         """Part of `@strict` validation: classes, their prompts and colors."""
@@ -416,29 +410,26 @@ class DenseCLIPConfig(PreTrainedConfig):
         strange = [ids for ids in prompts if not ids or max(ids) >= text.vocab_size]
         longest = max(map(len, prompts), default=0)
         room = text.max_position_embeddings - self.num_context_tokens
-        refuse_first(
-            (
-                self.frozen_classes and not self.use_text_guidance,
-                "`frozen_classes` needs classes to freeze: leave it out with `use_text_guidance=False`.",
-            ),
-            (
-                0 <= self.semantic_loss_ignore_index < self.num_labels,
+        if self.frozen_classes and not self.use_text_guidance:
+            raise ValueError("`frozen_classes` needs classes to freeze: leave it out with `use_text_guidance=False`.")
+        if 0 <= self.semantic_loss_ignore_index < self.num_labels:
+            raise ValueError(
                 f"`semantic_loss_ignore_index` ({self.semantic_loss_ignore_index}) is one of the {self.num_labels} "
-                "classes, which would never be learned: choose a value that is no class id, such as -100.",
-            ),
-            (
-                self.prompt_template.count("{}") != 1,
-                f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.",
-            ),
-            (colors, f"a color of `palette` must be three numbers from 0 to 255, got {colors[:1]}."),
-            (uneven, f"{', '.join(uneven)} entries for {self.num_labels} classes: give one each."),
-            (strange, f"`class_token_ids` must be lists of ids below {text.vocab_size}, got {strange[:1]}."),
-            (
-                longest > room,
+                "classes, which would never be learned: choose a value that is no class id, such as -100."
+            )
+        if self.prompt_template.count("{}") != 1:
+            raise ValueError(f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.")
+        if colors:
+            raise ValueError(f"a color of `palette` must be three numbers from 0 to 255, got {colors[:1]}.")
+        if uneven:
+            raise ValueError(f"{', '.join(uneven)} entries for {self.num_labels} classes: give one each.")
+        if strange:
+            raise ValueError(f"`class_token_ids` must be lists of ids below {text.vocab_size}, got {strange[:1]}.")
+        if longest > room:
+            raise ValueError(
                 f"a class has {longest} tokens, but {room} fit beside {self.num_context_tokens} contexts in the text "
-                f"tower's {text.max_position_embeddings} positions: shorten the name or use fewer contexts.",
-            ),
-        )
+                f"tower's {text.max_position_embeddings} positions: shorten the name or use fewer contexts."
+            )
 
 
 def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:

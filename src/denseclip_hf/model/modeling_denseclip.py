@@ -23,7 +23,6 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .class_names_denseclip import class_names, class_phrasings
-from .configuration_clip_resnet import refuse_first
 from .configuration_denseclip import COST_AGGREGATION_OPTIONS, DenseCLIPConfig
 from .cost_aggregation_denseclip import ClassBlock, CostAggregationHead, Linear
 from .decoder_denseclip import ContextDecoder, FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, cosine_score_maps
@@ -1146,18 +1145,16 @@ def refuse_random_classes(config: DenseCLIPConfig, loading_info: dict[str, Any])
     """
     missing = {key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"]}
     missing |= set(loading_info["missing_keys"])
-    refuse_first(
-        (
-            config.frozen_classes and "class_embeddings" in missing,
+    if config.frozen_classes and "class_embeddings" in missing:
+        raise ValueError(
             f"these weights hold no frozen embeddings of {config.num_labels} classes, so they would be noise: load "
-            "the model as it was saved; `freeze_classes()` freezes the classes of one that has its text tower.",
-        ),
-        (
-            not config.frozen_classes and "class_embeddings" in loading_info["unexpected_keys"],
+            "the model as it was saved; `freeze_classes()` freezes the classes of one that has its text tower."
+        )
+    if not config.frozen_classes and "class_embeddings" in loading_info["unexpected_keys"]:
+        raise ValueError(
             "these weights are of a model whose classes are frozen, its text tower is gone and would be noise: load "
-            "it as it was saved, or the model it was made from.",
-        ),
-    )
+            "it as it was saved, or the model it was made from."
+        )
 
 
 def refuse_if_frozen(config: DenseCLIPConfig, action: str) -> None:

@@ -8,7 +8,6 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_mlflow_available
 
-from ..model.configuration_clip_resnet import refuse_first
 from ..options import TrainingOptions
 
 
@@ -61,25 +60,16 @@ class DenseCLIPTrainingArguments(TrainingOptions, TrainingArguments):  # type: i
                 self.num_train_epochs,
             )
         self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs
-        refuse_first(
-            (
-                self.max_steps == 0 or self.max_steps < -1,
-                f"max_steps is {self.max_steps}: give a positive number of steps, or -1 to count epochs.",
-            ),
-            (
-                self.label_smoothing_factor,
-                "label_smoothing_factor is not used: the losses are those of the paper, see the model.",
-            ),
-            (self.push_to_hub, NO_PUSH),
-            (
-                min(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier) < 0,
-                "learning-rate multipliers are at least 0, which freezes.",
-            ),
-            (
-                self.precision not in (None, "auto"),
-                f"`precision` is auto or left out, got {self.precision!r}: see `--bf16` and `--fp16`.",
-            ),
-        )
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is {self.max_steps}: give a positive number of steps, or -1 to count epochs.")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
+        if self.push_to_hub:
+            raise ValueError(NO_PUSH)
+        if min(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier) < 0:
+            raise ValueError("learning-rate multipliers are at least 0, which freezes.")
+        if self.precision not in (None, "auto"):
+            raise ValueError(f"`precision` is auto or left out, got {self.precision!r}: see `--bf16` and `--fp16`.")
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.precision == "auto":

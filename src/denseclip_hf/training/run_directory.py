@@ -16,7 +16,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import without_nan
 from ..files import complete_or_gone, make_directory, sync, write_atomically
-from ..model.configuration_clip_resnet import refuse_first
 from ..sharing import CARD
 from .arguments import DenseCLIPTrainingArguments
 from .checkpoints import WRITING_DIR
@@ -128,27 +127,23 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
         shutil.rmtree(folder / WRITING_DIR, ignore_errors=True)  # an unfinished checkpoint
     if not folder.exists() or not set(os.listdir(folder)) - {LOCK_FILE, RECIPE_FILE}:  # new, or it never trained
         return False
-    before = _recipe_in(folder)
-    changes = before is not None and changes_of_recipe(folder, recipe, may_grow=LENGTHS)
-    checkpoint = get_last_checkpoint(str(folder))
-    longer = any(recipe.get(name) != value for name, value in (before or {}).items() if name in LENGTHS)
-    finished = (folder / CARD).exists() or ((folder / "model.safetensors").exists() and not checkpoint)
-    refuse_first(
-        (
-            before is None,
+    if not (folder / RECIPE_FILE).exists():
+        raise ValueError(
             f"the output directory {folder} is not empty and holds no run of this program: name a new one, so that "
-            "nothing is overwritten.",
-        ),
-        (
-            changes,
-            f"{folder} holds a run of another recipe ({changes}): name a new output directory, or run that recipe.",
-        ),
-        (
-            finished and not (longer and checkpoint),
+            "nothing is overwritten."
+        )
+    if changes := changes_of_recipe(folder, recipe, may_grow=LENGTHS):
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({changes}): name a new output directory, or run that recipe."
+        )
+    checkpoint = get_last_checkpoint(str(folder))
+    longer = any(recipe.get(name) != value for name, value in _recipe_in(folder).items() if name in LENGTHS)
+    finished = (folder / CARD).exists() or ((folder / "model.safetensors").exists() and not checkpoint)
+    if finished and not (longer and checkpoint):
+        raise ValueError(
             f"{folder} holds a finished run of this recipe: name a new output directory to train again, or raise "
-            "`--max_steps` to go on from its last checkpoint.",
-        ),
-    )
+            "`--max_steps` to go on from its last checkpoint."
+        )
     return checkpoint is not None
 
 
@@ -164,7 +159,7 @@ def changes_of_recipe(folder: Path, recipe: dict[str, Any], may_grow: Sequence[s
     Raises:
         ValueError: if the recipe there is damaged.
     """
-    before = _recipe_in(folder) or {}
+    before = _recipe_in(folder)
     # An option that an earlier version did not write down cannot be compared.
     different = [name for name in recipe if name in before and before[name] != recipe[name]]
     if recipe.get(FILES) and recipe[FILES] == before.get(FILES):
@@ -173,10 +168,8 @@ def changes_of_recipe(folder: Path, recipe: dict[str, Any], may_grow: Sequence[s
     return ", ".join(f"{name} {before[name]!r} -> {recipe[name]!r}" for name in different[:5])
 
 
-def _recipe_in(folder: Path) -> dict[str, Any] | None:
+def _recipe_in(folder: Path) -> dict[str, Any]:
     file = folder / RECIPE_FILE
-    if not file.exists():
-        return None
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
@@ -194,18 +187,14 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
     """
     folder = Path(checkpoint).absolute()
     start_anew = f"start from its weights with `--model {checkpoint}`."
-    changes = changes_of_recipe(folder.parent, recipe, may_grow=LENGTHS)
-    refuse_first(
-        (
-            not (folder / TRAINER_STATE_NAME).is_file(),
-            f"{checkpoint} is no checkpoint: give a directory such as outputs/run/checkpoint-500.",
-        ),
-        (
-            not (folder.parent / RECIPE_FILE).is_file(),
-            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so it may be of another recipe: {start_anew}",
-        ),
-        (changes, f"{checkpoint} is of another recipe ({changes}): run that recipe, or {start_anew}"),
-    )
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint: give a directory such as outputs/run/checkpoint-500.")
+    if not (folder.parent / RECIPE_FILE).is_file():
+        raise ValueError(
+            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so it may be of another recipe: {start_anew}"
+        )
+    if changes := changes_of_recipe(folder.parent, recipe, may_grow=LENGTHS):
+        raise ValueError(f"{checkpoint} is of another recipe ({changes}): run that recipe, or {start_anew}")
 
 
 def save_final_model(trainer: Any) -> None:
