@@ -262,7 +262,7 @@ def test_embeddings_that_are_not_finite_are_refused(option):
 def test_windows_at_native_resolution_are_those_of_the_whole_image(kind):
     """In bands and strips, with memory for three windows, as averaged over the whole image at once."""
     image = photo((304, 176))
-    model = varied(tiny_model(kind, crop_size=64, stride=48))
+    model = varied(tiny_model(kind, crop_size=64, stride=48, sliding_window_batch_size=3))
     asked = segmenter(model, native_resolution=True, certainty=True)
     pixels = asked.image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
     logits = sliding_window_logits(model, pixels, 64, 48)[0]

@@ -168,6 +168,10 @@ class Segmenter:
             return segment_in_windows(self.model, image, self.image_processor)
         reader, (queries, owners) = self.reader, self.queries
         ids, certainty = segment_in_windows(
-            self.model, image, self.image_processor, score=lambda pixels: reader.score(pixels, queries)
+            self.model,
+            image,
+            self.image_processor,
+            score=lambda pixels: reader.score(pixels, queries),
+            num_scores=len(queries),
         )
         return owners.cpu()[ids.long()], certainty

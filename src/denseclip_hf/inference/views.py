@@ -114,6 +114,7 @@ def segment_in_windows(
     image_processor,
     *,
     score: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    num_scores: int | None = None,
     scale: float = 1.0,
     max_scores: int = MAX_SCORES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +129,8 @@ def segment_in_windows(
             [`DenseCLIPModel`].
         image: of any kind the image processor takes.
         image_processor ([`DenseCLIPImageProcessor`]): whose normalization is used.
-        score (`Callable`, *optional*): maps windows `(1, 3, h, w)` to scores `(1, K, h', w')`; logits by default.
+        score (`Callable`, *optional*): maps windows `(B, 3, h, w)` to scores `(B, K, h', w')`; logits by default.
+        num_scores (`int`, *optional*): K of `score`.
         scale (`float`): what scores are multiplied by for the softmax that gives probabilities.
         max_scores (`int`): most numbers that are averaged at a time; a wider image is done in bands of columns.
 
@@ -148,28 +150,31 @@ def segment_in_windows(
     tops, lefts = (window_starts(*sides) for sides in zip((height, width), (h, w), stride, strict=True))
     ids, certainty = torch.empty(height, width, dtype=torch.int32), torch.empty(height, width, dtype=torch.float16)
 
-    def scores_of(top: int, left: int) -> torch.Tensor:
-        window = pixels[:, top : top + h, left : left + w]
-        pixel_values = image_processor(
-            window, do_resize=False, input_data_format="channels_first", return_tensors="pt"
-        )["pixel_values"]
-        scores = predict(pixel_values.to(model.device, model.dtype))
-        check_finite(scores, name_of(image))
-        return resize_bilinear(scores.float(), (h, w))[0]
+    together = model.config.sliding_window_batch_size or (1 if model.device.type == "cpu" else 4)
+
+    def scores_of(top: int, columns: Sequence[int]) -> Iterator[torch.Tensor]:
+        for first in range(0, len(columns), together):
+            windows = [pixels[:, top : top + h, left : left + w] for left in columns[first : first + together]]
+            pixel_values = image_processor(
+                windows, do_resize=False, input_data_format="channels_first", return_tensors="pt"
+            )["pixel_values"]
+            scores = predict(pixel_values.to(model.device, model.dtype))
+            check_finite(scores, name_of(image))
+            yield from resize_bilinear(scores.float(), (h, w))
 
     with eval_mode(model):
-        num_labels = len(first := scores_of(0, 0))
-        band = max(w, max_scores // (num_labels * h))
+        channels = num_scores or len(model.config.id2label)
+        band = max(w, max_scores // (channels * h))
         for start in range(0, width, band):
             end = min(start + band, width)
             columns = [left for left in lefts if left < end and left + w > start]
-            total = first.new_zeros(num_labels, h, columns[-1] + w - columns[0])
-            count = first.new_zeros(h, total.shape[-1])
+            total = torch.zeros(channels, h, columns[-1] + w - columns[0], device=model.device)
+            count = torch.zeros(h, total.shape[-1], device=model.device)
             shown = slice(start - columns[0], end - columns[0])
             for top, following in zip(tops, [*tops[1:], height], strict=True):
-                for left in columns:
+                for left, scores in zip(columns, scores_of(top, columns), strict=True):
                     covered = slice(left - columns[0], left - columns[0] + w)
-                    total[:, :, covered] += scores_of(top, left)
+                    total[:, :, covered] += scores
                     count[:, covered] += 1
                 done = following - top  # rows that no window further down covers
                 part = total[:, :done, shown] / count[:done, shown]
