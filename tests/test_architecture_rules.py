@@ -12,7 +12,7 @@ PACKAGE = Path(denseclip_hf.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first; a room imports only from those before it, and any of them from the modules beside the rooms.
 ROOMS = ["model", "data", "inference", "evaluation", "sharing", "training", "conversion", "example", "app", "cli"]
-HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
+HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "cv2"}  # the last if it is there
 STANDARD = {"os", "difflib", "dataclasses", "typing", "types", "collections", "itertools", "math", "functools"}
 STANDARD |= {"contextlib", "copy"}
 

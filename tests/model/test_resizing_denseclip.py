@@ -42,12 +42,15 @@ def test_bilinear_without_antialiasing_by_default():
     ("old", "new"), [((480, 640), (512, 683)), ((300, 400), (41, 300)), ((1, 50), (2, 20)), ((9, 1), (30, 3))]
 )
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
-def test_whole_number_arithmetic_is_within_a_grey_level_in_any_strips(monkeypatch, old, new, layout):
+def test_whole_number_arithmetic_is_is_opencvs_in_any_strips(monkeypatch, old, new, layout):
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*old, 3), dtype=np.uint8))
     image = image.permute(2, 0, 1) if layout == "channels last" else image.permute(2, 0, 1).contiguous()
     expected = F.interpolate(image[None].float(), size=new, mode="bilinear", align_corners=False)[0]
+    by_opencv = resize_image(image, new)
+    assert resizing_denseclip._opencv() is not None
+    monkeypatch.setattr(resizing_denseclip, "_opencv", lambda: None)
     resized = resize_image(image, new)
-    assert resized.dtype == torch.uint8 and (resized - expected).abs().max() < 1
+    assert resized.dtype == torch.uint8 and (resized - expected).abs().max() < 1 and torch.equal(resized, by_opencv)
     monkeypatch.setattr(resizing_denseclip, "_IMAGE_STRIP_ELEMENTS", 1)
     assert torch.equal(resize_image(image, new), resized)
 
