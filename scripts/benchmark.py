@@ -7,19 +7,23 @@ medians over the rounds, rather than the seconds. All weights are random. "The o
 this package's modules: the text tower runs over padded prompts in every forward pass and for every window, windows go
 one by one, losses are taken at full size, and all parameters have gradients.
 
-Tasks: image (one of the published size, 150 classes), slide (windows over 2048 x 512 pixels), training (an optimizer
-step at batch 2 and its peak memory), words (on a CLIP as it is, beside a trained segmenter), decoders (both, by number
-of classes), data (one core), start (seconds of new processes).
+Tasks: image (one of the published size, 150 classes), slide (windows over 2048 x 512 pixels), many (a folder of
+images), training (an optimizer step at batch 2 and its peak memory), classes (a training step by number of classes),
+words (on a CLIP as it is, beside a trained segmenter), text (embeddings of 10 000 words), decoders (both, by number of
+classes), data (one core), start (seconds of new processes).
 """
 
 import argparse
 import copy
+import functools
 import importlib.util
+import itertools
 import json
 import logging
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,6 +35,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import MethodType
 from typing import Any
+from unittest.mock import patch
 
 
 if __name__ == "__main__":
@@ -43,7 +48,16 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPConfig, CLIPModel, SegformerConfig, SegformerForSemanticSegmentation
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from denseclip_hf import (
@@ -55,20 +69,39 @@ from denseclip_hf import (
 from denseclip_hf.cli.arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 from denseclip_hf.data import load_segmentation_dataset, read_image
 from denseclip_hf.devices import device_of
-from denseclip_hf.inference import published_image_processor
+from denseclip_hf.evaluation import evaluate_segmentation
+from denseclip_hf.inference import Segmenter, find_sources, predict_sources, published_image_processor
 from denseclip_hf.model.configuration_denseclip import COST_AGGREGATION_OPTIONS
 from denseclip_hf.model.resizing_denseclip import fit_within, resize_argmax
 from denseclip_hf.optimization import optimize_for_inference
 from denseclip_hf.sharing import export
-from denseclip_hf.training import parameter_groups
+from denseclip_hf.training import learn_tokenizer, parameter_groups
+from denseclip_hf.training.tokenizer import WORDS
 from denseclip_hf.transforms import AugmentedDataset, TrainTransform
 from denseclip_hf.words import WordOptions, WordReader
 
 
 ORIGINAL = "the original's way"
 IMAGE_SIZES = {"denseclip-rn50": 512, "denseclip-rn101": 512, "denseclip-vit-b16": 640}  # as published, in pixels
-# Depths and decoder width (Xie et al. 2021, table 6), and the mIoU on ADE20K that the authors report.
-SEGFORMERS = {"SegFormer-B1": ([2, 2, 2, 2], 256, 42.2), "SegFormer-B2": ([3, 4, 6, 3], 768, 46.5)}
+MATRICES, MATRIX_SIDE = "a product of two matrices of 2048 x 2048", 2048
+# mIoU on ADE20K, one scale, images of 512 x 512 (ours: as published), from the authors.
+AUTHORS = {
+    "denseclip-rn50": 43.5,
+    "denseclip-rn101": 45.1,
+    "denseclip-vit-b16": 50.6,
+    "SegFormer-B0": 37.4,
+    "SegFormer-B1": 42.2,
+    "SegFormer-B2": 46.5,
+    "SegFormer-B4": 50.3,
+    "UperNet ConvNeXt-T": 46.0,
+}
+# Depths, widths and the decoder's width (Xie et al. 2021, table 6).
+SEGFORMERS = {
+    "SegFormer-B0": ([2, 2, 2, 2], [32, 64, 160, 256], 256),
+    "SegFormer-B1": ([2, 2, 2, 2], [64, 128, 320, 512], 256),
+    "SegFormer-B2": ([3, 4, 6, 3], [64, 128, 320, 512], 768),
+    "SegFormer-B4": ([3, 8, 27, 3], [64, 128, 320, 512], 768),
+}
 Cases = dict[str, Callable[[], Any]]
 Rows = list[dict[str, Any]]
 
@@ -94,7 +127,11 @@ def _wait_for_device() -> None:
 
 
 def table_of(what: str, cases: Cases, rounds: int, **more: dict[str, Any]) -> Rows:
-    """A row per case: median, how many times faster than the first, and columns of `more` (name -> case -> value)."""
+    """
+    A row per case: median, how many times faster than the first, and columns of `more` (name -> case -> value).
+
+    With a column of GFLOP and [`MATRICES`] among the cases comes the share of their speed.
+    """
     seconds = take_turns(cases, rounds)
     first, rows = next(iter(seconds.values())), []
     for case, taken in seconds.items():
@@ -105,7 +142,11 @@ def table_of(what: str, cases: Cases, rounds: int, **more: dict[str, Any]) -> Ro
             "median s": f"{statistics.median(taken):.3f}",
             "times faster": f"{ratio:.2f}",
         }
-        rows.append(row | {name: values.get(case, "") for name, values in more.items()})
+        row |= {name: values.get(case, "") for name, values in more.items()}
+        if MATRICES in seconds and row["GFLOP"]:
+            speeds = (more["GFLOP"][name] / statistics.median(seconds[name]) for name in (case, MATRICES))
+            row["of matrix speed"] = f"{next(speeds) / next(speeds):.0%}"
+        rows.append(row)
     return rows
 
 
@@ -159,15 +200,55 @@ def forward(model: Any, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
     return run
 
 
-def onnx_session(model: Any, pixels: torch.Tensor, folder: str) -> Callable[[], torch.Tensor]:
-    """A function that runs `model`, exported, in onnxruntime on the CPU."""
+def gflop_of(model: Any, pixels: torch.Tensor) -> float:
+    """10**9 floating point operations of products and convolutions; a multiplication and an addition are two."""
+    counted = copy.deepcopy(model)
+    counted.set_attn_implementation("eager")  # whose products the counter sees
+    counter = FlopCounterMode(display=False)
+    with counter:
+        forward(counted, pixels)()
+    return counter.get_total_flops() / 1e9
+
+
+def peers() -> dict[str, Any]:
+    """Models of transformers, with random weights and 150 classes."""
+    models: dict[str, Any] = {}
+    for name, (depths, widths, decoder) in SEGFORMERS.items():
+        config = SegformerConfig(depths=depths, hidden_sizes=widths, decoder_hidden_size=decoder, num_labels=150)
+        models[name] = SegformerForSemanticSegmentation(config).eval()
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = ConvNextConfig(hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3], out_features=stages)
+    config = UperNetConfig(backbone_config=backbone, use_auxiliary_head=False, num_labels=150)
+    models["UperNet ConvNeXt-T"] = UperNetForSemanticSegmentation(config).eval()
+    return models
+
+
+def peer_as_onnx(peer: Any, pixels: torch.Tensor, folder: str) -> str:
+    """A model of transformers as an ONNX file for images of one size."""
+    path = f"{folder}/peer.onnx"
+    torch.onnx.export(
+        copy.deepcopy(peer).cpu(), (pixels.cpu(),), path, dynamo=True, external_data=False, verbose=False
+    )
+    return path
+
+
+def in_onnxruntime(path: str, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A function that runs an ONNX file on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    path = str(export(model, DenseCLIPImageProcessor(), folder, "onnx"))
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: pixels.cpu().numpy()})[0])
+
+
+def in_openvino(path: str, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The same in OpenVINO, in float32."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    program = openvino.compile_model(path, "CPU", settings)
+    return lambda: torch.from_numpy(program(pixels.cpu().numpy())[0])
 
 
 # Tasks
@@ -194,23 +275,61 @@ def image(args: argparse.Namespace) -> Rows:
         if args.compile:
             models["optimized, compiled"] = torch.compile(optimized, fullgraph=True, options={"freezing": True})
         cases: Cases = {name: forward(each, pixels) for name, each in models.items()}
+        gflop = dict.fromkeys(cases, gflop_of(model, pixels))
+        authors = {"eager": AUTHORS[preset]}
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                cases["ONNX"] = onnx_session(model, pixels, folder)
-            except (ImportError, ValueError) as error:
-                logging.warning("ONNX is left out: %s", error)
+            if with_onnx := bool(importlib.util.find_spec("onnxruntime")):
+                path = str(export(model, DenseCLIPImageProcessor(), folder, "onnx"))
+                cases["ONNX"], gflop["ONNX"], authors["ONNX"] = (
+                    in_onnxruntime(path, pixels),
+                    gflop["eager"],
+                    AUTHORS[preset],
+                )
+                if importlib.util.find_spec("openvino"):
+                    cases["OpenVINO"], gflop["OpenVINO"] = in_openvino(path, pixels), gflop["eager"]
             expected = cases[ORIGINAL]()
             differences = {name: f"{(run().float() - expected).abs().max():.0e}" for name, run in cases.items()}
-            published = {}
-            for name, (depths, width, miou) in SEGFORMERS.items():
-                config = SegformerConfig(
-                    depths=depths, hidden_sizes=[64, 128, 320, 512], decoder_hidden_size=width, num_labels=150
-                )
-                cases[name] = forward(SegformerForSemanticSegmentation(config).eval().to(args.device), pixels)
-                published[name] = f"{miou}"
-            columns = {"largest difference": differences, "authors' mIoU": published}
+            cases["eager, classes at full size"] = full_size(cases["eager"], size)
+            for name, peer in peers().items():
+                cases[name] = forward(peer.to(args.device), pixels)
+                if with_onnx:
+                    cases[f"{name}, ONNX"] = in_onnxruntime(peer_as_onnx(peer, pixels, folder), pixels)
+                for way in (name, f"{name}, ONNX"):
+                    gflop[way], authors[way] = gflop_of(peer, pixels), AUTHORS[name]
+            cases[MATRICES], gflop[MATRICES] = matrix_product(args.device), 2 * MATRIX_SIDE**3 / 1e9
+            columns = {"largest difference": differences, "authors' mIoU": authors, "GFLOP": gflop}
             rows += table_of(f"{preset}, {size} x {size}", cases, args.rounds, **columns)
+    if importlib.util.find_spec("matplotlib"):
+        plot_accuracy(rows, args.output_dir / "accuracy.svg")
     return rows
+
+
+def full_size(logits: Callable[[], torch.Tensor], side: int) -> Callable[[], torch.Tensor]:
+    return lambda: resize_argmax(logits(), (side, side))
+
+
+def matrix_product(device: str) -> Callable[[], torch.Tensor]:
+    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device)
+    return lambda: matrix @ matrix
+
+
+def plot_accuracy(rows: Rows, path: Path) -> None:
+    """Accuracy against time: ours at the published sizes, the others at 512 x 512."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        name, _, runtime = row["case"].partition(", ")
+        if ours := name in ("eager", "ONNX"):
+            name, runtime = row["what"].partition(",")[0], name.replace("eager", "")
+        if row["authors' mIoU"] and (ours or "512" in row["what"]):
+            place = float(row["median s"]), float(row["authors' mIoU"])
+            color, face = ("tab:red" if ours else "tab:gray"), (None if runtime else "none")
+            axes.scatter(*place, c=color, marker="s" if runtime else "o", facecolors=face)
+            axes.annotate(f"{name} {runtime}", place, (5, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="seconds for an image", ylabel="mIoU on ADE20K, the authors'", xscale="log")
+    figure.savefig(path)
 
 
 def slide(args: argparse.Namespace) -> Rows:
@@ -225,25 +344,69 @@ def slide(args: argparse.Namespace) -> Rows:
     return rows
 
 
+def many(args: argparse.Namespace) -> Rows:
+    """40 JPEGs of 640 x 480 pixels: files to masks and overlays, and files and masks to scores, beside the model."""
+    rows: Rows = []
+    for preset in args.presets:
+        model = build_model(preset).to(args.device)
+        processor = published_image_processor(model.config)
+        with tempfile.TemporaryDirectory() as folder:
+            write_data_set(Path(folder), 40)
+            samples = load_segmentation_dataset(folder, validation_fraction=0).train
+            sources, _ = find_sources([f"{folder}/images"])
+            prepared = [processor(sample["image"], return_tensors="pt")["pixel_values"] for sample in samples]
+            forwards = [forward(model, pixels.to(args.device)) for pixels in prepared]
+            segmenter = Segmenter(model, processor)
+            cases: Cases = {
+                "the model alone": lambda forwards=forwards: [run() for run in forwards],
+                "predict": lambda segmenter=segmenter, sources=sources, folder=folder: predict_sources(
+                    segmenter, sources, f"{folder}/predictions", overwrite=True, progress=False
+                ),
+                "evaluate": lambda model=model, samples=samples, processor=processor: evaluate_segmentation(
+                    model, samples, processor, progress=False
+                ),
+            }
+            rows += table_of(preset, cases, args.rounds)
+    return rows
+
+
 def training(args: argparse.Namespace) -> Rows:
     """One step of the published recipe at batch 2: forward, backward, AdamW; peak memory in a process of its own."""
     rows: Rows = []
     for preset in args.presets:
-        ways = [ORIGINAL, "ours", "ours, bf16"] + (["ours, compiled"] if args.compile else [])
-        steps: Cases = {way: training_step(preset, way, args.device) for way in ways}
-        losses = {way: f"{step():.4f}" for way, step in steps.items()}
-        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-            peaks = {
-                way: f"{pool.submit(peak_memory, training_step, preset, way, args.device).result():.1f}"
-                for way in ways
-            }
-        rows += table_of(preset, steps, args.rounds, **{"first loss": losses, "peak GiB": peaks})
+        ways = [ORIGINAL, "ours", "ours, channels-last", "ours, bf16"] + ["ours, compiled"] * args.compile
+        rows += training_table(preset, {way: (preset, way, 150, {}, args.device) for way in ways}, args.rounds)
     return rows
 
 
-def training_step(preset: str, way: str, device: str) -> Callable[[], float]:
+def classes(args: argparse.Namespace) -> Rows:
+    """The same by number of classes: RN50 at 512 x 512; cost aggregation on a ViT-B/16 at 384 x 384, batch 1."""
+    rows: Rows = []
+    for count in args.classes:
+        steps = {
+            "Semantic FPN": ("denseclip-rn50", "ours", count, {}, args.device),
+            "cost aggregation": ("denseclip-vit-b16", "ours", count, {"tower_image_size": 384}, args.device),
+        }
+        rows += training_table(f"{count} classes", steps, args.rounds)
+    return rows
+
+
+def training_table(what: str, options: dict[str, tuple[Any, ...]], rounds: int) -> Rows:
+    """A table of [`training_step`]s of these options."""
+    steps: Cases = {name: training_step(*each) for name, each in options.items()}
+    losses = {name: f"{step():.4f}" for name, step in steps.items()}
+    peaks = {name: peak_memory(training_step, *each) for name, each in options.items()}
+    return table_of(what, steps, rounds, **{"first loss": losses, "peak GiB": peaks})
+
+
+def training_step(preset: str, way: str, num_labels: int, options: dict[str, Any], device: str) -> Callable[[], float]:
     """A function that does one optimizer step and returns its loss."""
-    size, model = IMAGE_SIZES[preset], build_model(preset).to(device).train()
+    size, batch_size = IMAGE_SIZES[preset], 2
+    if "tower_image_size" in options:
+        size, batch_size, options = options["tower_image_size"], 1, {**COST_AGGREGATION_OPTIONS, **options}
+    model = build_model(preset, num_labels, **options).to(device).train()
+    if "channels-last" in way:
+        model.to(memory_format=torch.channels_last)
     groups = parameter_groups(model, 1e-4, 1e-4, text_encoder_lr_multiplier=0.0)
     for group in groups:
         for parameter in group["params"]:
@@ -252,8 +415,8 @@ def training_step(preset: str, way: str, device: str) -> Callable[[], float]:
         work_like_the_original(model)
     optimizer = torch.optim.AdamW([group for group in groups if group["lr"] > 0], fused=True)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(2, 3, size, size, generator=generator).to(device)
-    labels = torch.randint(150, (2, size, size), generator=generator).to(device)
+    pixels = torch.randn(batch_size, 3, size, size, generator=generator).to(device)
+    labels = torch.randint(num_labels, (batch_size, size, size), generator=generator).to(device)
     run = torch.compile(model, fullgraph=True) if "compiled" in way else model
 
     def loss_of() -> torch.Tensor:
@@ -276,8 +439,13 @@ def training_step(preset: str, way: str, device: str) -> Callable[[], float]:
     return step
 
 
-def peak_memory(make: Callable[..., Callable[[], Any]], *options: Any) -> float:
+def peak_memory(make: Callable[..., Callable[[], Any]], *options: Any) -> str:
     """GiB that a process takes at most which does twice what `make(*options)` gives; a device is the last option."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return f"{pool.submit(_peak_memory, make, *options).result():.1f}"
+
+
+def _peak_memory(make: Callable[..., Callable[[], Any]], *options: Any) -> float:
     step, device = make(*options), options[-1]
     step(), step()
     if torch.device(device).type == "cuda":
@@ -289,8 +457,7 @@ def peak_memory(make: Callable[..., Callable[[], Any]], *options: Any) -> float:
 def words(args: argparse.Namespace) -> Rows:
     """150 words on an untrained CLIP ViT-B/16, beside a trained segmenter: 640 x 480 pixels, text embeddings kept."""
     cases: Cases = {way: word_case(way, args.device) for way in WORD_WAYS}
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        peaks = {way: f"{pool.submit(peak_memory, word_case, way, args.device).result():.1f}" for way in WORD_WAYS}
+    peaks = {way: peak_memory(word_case, way, args.device) for way in WORD_WAYS}
     return table_of("640 x 480", cases, args.rounds, **{"peak GiB": peaks})
 
 
@@ -330,16 +497,45 @@ def word_case(way: str, device: str) -> Callable[[], torch.Tensor]:
     return asked
 
 
+def text(args: argparse.Namespace) -> Rows:
+    """Embeddings of 10 000 words on an untrained CLIP ViT-B/16: worked out, and kept by an earlier reader."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict(os.environ, HF_ASSETS_CACHE=folder),
+        ProcessPoolExecutor(1, get_context("spawn")) as pool,  # its process reads the variable at its start
+    ):
+
+        def worked_out() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            kept()
+
+        def kept() -> None:
+            pool.submit(encode_words, args.device).result()
+
+        return table_of("10 000 words", {"worked out": worked_out, "kept by an earlier reader": kept}, args.rounds)
+
+
+def encode_words(device: str) -> None:
+    model, tokenizer = clip_and_tokenizer(device)
+    pairs = itertools.islice(itertools.product(WORDS.split(), repeat=2), 10_000)
+    WordReader(model, tokenizer).encode(tuple(f"{first} {second}" for first, second in dict.fromkeys(pairs)))
+
+
+@functools.cache
+def clip_and_tokenizer(device: str) -> tuple[DenseCLIPModel, Any]:
+    torch.manual_seed(0)
+    tokenizer = learn_tokenizer([])
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    clip = CLIPModel(CLIPConfig(text_config={"vocab_size": len(tokenizer), **ids}, vision_config={"patch_size": 16}))
+    return DenseCLIPModel.from_clip(clip).eval().to(device), tokenizer
+
+
 def decoders(args: argparse.Namespace) -> Rows:
     """One image of 384 x 384 for 10 to 1000 classes, ViT-B/16, text embeddings kept: both decoders."""
     rows: Rows = []
     for count in args.classes:
         cases: Cases = {way: decoder_case(way, count, args.device) for way in DECODERS}
-        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-            peaks = {
-                way: f"{pool.submit(peak_memory, decoder_case, way, count, args.device).result():.1f}"
-                for way in DECODERS
-            }
+        peaks = {way: peak_memory(decoder_case, way, count, args.device) for way in DECODERS}
         rows += table_of(f"{count} classes", cases, args.rounds, **{"peak GiB": peaks})
     return rows
 
@@ -362,17 +558,9 @@ def decoder_case(way: str, count: int, device: str) -> Callable[[], torch.Tensor
 
 def data(args: argparse.Namespace) -> Rows:
     """Samples from JPEGs of 640 x 480 pixels, on one core, and the original's pipeline where OpenCV is installed."""
-    rng = np.random.default_rng(0)
     rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for kind, channels, suffix in (("images", 3, ".jpg"), ("masks", 1, ".png")):
-            (Path(folder) / kind).mkdir()
-            for index in range(20):
-                coarse = rng.integers(0, 256 if channels == 3 else 2, (48, 64, channels)).astype(np.uint8).squeeze()
-                resample = Image.Resampling.BICUBIC if channels == 3 else Image.Resampling.NEAREST
-                image = Image.fromarray(coarse).resize((640, 480), resample)
-                image.save(f"{folder}/{kind}/{index:02}{suffix}", quality=90)
-        (Path(folder) / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road"}}))
+        write_data_set(Path(folder), 20)
         samples = load_segmentation_dataset(folder, validation_fraction=0).train
         augmented = AugmentedDataset(samples, TrainTransform(crop_size=512, scale=(2048, 512)))
         processor = DenseCLIPImageProcessor(size={"shortest_edge": 512, "longest_edge": 2048})
@@ -387,6 +575,19 @@ def data(args: argparse.Namespace) -> Rows:
         for what, cases in (("20 training samples", training_cases), ("20 images for evaluation", evaluation_cases)):
             rows += table_of(what, cases, args.rounds)
     return rows
+
+
+def write_data_set(folder: Path, count: int) -> None:
+    """Images of 640 x 480 pixels and their masks."""
+    rng = np.random.default_rng(0)
+    for kind, channels, suffix in (("images", 3, ".jpg"), ("masks", 1, ".png")):
+        (folder / kind).mkdir()
+        for index in range(count):
+            coarse = rng.integers(0, 256 if channels == 3 else 2, (48, 64, channels)).astype(np.uint8).squeeze()
+            resample = Image.Resampling.BICUBIC if channels == 3 else Image.Resampling.NEAREST
+            image = Image.fromarray(coarse).resize((640, 480), resample)
+            image.save(folder / kind / f"{index:02}{suffix}", quality=90)
+    (folder / "classes.json").write_text(json.dumps({"id2label": {"0": "sky", "1": "road"}}))
 
 
 OPENCV = "the original's pipeline, OpenCV"
@@ -475,11 +676,48 @@ def start(args: argparse.Namespace) -> Rows:
     def runner(command: list[str]) -> Callable[[], Any]:
         return lambda: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
-    return table_of("start", {name: runner(command) for name, command in commands.items()}, args.rounds)
+    rows = table_of("start", {name: runner(command) for name, command in commands.items()}, args.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_model(args.presets[0])
+        model.save_pretrained(folder)
+        published_image_processor(model.config).save_pretrained(folder)
+        command = [sys.executable, "-c", PARTS_OF_PREDICT, folder, args.device]
+        runs = [json.loads(subprocess.check_output(command)) for _ in range(args.rounds)]
+    for part in runs[0]:
+        seconds = statistics.median(run[part] for run in runs)
+        rows.append({"what": f"predict, {args.presets[0]}", "case": part, "median s": f"{seconds:.3f}"})
+    return rows
+
+
+PARTS_OF_PREDICT = """
+import json, sys, time
+begin, seconds = time.perf_counter(), {}
+def end_of(part):
+    global begin
+    seconds[part] = time.perf_counter() - begin
+    begin = time.perf_counter()
+import torch
+end_of("import torch")
+from transformers import AutoModel, CLIPModel
+end_of("import transformers")
+from PIL import Image
+from denseclip_hf.inference import Segmenter, load_model
+end_of("import denseclip_hf.inference")
+model, image_processor = load_model(sys.argv[1], "float32")
+model.to(sys.argv[2])
+end_of("open the model")
+segmenter, image = Segmenter(model, image_processor), Image.new("RGB", (640, 480))
+pixel_values = segmenter.preprocess(image)[None]
+end_of("prepare an image")
+for part in ("first image, with the classes' embeddings", "second image"):
+    segmenter([image], pixel_values)
+    end_of(part)
+print(json.dumps(seconds))
+"""
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Rows]] = {
-    task.__name__: task for task in (image, slide, training, words, decoders, data, start)
+    task.__name__: task for task in (image, slide, many, training, classes, words, text, decoders, data, start)
 }
 
 
@@ -502,7 +740,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tables")
     parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=["denseclip-rn50", "denseclip-vit-b16"])
-    parser.add_argument("--classes", nargs="+", type=int, default=[10, 150, 1000], help="numbers of the task decoders")
+    parser.add_argument(
+        "--classes", nargs="+", type=int, default=[10, 150, 1000], help="numbers of the tasks classes and decoders"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="times every case is run, in turn")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes on a CPU)")
