@@ -383,7 +383,7 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
         if do_rescale:
             if image.is_floating_point() and 0 < image.max() <= 1:
                 logger.warning_once("An image seems to be scaled to 0 … 1 already: pass do_rescale=False for it.")
-            image = image.to(torch.float32, copy=True).mul_(rescale_factor)
+            image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format).mul_(rescale_factor)
         if do_normalize:
             mean, std = (torch.tensor(x, device=image.device).view(-1, 1, 1) for x in (image_mean, image_std))
             if {len(mean), len(std)} - {1, len(image)}:
