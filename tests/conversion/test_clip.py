@@ -2,7 +2,6 @@
 
 import json
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,17 +9,16 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from denseclip_hf import CLIPResNetModel, DenseCLIPForSemanticSegmentation
+from denseclip_hf.cli.convert import main
 from denseclip_hf.conversion import CheckpointError, convert_clip
 from denseclip_hf.conversion.clip import OPENAI_SETTINGS, clip_config_from_weights
 from helpers.checkpoints import FORMATS, IMAGE, tokenizer, write_clip
 from helpers.clip_reference import reference_clip
-from helpers.forked import run_script
 from helpers.golden import FIXTURES
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 RELEASED = json.loads((FIXTURES / "keys.json").read_text())["models"]
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_openai_clip.py"
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +28,10 @@ def published(monkeypatch):
     monkeypatch.setattr("denseclip_hf.conversion.weights.OPENAI_ARCHIVES", known)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [("vit", name) for name in FORMATS] + [("resnet", "torchscript"), ("resnet", "training checkpoint")],
+)
 def test_features_are_the_reference(tmp_path, kind, format):
     clip, path = write_clip(kind, format, tmp_path)
     told = {} if format == "torchscript" else {"hidden_act": "quick_gelu"}
@@ -51,9 +52,14 @@ def test_features_are_the_reference(tmp_path, kind, format):
     assert model.logit_scale.item() == 2.5
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert processor.crop_size["height"] == 64
+    segmenter = DenseCLIPForSemanticSegmentation.from_clip(
+        tmp_path / "out", ["sky", "road"], image_size=64, num_context_tokens=4, context_decoder_hidden_size=8
+    )
+    logits = segmenter.eval()(IMAGE[None]).logits
+    assert logits.shape[:2] == (1, 2) and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("format", ["torchscript", "state dict"])
+@pytest.mark.parametrize(("kind", "format"), [("vit", "torchscript"), ("resnet", "state dict")])
 def test_half_precision_becomes_float32_with_the_same_values(tmp_path, kind, format):
     clip = reference_clip(kind, len(tokenizer()))
     half = {k: v.half() if v.is_floating_point() else v for k, v in clip.state_dict().items()}
@@ -70,16 +76,6 @@ def test_half_precision_becomes_float32_with_the_same_values(tmp_path, kind, for
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
 
 
-def test_from_clip_takes_the_result(tmp_path, kind):
-    _, path = write_clip(kind, "torchscript", tmp_path)
-    convert_clip(path, tmp_path / "out", tokenizer())
-    model = DenseCLIPForSemanticSegmentation.from_clip(
-        tmp_path / "out", ["sky", "road"], image_size=64, num_context_tokens=4, context_decoder_hidden_size=8
-    )
-    logits = model.eval()(IMAGE[None]).logits
-    assert logits.shape[:2] == (1, 2) and torch.isfinite(logits).all()
-
-
 @pytest.mark.parametrize(("size", "depths", "output"), [("res50", [3, 4, 6, 3], 1024), ("res101", [3, 4, 23, 3], 512)])
 def test_openais_resnets_have_the_published_heads(size, depths, output):
     """Read from the released DenseCLIPs, which have the names of their CLIPs."""
@@ -92,42 +88,30 @@ def test_openais_resnets_have_the_published_heads(size, depths, output):
 
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "torchscript"])
-def test_an_activation_is_never_guessed(tmp_path, kind, format):
-    _, path = write_clip(kind, format, tmp_path)
+def test_an_activation_is_never_guessed(tmp_path, format):
+    """It is given, or told by the settings in OpenAI's files."""
+    _, path = write_clip("vit", format, tmp_path)
     with pytest.raises(ValueError, match="--hidden_act"):
         convert_clip(path, tmp_path / "out", tokenizer())
     assert not (tmp_path / "out").exists()
-    model = convert_clip(path, tmp_path / "out", tokenizer(), hidden_act="gelu")
+    model = convert_clip(path, tmp_path / "out", tokenizer(), hidden_act="gelu", num_attention_heads=4)
     assert model.config.text_config.hidden_act == "gelu"
-
-
-def test_the_settings_in_openais_files_tell_the_activation(tmp_path):
-    weights = reference_clip("vit", len(tokenizer())).state_dict()
-    settings = {name: torch.tensor(64) for name in OPENAI_SETTINGS}
-    torch.save({**weights, **settings}, tmp_path / "clip.pt")
-    model = convert_clip(tmp_path / "clip.pt", tmp_path / "out", tokenizer())
-    assert model.config.vision_config.hidden_act == model.config.text_config.hidden_act == "quick_gelu"
-
-
-@pytest.mark.parametrize(
-    ("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16), (1792, 16)]
-)
-def test_heads_of_known_image_towers(width, heads):
-    """As in open_clip's model configs: head widths of 64, and 80, 88, 104, 112 in the wide ones."""
-    assert clip_config_from_weights(_wide(width)).vision_config.num_attention_heads == heads
-
-
-@pytest.mark.parametrize("width", [352, 1152, 2048])
-def test_heads_are_asked_for_where_nobody_can_know_them(width):
-    with pytest.raises(ValueError, match="--num_attention_heads"):
-        clip_config_from_weights(_wide(width))
-    assert clip_config_from_weights(_wide(width), num_attention_heads=8).vision_config.num_attention_heads == 8
-
-
-def test_given_heads_are_those_of_the_image_tower(tmp_path):
-    _, path = write_clip("vit", "torchscript", tmp_path)
-    model = convert_clip(path, tmp_path / "out", tokenizer(), num_attention_heads=4)
     assert model.config.vision_config.num_attention_heads == 4 and model.config.text_config.num_attention_heads == 2
+    if format == "state dict":
+        settings = {name: torch.tensor(64) for name in OPENAI_SETTINGS}
+        torch.save({**torch.load(path), **settings}, path)
+        config = convert_clip(path, tmp_path / "told", tokenizer()).config
+        assert config.vision_config.hidden_act == config.text_config.hidden_act == "quick_gelu"
+
+
+def test_heads_of_known_image_towers_and_of_others_only_on_demand():
+    """As in open_clip's model configs: head widths of 64, and 80, 88, 104, 112 in the wide ones."""
+    for width, heads in {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}.items():
+        assert clip_config_from_weights(_wide(width)).vision_config.num_attention_heads == heads
+    for width in (352, 1152, 2048):
+        with pytest.raises(ValueError, match="--num_attention_heads"):
+            clip_config_from_weights(_wide(width))
+        assert clip_config_from_weights(_wide(width), num_attention_heads=8).vision_config.num_attention_heads == 8
 
 
 def _wide(width):
@@ -167,8 +151,13 @@ def test_bad_checkpoints_are_refused(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["RN50.pt", "clip.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"<html>404 Not Found</html>", "half"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("RN50.pt", None), ("RN50.pt", b""), ("RN50.pt", b"<html>404 Not Found</html>"), ("RN50.pt", "half"),
+        ("clip.safetensors", b"<html>404 Not Found</html>"), ("clip.safetensors", "half"),
+    ],
+)  # fmt: skip
 def test_files_that_are_no_checkpoints_are_refused(tmp_path, name, content):
     if content == "half":
         _, whole = write_clip("vit", "safetensors" if name.endswith("s") else "torchscript", tmp_path)
@@ -196,13 +185,13 @@ def test_archives_that_are_no_checkpoints_are_refused(tmp_path, method):
         convert_clip(tmp_path / "bomb.pt", tmp_path / "out", tokenizer())
 
 
-@pytest.mark.slow
-def test_script(tmp_path):
+def test_command(tmp_path, capsys):
     _, path = write_clip("resnet", "safetensors", tmp_path)
     tokenizer().save_pretrained(tmp_path / "words")
-    command = [SCRIPT, path, tmp_path / "out", "--tokenizer", tmp_path / "words"]
-    code, said = run_script(*command, "--hidden_act", "quick_gelu", "--num_attention_heads", "2")
-    assert code == 0 and "parameters" in said and "sha256" in said, said
+    given = ["--tokenizer", str(tmp_path / "words"), "--hidden_act", "quick_gelu", "--num_attention_heads", "2"]
+    main(["clip", str(path), str(tmp_path / "out"), *given])
+    said = capsys.readouterr().out
+    assert "parameters" in said and "sha256" in said
 
 
 def _save_script_of(weights, path):

@@ -8,7 +8,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from denseclip_hf.transforms import AugmentedDataset, AugmentedStream, EpochCallback, TrainTransform, sample_rng
+from denseclip_hf.transforms import AugmentedDataset, AugmentedStream, EpochCallback, TrainTransform
 from helpers.images import make_sample
 
 
@@ -33,21 +33,10 @@ class SharesItself(torch.utils.data.IterableDataset):
         return itertools.islice(iter(named_samples(5)), worker.id, None, worker.num_workers)
 
 
-def test_workers_of_a_stream_that_shares_itself_out():
-    loader = torch.utils.data.DataLoader(AugmentedStream(SharesItself(), SMALL), batch_size=None, num_workers=2)
-    assert len([sample["name"] for sample in loader]) == 5
-
-
-def test_workers_share_what_is_no_stream_of_datasets():
-    stream = AugmentedStream(named_samples(5), SMALL)
-    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
-    assert sorted(sample["name"] for sample in loader) == sorted(sample["name"] for sample in stream)
-
-
-def test_draws_depend_on_seed_epoch_and_index_alone():
-    draws = {key: sample_rng(*key).random() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
-    assert len(set(draws.values())) == 4
-    assert all(sample_rng(*key).random() == value for key, value in draws.items())
+def test_workers_give_each_sample_of_a_stream_once():
+    for stream in (SharesItself(), named_samples(5)):
+        loader = DataLoader(AugmentedStream(stream, SMALL), batch_size=None, num_workers=2)
+        assert sorted(sample["name"] for sample in loader) == list("01234")
 
 
 def two_epochs(num_workers, persistent, epochs=(0, 1)):
@@ -60,17 +49,14 @@ def two_epochs(num_workers, persistent, epochs=(0, 1)):
     return results
 
 
-@pytest.mark.parametrize(("num_workers", "persistent"), [(2, False), (2, True)])
-def test_any_number_of_workers_gives_the_same_pixels_in_every_epoch(num_workers, persistent):
+@pytest.mark.parametrize("persistent", [False, True])
+def test_any_number_of_workers_gives_the_same_pixels_in_every_epoch(persistent):
     expected = two_epochs(0, False)
     assert not torch.equal(*expected)
-    for one, other in zip(expected, two_epochs(num_workers, persistent), strict=True):
+    for one, other in zip(expected, two_epochs(2, persistent), strict=True):
         assert torch.equal(one, other)
-
-
-def test_another_seed_gives_other_pixels():
-    one, other = (AugmentedDataset(Samples(1), SMALL, seed=seed)[0]["pixel_values"] for seed in (0, 1))
-    assert not torch.equal(one, other)
+    dataset = AugmentedDataset(Samples(), SMALL, seed=4)
+    assert not torch.equal(dataset[0]["pixel_values"], expected[0][0])
 
 
 def test_the_callback_tells_the_epoch_on_several_processes():
@@ -99,7 +85,7 @@ class Recorder(torch.nn.Module):
         return {"loss": (self.weight - pixel_values.mean()) ** 2}
 
 
-def train(folder, num_workers=0, persistent=False, resume=None):
+def train(folder, num_workers=0, resume=None):
     dataset = AugmentedDataset(Samples(8), SMALL, seed=5)
     arguments = TrainingArguments(
         str(folder),
@@ -108,7 +94,7 @@ def train(folder, num_workers=0, persistent=False, resume=None):
         save_steps=6,
         seed=1,
         dataloader_num_workers=num_workers,
-        dataloader_persistent_workers=persistent,
+        dataloader_persistent_workers=num_workers > 0,
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
@@ -119,12 +105,11 @@ def train(folder, num_workers=0, persistent=False, resume=None):
     return model.seen
 
 
-@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (2, True)])
-def test_trainer_sees_the_same_batches_when_it_resumes_within_an_epoch(tmp_path, num_workers, persistent):
+def test_trainer_sees_the_same_batches_when_it_resumes_within_an_epoch(tmp_path):
     whole = train(tmp_path)
     assert len(set(whole)) == 12  # 3 epochs of 4 steps, no batch like another
     # Step 6 is the middle of the second epoch; its last two batches and the third epoch follow.
-    assert train(tmp_path, num_workers, persistent, resume=str(tmp_path / "checkpoint-6")) == whole[6:]
+    assert train(tmp_path, num_workers=2, resume=str(tmp_path / "checkpoint-6")) == whole[6:]
 
 
 def test_a_stream_is_augmented_the_same_way_by_any_worker():
@@ -167,8 +152,7 @@ def test_each_pass_over_a_stream_draws_as_its_own_epoch():
     assert not torch.equal(expected[0], expected[2])
 
 
-@pytest.mark.parametrize("endless", [False, True])
-def test_an_empty_stream_ends(endless):
+def test_an_empty_stream_ends():
     stream = AugmentedStream([], SMALL)
-    stream.endless = endless
+    stream.endless = True
     assert list(stream) == []

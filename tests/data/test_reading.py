@@ -11,7 +11,6 @@ from PIL import Image, ImageFile, ImageOps, features
 
 from denseclip_hf.data import read_image
 from denseclip_hf.data.reading import remarks
-from denseclip_hf.model.image_processing_denseclip import decode_image
 from helpers.sample_data import PALETTE, SIZE, make_mask, make_pixels, reader, truncated, write_folder
 
 
@@ -28,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("mode", "suffix"),
-    [("L", ".png"), ("P", ".png"), ("RGBA", ".png"), ("LA", ".png"), ("1", ".png"), ("CMYK", ".jpg"), ("L", ".jpg")],
+    [("P", ".png"), ("RGBA", ".png"), ("LA", ".png"), ("1", ".png"), ("CMYK", ".jpg"), ("L", ".jpg")],
 )
 def test_other_images_become_rgb(tmp_path, mode, suffix):
     original = Image.fromarray(make_pixels())
@@ -37,43 +36,17 @@ def test_other_images_become_rgb(tmp_path, mode, suffix):
     image = read_image(path)
     assert image.mode == "RGB" and image.size == SIZE
     if suffix == ".png":
-        assert np.array_equal(image, original.convert(mode).convert("RGB"))
-
-
-def test_alpha_is_dropped(tmp_path):
-    pixels = np.dstack([make_pixels(), np.zeros(SIZE[::-1], dtype=np.uint8)])
-    Image.fromarray(pixels).save(tmp_path / "clear.png")
-    assert np.array_equal(read_image(tmp_path / "clear.png"), pixels[..., :3])
+        assert np.array_equal(image, original.convert(mode).convert("RGB"))  # alpha is dropped
 
 
 @pytest.mark.parametrize(
-    ("values", "suffix"),
-    [(np.array([[0, 257, 65535]], np.uint16), ".png"), (np.array([[0, 1 / 255, 1]], np.float32), ".tif")],
+    ("file_format", "orientation"),
+    [
+        *[("JPEG", orientation) for orientation in range(1, 9)],
+        *[(name, 6) for name in ("MPO", "WEBP", "PNG", "TIFF")],
+        pytest.param("AVIF", 6, marks=NEEDS_AVIF),
+    ],
 )
-def test_more_than_8_bits_are_scaled(tmp_path, values, suffix):
-    path = tmp_path / f"deep{suffix}"
-    Image.fromarray(values).save(path)
-    assert np.asarray(read_image(path))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
-
-
-@pytest.mark.parametrize(
-    "values",
-    [np.array([[0, 0.25, 1]], np.float32), np.array([[0, 70, 199]], np.float32), np.array([[0, 70, 199]], np.int32)],
-    ids=["floats to 1", "floats to 255", "integers"],
-)
-def test_training_sees_what_the_image_processor_sees(tmp_path, values):
-    Image.fromarray(values).save(tmp_path / "deep.tif")
-    with Image.open(tmp_path / "deep.tif") as image:
-        seen = decode_image(image)
-    trained_on = np.asarray(read_image(tmp_path / "deep.tif")).transpose(2, 0, 1)
-    assert np.abs(seen.numpy() - trained_on).max() <= 0.5
-
-
-FORMATS = ["JPEG", "MPO", "WEBP", "PNG", "TIFF", pytest.param("AVIF", marks=NEEDS_AVIF)]
-
-
-@pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_upright_as_pillow_turns_them(tmp_path, file_format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -133,15 +106,13 @@ def test_masks_of_ids(tmp_path, mask, suffix):
 
 @pytest.mark.parametrize("reduce", [False, True])
 def test_masks_in_the_colors_of_the_palette(tmp_path, reduce):
+    """Colors are classes; with reduced labels, ids are one higher."""
     colors = np.array([[PALETTE[2], PALETTE[0], [1, 2, 3]]], dtype=np.uint8)
     Image.fromarray(colors).save(tmp_path / "mask.png")
     rules = reader(ignore_colors=[[1, 2, 3]], do_reduce_labels=reduce)
     assert rules.read_mask(tmp_path / "mask.png").tolist() == [[2, 0, 255]]
-
-
-def test_reduced_labels_may_be_one_higher():
-    rules = reader(do_reduce_labels=True)
-    assert rules.read_mask(np.array([[0, 1, 3, 255]])).tolist() == [[255, 0, 2, 255]]
+    if reduce:
+        assert rules.read_mask(np.array([[0, 1, 3, 255]])).tolist() == [[255, 0, 2, 255]]
     with pytest.raises(ValueError, match="4"):
         rules.read_mask(np.array([[4]]))
 
@@ -182,13 +153,11 @@ def test_masks_that_are_refused_are_named(tmp_path, make):
     [
         truncated,
         lambda p: save_mask(np.array([[0, np.nan]], np.float32), p),
-        lambda p: save_mask(np.array([[0, 300]], np.float32), p),
         lambda p: save_mask(np.array([[-1, 300]], np.int32), p),
         lambda p: p.write_bytes(b""),
-        lambda p: save_mask(np.array([[0, np.inf]], np.float32), p),
         lambda p: None,
     ],
-    ids=["truncated", "nan", "float range", "negative", "empty", "infinite", "missing"],
+    ids=["truncated", "nan", "range", "empty", "missing"],
 )
 def test_images_that_are_refused_are_named(tmp_path, make):
     make(tmp_path / "image.tif")
@@ -197,23 +166,11 @@ def test_images_that_are_refused_are_named(tmp_path, make):
     assert "image.tif" in str(refused.value)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "I", "F"])
-def test_an_image_without_pixels_is_refused(mode):
-    with pytest.raises(ValueError, match="pixels"):
-        read_image(Image.new(mode, (0, 5)))
-
-
 def test_a_color_mask_needs_a_palette_of_different_colors():
     mask = Image.fromarray(np.full((2, 2, 3), PALETTE[1], np.uint8))
     for palette in (None, [[0, 0, 0], [0, 0, 0], [1, 1, 1]]):
         with pytest.raises(ValueError, match="color"):
             reader(palette=palette).read_mask(mask)
-
-
-@pytest.mark.parametrize("array", [np.full((2, 2), 0.5), np.zeros((2, 2, 2), int)], ids=["float", "3-d"])
-def test_arrays_that_are_no_mask(array):
-    with pytest.raises(ValueError, match="integer"):
-        reader().read_mask(array)
 
 
 def test_images_inside_an_archive(folder, tmp_path):
@@ -262,7 +219,7 @@ def test_void_stays_void_whatever_color_the_palette_was_filled_up_with(tmp_path)
     assert reader(palette=black_first).read_mask(file).tolist() == [[2, 0, 1, 255]]
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
 def test_greys_of_the_palette_are_classes(tmp_path, mode):
     grays = np.array([[10, 200, 90]], np.uint8)
     Image.fromarray(grays).convert(mode).save(tmp_path / "mask.png")
@@ -302,16 +259,14 @@ STORED = [[0, 1, 2, 1, 0, 2, 2, 0]]
         b"P5\n# made by hand\n8 1\n2\n" + bytes(STORED[0]),
         b"P2 8 1 7 " + " ".join(map(str, STORED[0])).encode(),
         b"P5 8 1 1000\n" + np.array(STORED, ">u2").tobytes(),
+        b"P1 8 1 0 1 1 1 0 1 1 0",
+        b"P4 8 1\n\x76",
     ],
-    ids=["2 bits", "4 bits", "maxval 2", "plain, maxval 7", "maxval 1000"],
+    ids=["2 bits", "4 bits", "maxval 2", "plain, maxval 7", "maxval 1000", "plain bits", "packed bits"],
 )
 def test_the_stored_sample_counts(content):
-    assert reader().read_mask({"path": "mask", "bytes": content}).tolist() == STORED
-
-
-@pytest.mark.parametrize("content", [b"P1 4 1 0 1 1 0", b"P4 4 1\n\x60"], ids=["plain", "packed"])
-def test_the_stored_bit_counts(content):
-    assert reader().read_mask({"path": "mask", "bytes": content}).tolist() == [[0, 1, 1, 0]]
+    stored = np.minimum(STORED, 1) if content.startswith((b"P1", b"P4")) else np.array(STORED)
+    assert reader().read_mask({"path": "mask", "bytes": content}).tolist() == stored.tolist()
 
 
 @pytest.mark.parametrize(
@@ -324,21 +279,16 @@ def test_the_stored_bit_counts(content):
         ("MPO", {}),
     ],
 )
-def test_masks_whose_compression_changes_ids_are_refused(tmp_path, file_format, options):
+def test_masks_whose_compression_changes_ids_are_refused_and_others_read(tmp_path, file_format, options):
     ids = np.random.default_rng(0).integers(0, 3, (64, 64), dtype=np.uint8)
     image = Image.fromarray(ids).convert("RGB" if file_format == "WEBP" else "L")
     image.save(tmp_path / "mask", file_format, **options)
     with pytest.raises(ValueError, match="compression"):
         reader().read_mask(tmp_path / "mask")
-
-
-@pytest.mark.parametrize(
-    ("file_format", "options"), [("WEBP", {"lossless": True}), ("TIFF", {"compression": "tiff_lzw"})]
-)
-def test_masks_compressed_without_loss_are_read(tmp_path, file_format, options):
-    ids = np.random.default_rng(0).integers(0, 3, (64, 64), dtype=np.uint8)
-    Image.fromarray(ids).convert("RGB" if file_format == "WEBP" else "L").save(tmp_path / "m", file_format, **options)
-    assert np.array_equal(reader(palette=None).read_mask(tmp_path / "m"), ids)
+    lossless = {"WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_lzw"}}.get(file_format)
+    if lossless:
+        image.save(tmp_path / "kept", file_format, **lossless)
+        assert np.array_equal(reader(palette=None).read_mask(tmp_path / "kept"), ids)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
@@ -348,9 +298,11 @@ def test_an_id_in_each_channel_is_that_id(tmp_path, mode):
         assert reader(palette=palette).read_mask(tmp_path / "mask.png").tolist() == IDS.tolist()
 
 
-@pytest.mark.parametrize("values", [IDS[None].tolist(), IDS[..., None], IDS.astype(float), IDS.astype(np.int64)])
+@pytest.mark.parametrize("values", [IDS[None].tolist(), IDS[..., None], IDS.astype(float)])
 def test_arrays_of_ids_may_have_an_axis_more_or_be_floats(values):
     assert reader().read_mask(values).tolist() == IDS.tolist()
+    with pytest.raises(ValueError, match="integer"):
+        reader().read_mask(np.full((2, 2), 0.5))
 
 
 def test_id_map_merges_drops_and_renames():
@@ -368,16 +320,14 @@ def test_more_classes_than_a_byte_holds():
 # What keeps memory bounded and training alive
 
 
-@pytest.mark.parametrize("address", ["{}", "file://{}", "zip://a.png::{}", "zip://a.png::file://{}"])
+@pytest.mark.parametrize("address", ["{}", "zip://a.png::file://{}"])
 def test_a_pipe_is_no_image(tmp_path, address):
     os.mkfifo(tmp_path / "image.png")
     with pytest.raises(ValueError, match="no regular file"):
         read_image(address.format(tmp_path / "image.png"))
 
 
-@pytest.mark.parametrize(
-    ("mode", "size"), [("1", (1, 170_000_000)), ("F", (12_000, 12_000)), ("I;16", (1, 9 * 10**7))]
-)
+@pytest.mark.parametrize(("mode", "size"), [("1", (1, 170_000_000)), ("F", (12_000, 12_000))])
 def test_images_are_bounded_by_what_they_take_decoded(tmp_path, mode, size, monkeypatch):
     """Files of a few kB that would take gigabytes."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**9)

@@ -1,14 +1,11 @@
 """The training augmentation: geometry against the original's results, draws, and what reaches the workers."""
 
 import colorsys
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file
 
 from denseclip_hf.model.resizing_denseclip import fit_within
 from denseclip_hf.transforms import (
@@ -18,15 +15,15 @@ from denseclip_hf.transforms import (
     resize_region,
     sample_rng,
 )
+from helpers.golden import fixture
 from helpers.images import make_sample
 
 
 SMALL = TrainTransform(crop_size=24, scale=(128, 32))
 
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-GOLDEN = json.loads((FIXTURES / "preprocess.json").read_text())
-TENSORS = load_file(FIXTURES / "preprocess.safetensors")
+GOLDEN = fixture("preprocess")[0]
+TENSORS = {name: tensor.numpy() for name, tensor in fixture("preprocess")[1].items()}
 IMAGES = ["landscape", "portrait", "upscale"]
 BOXES = GOLDEN["random_crop"]["boxes"]
 
@@ -61,22 +58,14 @@ def test_normalized_and_padded_pixels_agree_with_the_original(name):
     assert np.array_equal(result["labels"], TENSORS[f"out/{name}/padded_label"])
 
 
-@pytest.mark.parametrize("new_size", [(150, 211), (61, 77), (400, 333), (157, 80)])
-@pytest.mark.parametrize("corner", [(0, 0), (13, 7), (29, 45)])
+@pytest.mark.parametrize("new_size", [(150, 211), (61, 77), (400, 333)])
+@pytest.mark.parametrize("corner", [(0, 0), (29, 45)])
 def test_crop_of_the_resized_is_the_resized_crop(new_size, corner):
     image = Image.fromarray(TENSORS["in/landscape/image"])
     whole = resize_region(image, new_size, (0, 0, *new_size))
     (top, left), (bottom, right) = corner, (corner[0] + 32, corner[1] + 32)
     part = resize_region(image, new_size, (top, left, bottom, right))
     assert (part.int() - whole[:, top:bottom, left:right].int()).abs().max() <= 1
-
-
-@pytest.mark.parametrize("size", [(90, 61), (400, 333)])
-def test_resizing_equals_torch_without_antialiasing(size):
-    image = TENSORS["in/portrait/image"]
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    expected = torch.nn.functional.interpolate(pixels, size, mode="bilinear")[0]
-    assert (expected - resize_region(Image.fromarray(image), size, (0, 0, *size))).abs().max() < 1
 
 
 @pytest.mark.parametrize("box", BOXES, ids=[str(box["box_y1_y2_x1_x2"]) for box in BOXES])
@@ -86,9 +75,8 @@ def test_crop_rule_agrees_with_the_original(box):
     assert crop_is_varied(crop, GOLDEN["random_crop"]["cat_max_ratio"], ignore_index=255) == box["accepted"]
 
 
-@pytest.mark.parametrize("ignore_index", [255, -100, 0])
-def test_a_crop_without_labels_is_not_varied(ignore_index):
-    assert not crop_is_varied(np.full((4, 4), ignore_index, dtype=np.int64), 0.75, ignore_index)
+def test_a_crop_without_labels_is_not_varied():
+    assert not crop_is_varied(np.full((4, 4), -100, dtype=np.int64), 0.75, -100)
 
 
 def test_crops_follow_the_rule_more_often_than_chance():
@@ -111,24 +99,7 @@ def test_crops_follow_the_rule_more_often_than_chance():
 # The whole transform
 
 
-@pytest.mark.parametrize("size", [(60, 80), (300, 40), (15, 20)])
-def test_shapes_and_types(size):
-    height, width = size
-    image, mask = Image.new("RGB", (width, height)), np.zeros(size, dtype=np.uint8)
-    result = TrainTransform(crop_size=(24, 40), scale=(128, 32))(image, mask, sample_rng(0, 0, 1))
-    assert result["pixel_values"].shape == (3, 24, 40) and result["pixel_values"].dtype == torch.float32
-    assert result["labels"].shape == (24, 40) and result["labels"].dtype == torch.int64
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">i4"])
-def test_masks_of_any_integers(dtype):
-    image, mask = make_sample()
-    expected = SMALL(image, mask, sample_rng(0, 0, 1))
-    labels = SMALL(image, mask.astype(dtype), sample_rng(0, 0, 1))["labels"]
-    assert torch.equal(labels, expected["labels"])
-
-
-@pytest.mark.parametrize("ignore_index", [255, 200, -100])
+@pytest.mark.parametrize("ignore_index", [255, -100])
 def test_padding_uses_the_ignore_index(ignore_index):
     image, mask = make_sample()
     before = mask.copy()
@@ -139,7 +110,7 @@ def test_padding_uses_the_ignore_index(ignore_index):
 
 
 @pytest.mark.parametrize("scale", [(256, 64), None])
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(3))
 def test_image_and_mask_stay_aligned(index, scale):
     mask = make_sample(height=120, width=160, seed=index)[1]
     colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=np.uint8)
@@ -183,18 +154,12 @@ def test_flip_turns_image_and_mask():
     assert torch.equal(flipped["labels"], plain["labels"].flip(-1))
 
 
-def test_sizes_that_differ_are_refused():
+def test_senseless_options_and_sizes_that_differ_are_refused():
+    for options in ({"crop_size": 0}, {"scale": (0, 5)}, {"ratio_range": (2, 1)}):
+        with pytest.raises(ValueError, match="positive|lowest"):
+            TrainTransform(**options)
     with pytest.raises(ValueError, match="80x60"):
         SMALL(Image.new("RGB", (80, 60)), np.zeros((80, 60), dtype=np.uint8), sample_rng(0, 0, 0))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"crop_size": 0}, "positive"), ({"scale": (0, 5)}, "positive"), ({"ratio_range": (2, 1)}, "lowest, highest")],
-)
-def test_senseless_options_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
-        TrainTransform(**options)
 
 
 # Colors
@@ -225,8 +190,7 @@ def distorted(colors, rng):
     return photometric_distortion(pixels, rng)[..., 0].t().numpy()
 
 
-@pytest.mark.parametrize("saturation", [0.5, 1.0, 1.5])
-@pytest.mark.parametrize("hue", [-18, -1, 0, 7, 17])
+@pytest.mark.parametrize(("saturation", "hue"), [(0.5, -18), (1.0, 7), (1.5, 17), (1.5, 0)])
 def test_saturation_and_hue_are_those_of_hsv(saturation, hue):
     colors = np.random.default_rng(0).integers(0, 256, (400, 3))
     colors[:100] = colors[:100] // 128 * 127  # black, gray and pure colors
@@ -251,8 +215,3 @@ def test_contrast_may_come_before_or_after_hue_and_saturation():
     # Before: blue is clipped to 255, then halved saturation; after: halved saturation, then clipped.
     assert before.tolist() == pytest.approx([202, 217, 255], abs=1)
     assert after.tolist() == [255, 255, 255]
-
-
-def test_no_coin_no_change():
-    colors = np.random.default_rng(0).integers(0, 256, (100, 3))
-    assert np.array_equal(distorted(colors, Scripted([NO] * 5)), colors)

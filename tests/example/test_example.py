@@ -18,7 +18,7 @@ from denseclip_hf.example import (
     make_example_clip,
     make_example_dataset,
 )
-from denseclip_hf.example.captions import crops, subject
+from denseclip_hf.example.captions import crops
 from denseclip_hf.example.scenes import CLASSES, IGNORE_INDEX, NAMES
 from denseclip_hf.example.tiny_clip import crop_batch, pretrain_example_clip
 from denseclip_hf.model.modeling_clip_resnet import CLIPResNetModel
@@ -59,17 +59,6 @@ def test_the_folder_is_a_data_set_of_ones_own(dataset):
     assert seen == {*range(len(NAMES)), IGNORE_INDEX}
 
 
-def test_void_lies_between_classes_and_is_rare():
-    for index in range(len(NAMES)):
-        mask = draw_scene(index, size=(97, 61)).mask
-        assert mask.shape == (61, 97)
-        void = mask == IGNORE_INDEX
-        assert 0.002 < void.mean() < 0.2
-        rows, columns = np.nonzero(void[2:-2, 2:-2])
-        around = [np.unique(mask[y : y + 5, x : x + 5]).size for y, x in zip(rows, columns, strict=True)]
-        assert np.mean(np.array(around) >= 3) > 0.95  # two classes and void
-
-
 def test_nothing_in_a_folder_is_ever_replaced(tmp_path):
     folder = make_example_dataset(tmp_path / "data", num_train=1, num_val=0)
     before = digests(folder)
@@ -77,19 +66,6 @@ def test_nothing_in_a_folder_is_ever_replaced(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         make_example_dataset(folder, num_train=2, num_val=0)
     assert digests(folder) == before and [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-@pytest.mark.parametrize(
-    ("name", "adjective", "words"),
-    [
-        ("car", "orange", "an orange car"),
-        ("grass", "dry", "dry grass"),
-        ("person", "blue", "a person in blue"),
-        ("traffic light", "", "a traffic light"),
-    ],
-)
-def test_subject(name, adjective, words):
-    assert subject(name, adjective) == words
 
 
 def test_no_caption_in_a_batch_is_true_of_two_crops():

@@ -1,23 +1,17 @@
 """Golden cases of CAT-Seg: what its authors' program computes, and our decoder with the same weights."""
 
-import json
-from functools import cache
-
 import torch
-from safetensors.torch import load_file
 
 from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
 from denseclip_hf.conversion.catseg import aggregator_key_table, config_from_catseg, convert_catseg_state_dict
 from denseclip_hf.conversion.keys import rename
 from denseclip_hf.model.cost_aggregation_denseclip import CostAggregationHead
-from helpers.golden import FIXTURES
+from helpers.golden import fixture
 
 
-@cache
 def catseg_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """Description and tensors of `catseg_{name}`."""
-    description = json.loads((FIXTURES / f"catseg_{name}.json").read_text())
-    return description, load_file(FIXTURES / f"catseg_{name}.safetensors")
+    return fixture(f"catseg_{name}")
 
 
 def compare(actual: torch.Tensor, name: str, fixture: str) -> None:

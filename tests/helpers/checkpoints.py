@@ -34,7 +34,11 @@ def release(name="seg_vit", options=None, **meta):
     kwargs["text_encoder"]["vocab_size"] = len(tokenizer())
     kwargs |= options or {}
     config = f"norm_cfg = dict(type='SyncBN')\nmodel = {_as_mmcv(kwargs)}\noptimizer = dict(lr=1e-4)\n"
-    meta = {"mmseg_version": "0.19.0", "config": config, "CLASSES": tuple(NAMES), "PALETTE": PALETTE, **meta}
+    meta = {
+        "env_info": "sys.platform: linux\nMMCV: 1.3.17", "mmseg_version": "0.19.0+5eda47f", "mmcv_version": "1.3.17",
+        "time": "Wed Nov 24 12:00:00 2021", "config": config, "CLASSES": tuple(NAMES), "PALETTE": PALETTE,
+        "seed": None, "exp_name": f"{name}.py", "hook_msgs": {}, "epoch": 64, "iter": 80000, **meta,
+    }  # fmt: skip
     state = OrderedDict(weights)
     state._metadata = OrderedDict()
     optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}

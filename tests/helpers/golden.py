@@ -15,6 +15,12 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @cache
+def fixture(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Description and tensors of the two files of that name."""
+    return json.loads((FIXTURES / f"{name}.json").read_text()), load_file(FIXTURES / f"{name}.safetensors")
+
+
+@cache
 def golden_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """Description and tensors of a golden case, such as `seg_vit`."""
     case = json.loads((FIXTURES / f"{name}.json").read_text())

@@ -23,19 +23,30 @@ class Hangs(BaseException):
 
 
 @contextmanager
+def memory_bounded(most):
+    """Fails if what runs in it ever holds `most` bytes more than there were before."""
+    with suppress(OSError):  # on Linux, where the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    try:
+        yield
+    finally:
+        grown = peak_memory() - before
+        assert grown < most, f"it took {grown / 2**20:.0f} MiB"
+
+
+@contextmanager
 def result_or_sentence():
     """Lets `ValueError` and `OSError` with words pass, and nothing that hangs or fills the memory."""
 
     def too_long(*_):
         raise Hangs
 
-    with suppress(OSError):  # on Linux, where the peak begins anew
-        Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
     old = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(SECONDS)
     try:
-        yield
+        with memory_bounded(BYTES):
+            yield
     except (ValueError, OSError) as error:
         assert str(error).strip(), repr(error)
     except SystemExit as error:  # argparse, which has told why
@@ -43,5 +54,3 @@ def result_or_sentence():
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
-    grown = peak_memory() - before
-    assert grown < BYTES, f"it took {grown / 2**30:.1f} GiB"

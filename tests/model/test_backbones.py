@@ -14,14 +14,10 @@ from denseclip_hf.model.modeling_clip_resnet import CLIPResNetAttentionPool
 from denseclip_hf.optimization import optimize_for_inference
 from denseclip_hf.sharing import check_export, export
 from denseclip_hf.training import parameter_groups
+from helpers.families import NAMES, SIZES
 from helpers.models import Tokenizer, saved_frozen_and_loaded, tiny_config, tiny_model
 
 
-NAMES = ["cat", "wet road", "tall green tree"]
-SIZES = {
-    "num_context_tokens": 4, "context_decoder_hidden_size": 8, "context_decoder_num_attention_heads": 2,
-    "context_decoder_num_layers": 1, "neck_hidden_size": 8, "decode_head_hidden_size": 8, "image_size": 64,
-}  # fmt: skip
 VIT = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
 STAGES = {"hidden_sizes": [4, 8, 16, 32], "depths": [1, 1, 1, 1]}
 BACKBONES = {
@@ -71,7 +67,22 @@ def test_maps_score_maps_and_logits(kind):
 
 
 @every_backbone
-@pytest.mark.parametrize("pool", ["attention", "linear"])
+@torch.no_grad()
+def test_sliding_windows_optimized_and_without_language(kind):
+    model = segmenter_of(kind, inference_mode="slide", crop_size=64, stride=32)
+    images = torch.randn(1, 3, 64, 96)
+    assert model(images).logits.shape == (1, 3, 64, 96)
+    model.config.inference_mode = "whole"
+    torch.testing.assert_close(optimize_for_inference(model)(images).logits, model(images).logits)
+    baseline = segmenter_of(kind, use_text_guidance=False)
+    parts = {name.split(".")[0] for name, _ in baseline.named_parameters()}
+    assert parts <= {"backbone", "pyramid", "neck", "decode_head"}
+    assert baseline(images).score_maps is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"), [*((kind, "attention") for kind in BACKBONES), ("ConvNext", "linear"), ("Dinov2", "linear")]
+)
 def test_gradients_reach_contexts_pool_and_backbone(kind, pool):
     model = segmenter_of(kind, backbone_pool=pool).train()
     model(torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))).loss.backward()
@@ -87,7 +98,7 @@ def test_saved_model_loads_bit_equal(kind, tmp_path):
     assert not any(part in name for name in frozen.state_dict() for part in ("text_model", "clip.vision_model"))
 
 
-@every_backbone
+@pytest.mark.parametrize("kind", ["ConvNext", "Dinov2"])
 def test_from_directories(kind, tmp_path):
     backbone = AutoBackbone.from_config(config_of(kind))
     backbone.save_pretrained(tmp_path / "backbone")
@@ -143,18 +154,6 @@ def test_a_linear_layer_in_place_of_the_pool():
         torch.testing.assert_close(model.get_image_features(images).pooler_output, places.mean((1, 2)))
 
 
-@every_backbone
-def test_without_language(kind):
-    model = segmenter_of(kind, use_text_guidance=False)
-    assert {name.split(".")[0] for name, _ in model.named_parameters()} <= {
-        "backbone",
-        "pyramid",
-        "neck",
-        "decode_head",
-    }
-    assert model(torch.randn(1, 3, 64, 64)).score_maps is None
-
-
 def test_the_backbone_learns_at_a_tenth_and_the_new_pool_at_the_full_rate():
     model = segmenter_of("Dinov2")
     rates = {p: group["lr"] for group in parameter_groups(model, 1.0, 0.0) for p in group["params"]}
@@ -171,13 +170,6 @@ def test_a_backbone_of_one_image_size_sees_resized_images():
     ).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 96, 128)).logits.shape == (1, 3, 16, 16)
-
-
-@every_backbone
-def test_optimized_for_inference(kind):
-    model, images = segmenter_of(kind), torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        torch.testing.assert_close(optimize_for_inference(model)(images).logits, model(images).logits)
 
 
 @pytest.mark.slow
@@ -198,6 +190,23 @@ def test_exports_to_onnx(kind, tmp_path):
     assert check_export(model, export(model, processor, tmp_path, "onnx", size=(64, 96))) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("backbone", "options", "keyword"),
+    [
+        (config_of("ResNet"), {"tokenizer": None}, "tokenizer"),
+        (config_of("ResNet", out_features=["stage3", "stage4"]), {}, r"stage3.*stem"),
+        (config_of("ConvNext"), {"backbone_pool_num_attention_heads": 5}, "32"),
+        (config_of("ConvNext"), {"decode_head": "cost_aggregation"}, "decode_head"),
+        (config_of("ConvNext"), {"out_indices": [0, 1, 2, 3]}, "out_indices"),
+        (config_of("ConvNext"), {"last_block": "naclip"}, "last_block"),
+    ],
+)
+def test_what_cannot_work_is_refused(backbone, options, keyword):
+    options = {"tokenizer": Tokenizer(), **SIZES, **options}
+    with pytest.raises((ValueError, StrictDataclassError), match=keyword):
+        DenseCLIPForSemanticSegmentation.from_backbone(backbone, clip(), NAMES, **options)
+
+
 def test_other_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="AutoBackbone"):
         DenseCLIPForSemanticSegmentation.from_backbone(
@@ -208,39 +217,8 @@ def test_other_models_are_refused(tmp_path):
         DenseCLIPForSemanticSegmentation.from_backbone(tmp_path, clip(), NAMES, Tokenizer())
 
 
-def test_a_backbone_of_other_than_four_maps_is_refused():
-    backbone = AutoBackbone.from_config(config_of("ResNet", out_features=["stage3", "stage4"]))
-    with pytest.raises(StrictDataclassError, match=r"stage3.*stem"):
-        DenseCLIPForSemanticSegmentation.from_backbone(backbone, clip(), NAMES, Tokenizer())
-
-
-def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match="32"):
-        segmenter_of("ConvNext", backbone_pool_num_attention_heads=5)
-
-
-@pytest.mark.parametrize(
-    "options", [{"decode_head": "cost_aggregation"}, {"out_indices": [0, 1, 2, 3]}, {"last_block": "naclip"}]
-)
-def test_what_only_a_clips_own_tower_has_is_refused(options):
-    with pytest.raises((ValueError, StrictDataclassError), match=next(iter(options))):
-        segmenter_of("ConvNext", **options)
-
-
-@every_backbone
-def test_sliding_windows(kind):
-    model = segmenter_of(kind, inference_mode="slide", crop_size=64, stride=32)
-    with torch.no_grad():
-        assert model(torch.randn(1, 3, 64, 96)).logits.shape == (1, 3, 64, 96)
-
-
 @pytest.mark.skipif(transformers.utils.is_timm_available(), reason="timm is installed")
 def test_a_backbone_of_a_missing_library_is_named():
     backbone = transformers.TimmBackboneConfig(backbone="resnet18", out_indices=[1, 2, 3, 4])
     with pytest.raises(ImportError, match="timm"):
         DenseCLIPForSemanticSegmentation(DenseCLIPConfig(backbone_config=backbone))
-
-
-def test_texts_need_a_tokenizer():
-    with pytest.raises(ValueError, match="tokenizer"):
-        DenseCLIPForSemanticSegmentation.from_backbone(config_of("ResNet"), clip(), NAMES)

@@ -28,8 +28,8 @@ def computed(model):
         return encode_prompts(model.tower, model.clip, model.prompts.layout(model.device), model.prompts)
 
 
-def test_eval_runs_the_text_tower_once(kind, images, monkeypatch):
-    model = tiny_model(kind)
+def test_eval_runs_the_text_tower_once(images, monkeypatch):
+    model = tiny_model()
     counter = CallCounter(model, monkeypatch)
     for _ in range(3):
         forward(model, images)
@@ -50,23 +50,13 @@ def change_token(model):
     model.prompts.token_ids[0, -2] += 1
 
 
-def step_optimizer(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    model.encode_classes().sum().backward()
-    optimizer.step()
-
-
-def load_weights(model):
-    state = {k: v + 0.1 * torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    model.load_state_dict(state)
-
-
 def load_part(model):
     model.clip.load_state_dict({k: v + 1 if "text_projection" in k else v for k, v in model.clip.state_dict().items()})
 
 
-def replace_parameter(model):
-    model.prompts.context_vectors = torch.nn.Parameter(torch.randn(4, 16))
+def edit_without_a_trace(model):
+    model.clip.text_projection.weight.data[0, 1] += 1.0
+    model.train().eval()
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -80,16 +70,6 @@ def test_callers_may_change_the_class_embeddings_they_got(freeze, images):
             embeddings = model.encode_classes()
             embeddings.mul_(2.0).add_(1.0)
         assert torch.equal(forward(model, images).score_maps, expected)
-
-
-def test_copies_do_not_share_class_embeddings(images):
-    model = tiny_model()
-    forward(model, images)
-    other = copy.deepcopy(model)
-    change_in_place(other)
-    with torch.no_grad():
-        assert torch.equal(other.encode_classes(), computed(other))
-        assert torch.equal(model.encode_classes(), computed(model))
 
 
 def test_forward_passes_of_one_step_share_the_text_tower(images, labels, monkeypatch):
@@ -131,19 +111,14 @@ def test_nothing_is_shared_beyond_an_evaluation(images, labels, monkeypatch):
     assert counter.calls == 3
 
 
-def test_class_embeddings_from_inference_mode_serve_autograd(images, labels):
+def test_neither_inference_mode_nor_autocast_leaks_into_kept_embeddings(images, labels):
     model = tiny_model()
-    with torch.inference_mode():
-        model(images)
-    model(images, labels=labels).loss.backward()
-
-
-def test_autocast_does_not_leak_into_kept_embeddings(images):
-    model = tiny_model()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(images)
     with torch.no_grad():
         assert torch.equal(model.encode_classes(), computed(model))
+    model(images, labels=labels).loss.backward()
+    assert model.prompts.context_vectors.grad.any()
 
 
 def disable_adapter(model):
@@ -168,8 +143,11 @@ def hook(model):
 
 
 def replace_method(model):
-    norm = model.clip.text_model.final_layer_norm
-    norm.forward = lambda x: x + 1
+    model.clip.text_model.final_layer_norm.forward = lambda x: x + 1
+
+
+def replace_parameter(model):
+    model.prompts.context_vectors = torch.nn.Parameter(torch.randn(4, 16))
 
 
 @pytest.mark.parametrize(
@@ -177,14 +155,13 @@ def replace_method(model):
     [
         change_in_place,
         change_token,
-        step_optimizer,
-        load_weights,
         load_part,
-        replace_parameter,
+        edit_without_a_trace,
         disable_adapter,
         prune_twice,
         hook,
         replace_method,
+        replace_parameter,
         lambda model: model.double(),
         lambda model: model.set_classes(["one", "two", "three"], Tokenizer()),
     ],
@@ -192,32 +169,8 @@ def replace_method(model):
 def test_class_embeddings_are_never_stale(change, images):
     model = tiny_model()
     forward(model, images)
+    untouched = copy.deepcopy(model)
     change(model)
     with torch.no_grad():
-        assert torch.equal(model.encode_classes(), computed(model))
-
-
-def test_an_edit_that_leaves_no_trace_is_seen_after_a_change_of_mode(images):
-    model = tiny_model()
-    forward(model, images)
-    model.clip.text_projection.weight.data[0, 1] += 1.0
-    model.train().eval()
-    with torch.no_grad():
-        assert torch.equal(model.encode_classes(), computed(model))
-
-
-def test_gradients_in_eval_mode_reach_the_contexts(images, labels):
-    model = tiny_model()
-    forward(model, images)
-    model(images, labels=labels).loss.backward()
-    assert model.prompts.context_vectors.grad.abs().sum() > 0
-
-
-def test_graphs_keep_nothing_and_see_nothing_kept(monkeypatch, images):
-    model = tiny_model()
-    forward(model, images)
-    counter = CallCounter(model, monkeypatch)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with torch.no_grad():
-        model.encode_classes(), model.encode_classes()
-    assert counter.calls == 2
+        for each in (model, untouched):
+            assert torch.equal(each.encode_classes(), computed(each))

@@ -117,7 +117,7 @@ def step(ran: Run, name: str, classes: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("fixture", "case", "prefix"), CASES)
-def test_steps_logits_and_loss(fixture, case, prefix):
+def test_steps_logits_loss_and_gradients(fixture, case, prefix):
     ran = run(fixture, case, prefix)
     description, tensors = catseg_case(fixture)
     classes = ran.steps["cost_embedding"].shape[0] // len(ran.logits)
@@ -133,10 +133,6 @@ def test_steps_logits_and_loss(fixture, case, prefix):
     if f"out/{prefix}kept" in tensors:
         assert torch.equal((ran.logits != LEFT_OUT).all(dim=(2, 3)), tensors[f"out/{prefix}kept"].bool())
 
-
-@pytest.mark.parametrize(("fixture", "case", "prefix"), CASES)
-def test_gradients(fixture, case, prefix):
-    ran = run(fixture, case, prefix)
     ran.loss.backward()
     if fixture == "aggregator":
         fixture = "aggregator_grad"

@@ -5,13 +5,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForSemanticSegmentation
 
-from denseclip_hf import DenseCLIPConfig, DenseCLIPForSemanticSegmentation
+from denseclip_hf import DenseCLIPForSemanticSegmentation
 from helpers.models import tiny_config, tiny_model
 
 
 @pytest.fixture
-def frozen(kind):
-    model = tiny_model(kind)
+def frozen():
+    model = tiny_model()
     model.freeze_classes()
     return model
 
@@ -22,6 +22,7 @@ def test_logits_are_the_same_bit_for_bit(kind, images, tmp_path):
         before = model(images)
         classes = model.encode_classes().clone()
         model.freeze_classes()
+        model.freeze_classes()  # again
         after = model(images)
         model.save_pretrained(tmp_path)
         loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
@@ -39,23 +40,16 @@ def test_nothing_of_the_text_tower_is_left(frozen):
     assert fresh.state_dict().keys() == frozen.state_dict().keys() and not fresh.training
 
 
-def test_freezing_twice_and_evaluating_are_fine(frozen, images):
-    frozen.freeze_classes()
-    assert frozen.eval().train(False) is frozen
-    assert frozen.predict_from_scores(images).segmentation[0].shape == (64, 64)
-    assert frozen.to(torch.bfloat16).encode_classes().dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
-    ("action", "what"),
+    "action",
     [
-        (lambda model: model.train(), "be trained"),
-        (lambda model: model.set_classes(["sky"], None), "take new class names"),
-        (lambda model: model.encode_texts(["sky"], None), "encode texts"),
+        lambda model: model.train(),
+        lambda model: model.set_classes(["sky"], None),
+        lambda model: model.encode_texts(["sky"], None),
     ],
 )
-def test_training_and_new_words_are_refused(frozen, action, what):
-    with pytest.raises(ValueError, match=what):
+def test_training_and_new_words_are_refused(frozen, action):
+    with pytest.raises(ValueError, match="frozen"):
         action(frozen)
 
 
@@ -67,15 +61,15 @@ def test_nothing_of_it_gets_a_gradient(frozen, images, tmp_path):
             model(images).logits.sum().backward()
 
 
-def test_other_classes_are_refused(frozen, kind, tmp_path):
+def test_other_classes_are_refused(frozen, tmp_path):
     frozen.save_pretrained(tmp_path)
     load = DenseCLIPForSemanticSegmentation.from_pretrained
     for other in ({"num_labels": 7}, {"id2label": {0: "sky", 1: "road", 2: "sea"}}):
         with pytest.raises(ValueError, match="frozen"):
             load(tmp_path, ignore_mismatched_sizes=True, **other)
     assert load(tmp_path, num_labels=3).config.frozen_classes
-    tiny_model(kind).save_pretrained(tmp_path / "whole")
-    config = tiny_config(kind, num_labels=7, frozen_classes=True)
+    tiny_model().save_pretrained(tmp_path / "whole")
+    config = tiny_config(num_labels=7, frozen_classes=True)
     for folder, options in (
         (tmp_path, {"config": config, "ignore_mismatched_sizes": True}),
         (tmp_path, {"frozen_classes": False}),
@@ -85,20 +79,10 @@ def test_other_classes_are_refused(frozen, kind, tmp_path):
             load(folder, **options)
 
 
-def test_without_text_there_is_nothing_to_freeze(kind):
+def test_without_text_there_is_nothing_to_freeze():
     with pytest.raises(ValueError, match="no text guidance"):
-        tiny_model(kind, use_text_guidance=False).freeze_classes()
+        tiny_model(use_text_guidance=False).freeze_classes()
     with pytest.raises(StrictDataclassError, match="frozen_classes"):
-        tiny_config(kind, use_text_guidance=False, frozen_classes=True)
+        tiny_config(use_text_guidance=False, frozen_classes=True)
     with pytest.raises(ValueError, match="no class names"):
-        tiny_model(kind, class_token_ids=None).freeze_classes()
-
-
-def test_published_sizes():
-    config = DenseCLIPConfig.from_preset("denseclip-rn50", num_labels=150)
-    counts = []
-    for frozen in (False, True):
-        config.frozen_classes = frozen
-        with torch.device("meta"):
-            counts.append(DenseCLIPForSemanticSegmentation(config).num_parameters() / 1e6)
-    assert [round(count, 1) for count in counts] == [113.9, 50.2]
+        tiny_model(class_token_ids=None).freeze_classes()

@@ -1,9 +1,6 @@
 """The image processor: the published protocol, kinds of pictures, batches, refusals, post-processing, saving."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,16 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from transformers.image_utils import PILImageResampling
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from denseclip_hf.model.image_processing_denseclip import DenseCLIPImageProcessorPil, reduce_labels
 from denseclip_hf.model.image_processing_denseclip_torchvision import DenseCLIPImageProcessor
+from helpers.golden import fixture
 
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 PICTURES = ["landscape", "portrait", "upscale"]
 RAW = {"do_rescale": False, "do_normalize": False}
 SMALL = {"size": {"shortest_edge": 96, "longest_edge": 128}}
@@ -37,10 +33,9 @@ def processor():
     return DenseCLIPImageProcessorPil(**SMALL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def golden():
-    description = json.loads((FIXTURES / "preprocess.json").read_text())
-    return description, load_file(FIXTURES / "preprocess.safetensors")
+    return fixture("preprocess")
 
 
 def picture(height=12, width=16, seed=0):
@@ -74,18 +69,10 @@ def test_preprocessing_matches_the_original(golden, processor_class, name):
     assert torch.equal(padded["labels"][0], tensors[f"out/{name}/padded_label"])
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_normalization_alone_is_exact(golden, processor, name):
-    _, tensors = golden
-    image = tensors[f"out/{name}/resized"].permute(2, 0, 1)
-    pixel_values = processor(image, do_resize=False, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(pixel_values, tensors[f"out/{name}/pixel_values"], rtol=0, atol=1e-6)
-
-
 def test_reducing_labels_matches_the_original(golden, processor):
     _, tensors = golden
     label = tensors["in/reduce_zero/label"]
-    for raw in (label, label.numpy(), label.long()):
+    for raw in (label, label.numpy()):
         before = raw.tolist()
         labels = processor(
             np.zeros((40, 50, 3), np.uint8), raw, do_resize=False, do_reduce_labels=True, return_tensors="pt"
@@ -94,20 +81,10 @@ def test_reducing_labels_matches_the_original(golden, processor):
         assert raw.tolist() == before
 
 
-@pytest.mark.parametrize("kind", [np.array, torch.tensor])
-def test_labels_are_reduced_with_any_ignore_index_in_a_copy_of_their_kind(kind):
-    raw = kind([0, 1, 150, 255])
-    reduced = reduce_labels(raw, ignore_index=-100)
-    assert type(reduced) is type(raw) and reduced.tolist() == [-100, 0, 149, 254]
-    assert reduce_labels(raw).tolist() == [255, 0, 149, 255] and raw.tolist() == [0, 1, 150, 255]
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [({"height": 20, "width": 30}, (20, 30)), ({"shortest_edge": 6}, (6, 8)), (24, (24, 32))],
-)
-def test_size_options(processor, size, expected):
-    assert processor(picture(), size=size, return_tensors="pt")["pixel_values"].shape[-2:] == expected
+def test_labels_are_reduced_with_any_ignore_index_in_a_copy():
+    raw = np.array([0, 1, 150, 255])
+    assert reduce_labels(raw, ignore_index=-100).tolist() == [-100, 0, 149, 254]
+    assert raw.tolist() == [0, 1, 150, 255]
 
 
 def test_antialiasing_and_resampling_are_options(processor):
@@ -127,7 +104,7 @@ RGB = Image.fromarray(picture())
 GREY = RGB.convert("L")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "F"])
 def test_every_pil_mode_becomes_rgb(processor, mode):
     image = (RGB if mode not in ("LA", "PA", "F") else GREY).convert(mode)
     expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -135,14 +112,12 @@ def test_every_pil_mode_becomes_rgb(processor, mode):
     torch.testing.assert_close(pixels.to(torch.uint8), expected)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "array", "tensor"])
+@pytest.mark.parametrize("mode", ["I;16B", "I", "tensor"])
 def test_16_bit_grey_is_scaled_not_clipped(processor, mode):
     values = np.array([[0, 257, 300, 32896, 65535]], dtype=np.uint16)
     images = {
-        "I;16": lambda: Image.fromarray(values),
         "I;16B": lambda: Image.frombytes("I;16B", (5, 1), values.astype(">u2").tobytes()),
         "I": lambda: Image.fromarray(values.astype(np.int32)),
-        "array": lambda: values,
         "tensor": lambda: torch.from_numpy(values),
     }
     pixels = processor(images[mode](), do_resize=False, return_tensors="pt", **RAW)["pixel_values"]
@@ -152,16 +127,12 @@ def test_16_bit_grey_is_scaled_not_clipped(processor, mode):
 @pytest.mark.parametrize(
     "convert",
     [
-        lambda image: image,
         lambda image: image[:, ::-1][:, ::-1],
         lambda image: image.transpose(2, 0, 1),
         lambda image: image.astype(np.int64),
-        lambda image: image.astype(np.float64),
         lambda image: image.astype(">f4"),
         lambda image: np.dstack([image, image[..., 0]]),
-        lambda image: torch.tensor(image),
         lambda image: torch.tensor(image).permute(2, 0, 1).float().requires_grad_(),
-        lambda image: [Image.fromarray(image)],
         lambda image: [[image]],
         lambda image: image[None],
     ],
@@ -175,44 +146,6 @@ def test_arrays_and_tensors_equal_the_pil_image(processor, convert):
     torch.testing.assert_close(pixel_values, expected)
 
 
-def test_grey_arrays_become_rgb(processor):
-    gray = picture()[..., 0]
-    expected = processor(np.dstack([gray] * 3), return_tensors="pt")["pixel_values"]
-    for image in (gray, gray[..., None], gray[None]):
-        assert torch.equal(processor(image, return_tensors="pt")["pixel_values"], expected)
-
-
-def test_floats_are_not_rounded(processor):
-    image = picture().astype(np.float32) / 255
-    pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
-    whole = processor(picture(), do_normalize=False, return_tensors="pt")["pixel_values"][0]
-    assert 0 < (pixels - whole).abs().max() < 1 / 255
-
-
-@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA"])
-def test_a_tiff_on_its_side_is_not_scrambled(processor, tmp_path, mode):
-    """Pillow 12 does so where it maps an uncompressed one into memory, by its name."""
-    upright = np.random.default_rng(0).integers(0, 256, (6, 8, 4), dtype=np.uint8)
-    upright = {"L": upright[..., 0], "I;16": upright[..., 0].astype(np.uint16) * 257, "RGBA": upright}[mode]
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(tmp_path / "x.tif", exif=exif, compression="raw")
-    plain = {"do_resize": False, "do_normalize": False, "return_tensors": "pt"}
-    found = processor(Image.open(tmp_path / "x.tif"), **plain)["pixel_values"]
-    assert torch.equal(found, processor(Image.fromarray(upright), **plain)["pixel_values"])
-    if mode == "L":
-        maps = {"segmentation_maps": Image.open(tmp_path / "x.tif")}
-        assert np.array_equal(processor(Image.fromarray(upright), **maps, **plain)["labels"][0], upright)
-
-
-def test_exif_orientation_is_left_alone(processor, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    RGB.save(tmp_path / "turned.png", exif=exif)
-    with Image.open(tmp_path / "turned.png") as image:
-        assert processor(image, do_resize=False, return_tensors="pt")["pixel_values"].shape[-2:] == (12, 16)
-
-
 def test_a_palette_map_keeps_its_indices(processor):
     indices = np.random.default_rng(0).integers(0, 5, (12, 16), dtype=np.uint8)
     palette_map = Image.fromarray(indices).convert("P")
@@ -222,16 +155,6 @@ def test_a_palette_map_keeps_its_indices(processor):
 
 
 # --- batches
-
-
-def test_pictures_of_different_sizes_come_as_they_would_alone(processor):
-    images = [picture(12, 16, 0), picture(16, 12, 1), picture(12, 16, 2)]
-    maps = [image[..., 0] for image in images]
-    batch = processor(images, maps)
-    for i, (image, label_map) in enumerate(zip(images, maps, strict=True)):
-        alone = processor(image, label_map, return_tensors="pt")
-        assert torch.equal(batch["pixel_values"][i], alone["pixel_values"][0])
-        assert torch.equal(batch["labels"][i], alone["labels"][0])
 
 
 def test_different_sizes_need_permission_to_be_padded(processor):
@@ -245,12 +168,6 @@ def test_different_sizes_need_permission_to_be_padded(processor):
     assert (padded["labels"][0, 96:] == 255).all() and (padded["labels"][0, :96] == 1).all()
     alone = processor(images[1], return_tensors="pt")["pixel_values"][0]
     assert torch.equal(padded["pixel_values"][1, :, :, :96], alone)
-
-
-def test_numpy_output(processor):
-    inputs = processor([picture(), picture()], [picture()[..., 0]] * 2, return_tensors="np")
-    assert isinstance(inputs["pixel_values"], np.ndarray) and inputs["pixel_values"].dtype == np.float32
-    assert isinstance(inputs["labels"], np.ndarray) and inputs["labels"].shape == (2, 96, 128)
 
 
 # --- refusals
@@ -268,19 +185,17 @@ MAP = np.zeros((12, 16), np.uint8)
 @pytest.mark.parametrize(
     ("images", "maps", "options", "message"),
     [
-        (with_value(np.nan), None, {}, "NaN or infinite"),
-        (with_value(np.inf), None, {}, "NaN or infinite"),
-        (picture().astype(np.int32) * 300, None, {}, "0 … 255"),
-        (np.zeros((12, 16, 2), np.uint8), None, {}, r"1, 3 or 4 channels.*\(12, 16, 2\)"),
-        (np.zeros((0, 16, 3), np.uint8), None, {}, "needs pixels"),
-        (picture(), np.zeros((16, 12), np.uint8), {}, "12×16 .* segmentation map 16×12"),
+        (with_value(np.inf), None, {}, "NaN"),
+        (picture().astype(np.int32) * 300, None, {}, "255"),
+        (np.zeros((12, 16, 2), np.uint8), None, {}, "channels"),
+        (np.zeros((0, 16, 3), np.uint8), None, {}, "pixels"),
+        (picture(), np.zeros((16, 12), np.uint8), {}, "12×16 .* 16×12"),
         ([picture()] * 2, [MAP], {}, "zip"),
-        (RGB, RGB, {}, "one channel.*RGB"),
-        (RGB, MAP.astype(np.float32), {}, "integer class ids.*float32"),
-        (RGB, torch.zeros(12, 16), {}, "integer class ids.*float32"),
+        (RGB, RGB, {}, "RGB"),
+        (RGB, MAP.astype(np.float32), {}, "float32"),
         (RGB, None, {"do_center_crop": True, "crop_size": 8}, "do_center_crop"),
-        (RGB, None, {"do_pad": True, "pad_size": 90}, "at least 96×128"),
-        (GREY, None, {"do_convert_rgb": False}, "3 and 3 values.* 1 channels"),
+        (RGB, None, {"do_pad": True, "pad_size": 90}, "96×128"),
+        (GREY, None, {"do_convert_rgb": False}, "channels"),
     ],
 )
 def test_bad_input_is_refused(processor, images, maps, options, message):
@@ -291,7 +206,7 @@ def test_bad_input_is_refused(processor, images, maps, options, message):
 # --- post-processing
 
 
-@pytest.mark.parametrize("sizes", [None, [(20, 31), (9, 8)], torch.tensor([[20, 31], [9, 8]])])
+@pytest.mark.parametrize("sizes", [None, torch.tensor([[20, 31], [9, 8]])])
 def test_post_processing(processor, sizes):
     outputs = SimpleNamespace(logits=torch.randn(2, 4, 6, 7, generator=torch.Generator().manual_seed(0)))
     maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
@@ -307,18 +222,12 @@ def test_post_processing(processor, sizes):
 def test_pixels_without_a_probable_class_have_none(processor, with_scores):
     logits = torch.zeros(1, 2, 1, 2)
     logits[0, 1, 0] = torch.tensor([0.1, 3.0])
-    (found,) = processor.post_process_semantic_segmentation(
-        SimpleNamespace(logits=logits), return_segmentation_scores=with_scores, threshold=0.9
-    )
+    post_process = partial(processor.post_process_semantic_segmentation, return_segmentation_scores=with_scores)
+    (found,) = post_process(SimpleNamespace(logits=logits), threshold=0.9)
     assert (found.segmentation if with_scores else found).tolist() == [[-1, 1]]
-
-
-@pytest.mark.parametrize("with_scores", [False, True])
-def test_post_processing_refuses_what_is_no_number(processor, with_scores):
-    outputs = SimpleNamespace(logits=torch.zeros(2, 4, 6, 7))
-    outputs.logits[1, 2, 3, 4] = float("inf")
+    logits[0, 1, 0, 0] = float("inf")
     with pytest.raises(ValueError, match="NaN"):
-        processor.post_process_semantic_segmentation(outputs, return_segmentation_scores=with_scores)
+        post_process(SimpleNamespace(logits=logits))
 
 
 # --- saving and loading
@@ -327,40 +236,13 @@ def test_post_processing_refuses_what_is_no_number(processor, with_scores):
 OPTIONS = {"size": {"height": 24, "width": 32}, "do_reduce_labels": True, "do_antialias": True, "do_pad": True}
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["defaults", "options"])
-def test_save_and_load(tmp_path, processor_class, options):
-    processor = processor_class(**options)
+def test_save_and_load(tmp_path, processor_class):
+    processor = processor_class(**OPTIONS)
     processor.save_pretrained(tmp_path)
-    loaded = processor_class.from_pretrained(tmp_path)
-    assert loaded.to_dict() == processor.to_dict()
-    assert loaded.image_processor_type == "DenseCLIPImageProcessor"
-    for name, value in options.items():
-        assert (dict(loaded.size) if name == "size" else getattr(loaded, name)) == value
-    assert torch.equal(
-        loaded(picture(), return_tensors="pt")["pixel_values"],
-        processor(picture(), return_tensors="pt")["pixel_values"],
-    )
-
-
-def test_auto_class_takes_the_best_backend_there_is(tmp_path):
-    DenseCLIPImageProcessorPil(**OPTIONS).save_pretrained(tmp_path)
-    loaded = AutoImageProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is (DenseCLIPImageProcessor if is_torchvision_available() else DenseCLIPImageProcessorPil)
-    assert loaded.do_reduce_labels and dict(loaded.size) == OPTIONS["size"]
-
-
-@pytest.mark.slow
-def test_code_on_the_hub_needs_no_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(DenseCLIPImageProcessorPil, "_auto_class", "AutoImageProcessor")
-    DenseCLIPImageProcessorPil(**SMALL).save_pretrained(tmp_path / "saved")
-    np.save(tmp_path / "image.npy", picture())
-    code = (
-        "import sys, numpy as np, torch; sys.modules['denseclip_hf'] = None\n"
-        "from transformers import AutoImageProcessor\n"
-        "processor = AutoImageProcessor.from_pretrained('saved', trust_remote_code=True)\n"
-        "torch.save(processor(np.load('image.npy'), return_tensors='pt')['pixel_values'], 'pixel_values.pt')\n"
-    )
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
-    expected = DenseCLIPImageProcessorPil(**SMALL)(picture(), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(torch.load(tmp_path / "pixel_values.pt"), expected, rtol=0, atol=1e-5)
+    for loaded in (processor_class.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
+        assert loaded.to_dict() == processor.to_dict()
+        assert loaded.image_processor_type == "DenseCLIPImageProcessor"
+        for name, value in OPTIONS.items():
+            assert (dict(loaded.size) if name == "size" else getattr(loaded, name)) == value
+    best = DenseCLIPImageProcessor if is_torchvision_available() else DenseCLIPImageProcessorPil
+    assert type(loaded) is best  # what the Auto class takes

@@ -20,8 +20,7 @@ def test_ignored_pixels_count_as_zero():
     assert pixel_cross_entropy(logits, torch.full_like(labels, 255), 255) == 0
 
 
-@pytest.mark.parametrize("strip", [1, 500, 2**23])
-@pytest.mark.parametrize("size", [(32, 48), (16, 12), (33, 47), (8, 12), (5, 7), (24, 50)])
+@pytest.mark.parametrize(("strip", "size"), [(1, (33, 47)), (500, (16, 12)), (500, (5, 7)), (2**23, (24, 50))])
 def test_loss_and_gradient_are_those_of_resized_logits(monkeypatch, strip, size):
     monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", strip)
     torch.manual_seed(0)
@@ -36,16 +35,6 @@ def test_loss_and_gradient_are_those_of_resized_logits(monkeypatch, strip, size)
             torch.autograd.grad(upstream * value, logits, retain_graph=True)[0] for value in (loss, expected)
         )
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
-
-
-def test_a_compiler_gets_the_plain_formula(monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.delattr(modeling_denseclip, "checkpoint")
-    logits, labels = torch.randn(2, 5, 8, 12).bfloat16(), torch.randint(5, (2, 32, 48))
-    labels[0, :16] = 255
-    resized = F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False)
-    expected = F.cross_entropy(resized.float(), labels, ignore_index=255, reduction="none").mean()
-    torch.testing.assert_close(pixel_cross_entropy(logits, labels, 255), expected)
 
 
 def test_half_precision_logits_get_a_float32_loss_and_their_own_gradient(monkeypatch):
@@ -71,13 +60,9 @@ def test_labels_beside_the_classes_are_ignored(ignore_index):
 
 
 @pytest.mark.parametrize("values", [[-1, 2], [0, 3]])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
-def test_labels_beyond_the_classes_are_refused_where_reading_them_is_free(monkeypatch, values, dtype):
-    labels = torch.tensor([[values]], dtype=dtype)
+def test_labels_beyond_the_classes_are_refused(values):
     with pytest.raises(ValueError, match="classes"):
-        checked_labels(labels, 1, tiny_config())
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert torch.equal(checked_labels(labels, 1, tiny_config()), labels.long())
+        checked_labels(torch.tensor([[values]], dtype=torch.int8), 1, tiny_config())
 
 
 def test_nothing_of_the_labels_size_is_kept_for_the_backward_pass(monkeypatch):
@@ -108,9 +93,9 @@ def test_second_derivatives_are_right(monkeypatch, chunk):
     torch.testing.assert_close(*products)
 
 
-@pytest.mark.parametrize("strip", [1, 2**23])
-@pytest.mark.parametrize("gamma", [0.0, 2.0])
-@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 4.0]])
+@pytest.mark.parametrize(
+    ("strip", "gamma", "weights"), [(1, 2.0, [0.5, 1.0, 4.0]), (2**23, 2.0, None), (2**23, 0.0, [0.5, 1.0, 4.0])]
+)
 def test_weights_and_focus_are_the_published_formulas(monkeypatch, strip, gamma, weights):
     """-w (1 - p)^γ log p of each pixel's own class, and zero without one."""
     monkeypatch.setattr(modeling_denseclip, "_CHUNK_ELEMENTS", strip)

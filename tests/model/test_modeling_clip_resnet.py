@@ -1,11 +1,9 @@
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import AutoModel
 
 from denseclip_hf import CLIPResNetModel, CLIPResNetVisionConfig, CLIPResNetVisionModel
 from denseclip_hf.model.layers_denseclip import resize_position_grid
-from denseclip_hf.model.modeling_clip_resnet import CLIPResNetAttentionPool
 from helpers.models import tiny_config
 
 
@@ -16,10 +14,10 @@ def vision():
     return CLIPResNetVisionModel(CLIPResNetVisionConfig(**sizes, image_size=64, projection_dim=12)).eval()
 
 
-@pytest.mark.parametrize(("size", "grid"), [((64, 64), (2, 2)), ((96, 160), (3, 5)), ((75, 101), (2, 3))])
-def test_shapes_at_any_size(vision, size, grid):
+def test_shapes_at_any_size(vision):
+    grid = (2, 3)
     with torch.no_grad():
-        output = vision(torch.randn(2, 3, *size), output_hidden_states=True)
+        output = vision(torch.randn(2, 3, 75, 101), output_hidden_states=True)
     assert [c.shape[1] for c in output.feature_maps] == [16, 32, 64, 128] == vision.config.hidden_sizes
     assert output.feature_maps[-1].shape[-2:] == grid
     assert output.last_hidden_state.shape == (2, 1 + grid[0] * grid[1], 12)
@@ -27,30 +25,11 @@ def test_shapes_at_any_size(vision, size, grid):
     assert len(output.hidden_states) == 5 and output.hidden_states[0].shape[1] == 4
 
 
-def test_attention_pool_equals_torchs_attention(vision):
-    pool: CLIPResNetAttentionPool = vision.attention_pool
-    c5 = torch.randn(2, 128, 2, 2)
-    tokens = c5.flatten(2).permute(2, 0, 1)  # B, C, h, w -> h*w, B, C
-    tokens = torch.cat([tokens.mean(0, keepdim=True), tokens]) + pool.position_embedding[:, None]
-    a = pool.attention
-    expected, _ = F.multi_head_attention_forward(
-        tokens, tokens, tokens, 128, 4, None,
-        torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]), None, None, False, 0.0, a.out_proj.weight,
-        a.out_proj.bias, use_separate_proj_weight=True, q_proj_weight=a.q_proj.weight, k_proj_weight=a.k_proj.weight,
-        v_proj_weight=a.v_proj.weight, training=False,
-    )  # fmt: skip
-    torch.testing.assert_close(pool(c5), expected.transpose(0, 1), atol=1e-5, rtol=1e-5)
-
-
 def test_position_grid_by_hand():
     """Two by two to one by one is the mean; the global position is never touched; the same size changes nothing."""
     positions = torch.tensor([[9.0], [1.0], [2.0], [3.0], [6.0]])
     assert resize_position_grid(positions, (1, 1)).tolist() == [[9.0], [3.0]]
     assert torch.equal(resize_position_grid(positions, (2, 2)), positions)
-
-
-def test_blocks_start_as_their_shortcut(vision):
-    assert all(block.conv3.normalization.weight.eq(0).all() for stage in vision.stages for block in stage)
 
 
 def test_contrastive_model_saves_loads_and_learns(tmp_path):
@@ -65,15 +44,6 @@ def test_contrastive_model_saves_loads_and_learns(tmp_path):
         assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
     assert features.shape == (2, 12)
-
-
-@pytest.mark.parametrize("choice", [-1, [0, -1]])
-def test_hidden_states_of_some_indices(vision, choice):
-    images = torch.randn(1, 3, 64, 64)
-    every, some = (vision(images, output_hidden_states=c).hidden_states for c in (True, choice))
-    kept = [0, 4] if isinstance(choice, list) else [4]
-    assert [index for index, state in enumerate(some) if state is not None] == kept
-    assert all(torch.equal(some[index], every[index]) for index in kept)
 
 
 def test_a_checkpoint_without_logit_scale_gets_clips_start():

@@ -5,8 +5,6 @@ import torch
 
 from denseclip_hf import DenseCLIPConfig
 from denseclip_hf.model.text_encoder_denseclip import (
-    PADDING,
-    PREFIX,
     TextTower,
     encode_prompts,
     pack_prompts,
@@ -29,8 +27,7 @@ def packed_embeddings(model):
     return encode_prompts(model.tower, model.clip, model.prompts.layout(model.device), model.prompts)
 
 
-@pytest.mark.parametrize("contexts", [0, 4])
-@pytest.mark.parametrize("most", [1, 3, 512])
+@pytest.mark.parametrize(("contexts", "most"), [(0, 512), (4, 3), (4, 1)])
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_packed_equals_embeddings_one_by_one(names, most, contexts, monkeypatch):
     monkeypatch.setattr("denseclip_hf.model.text_encoder_denseclip.pack_prompts.__defaults__", (most,))
@@ -52,27 +49,6 @@ def test_packed_gradients_equal_embeddings_one_by_one():
         torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)
 
 
-def test_contexts_take_the_text_towers_type():
-    model = tiny_model()
-    model.clip.bfloat16()
-    assert model.prompts.context_vectors.dtype == torch.float32
-    assert packed_embeddings(model).dtype == torch.bfloat16
-
-
-def test_layout_by_hand():
-    packed = pack_prompts([[SOS, 7, 1, EOS], [SOS, 7, EOS]], num_context_tokens=2)
-    assert packed.token_ids.tolist() == [[SOS, SOS, SOS, 7, 1, EOS, EOS]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4]]
-    assert packed.owners.tolist() == [[PREFIX] * 4 + [0, 0, 1]]
-    assert packed.last_index.tolist() == [5, 6]
-
-
-def test_groups_are_padded_to_one_length():
-    packed = pack_prompts([[SOS, 1, EOS], [SOS, 2, EOS], [SOS, 3, EOS]], num_context_tokens=1, max_tokens=4)
-    assert packed.owners.tolist() == [[PREFIX, PREFIX, 0, 0, 1, 1], [PREFIX, PREFIX, 2, 2, PADDING, PADDING]]
-    assert packed.last_index.tolist() == [3, 5, 9]
-
-
 def test_text_work_grows_with_distinct_tokens():
     names = [[SOS, i, EOS] for i in range(90)]
     assert pack_prompts(names, num_context_tokens=8).token_ids.numel() == 9 + 2 * 90
@@ -87,7 +63,7 @@ def test_a_name_may_fill_every_place_beside_the_contexts():
     config = tiny_config(num_context_tokens=4)  # of 16 places
     ten = "a" * 10
     assert tokenize_classes([ten], as_letters, TextTower, config) == [[SOS, *[97] * 10, EOS]]
-    with pytest.raises(ValueError, match=f"{ten}a.*13.*12"):
+    with pytest.raises(ValueError, match=f"{ten}a"):
         tokenize_classes([ten, ten + "a"], as_letters, TextTower, config)
 
 

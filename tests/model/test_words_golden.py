@@ -1,12 +1,9 @@
 """Words on an untrained CLIP, equal to the authors' programs. Cases, shapes and bounds come from the files' JSON."""
 
-import json
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
@@ -38,14 +35,7 @@ from denseclip_hf.model.words_denseclip import (
     refine_scores,
 )
 from denseclip_hf.words import WordOptions, WordReader
-
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-
-
-@cache
-def case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    return json.loads((FIXTURES / f"{name}.json").read_text()), load_file(FIXTURES / f"{name}.safetensors")
+from helpers.golden import fixture as case
 
 
 @cache
@@ -76,9 +66,11 @@ def word_model(name: str) -> DenseCLIPModel:
     return DenseCLIPModel.from_clip(clip(name)).eval()
 
 
-def block_inputs(name: str, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], tuple[int, int]]:
+@cache
+@torch.no_grad()
+def block_inputs(name: str, image: str) -> tuple[list[torch.Tensor], tuple[int, int]]:
     """What goes into each block, and the grid."""
-    model = word_model(name)
+    model, pixel_values = word_model(name), case(name)[1][f"in/{image}"]
     states = [model.tower.embed_patches(model.clip.vision_model, pixel_values)]
     for layer in model.clip.vision_model.encoder.layers[:-1]:
         states.append(layer(states[-1], attention_mask=None))
@@ -113,8 +105,7 @@ def vit_output(key: str) -> torch.Tensor:
     if key == "out/text/queries":
         return recorded_queries()
     _, image, what = key.split("/")
-    pixel_values = tensors[f"in/image_{image}"]
-    states, grid = block_inputs("words_vit", pixel_values)
+    states, grid = block_inputs("words_vit", f"image_{image}")
     x, layer = states[-1], model.vision_model.encoder.layers[-1]
     if what.startswith("gauss"):
         return neighbor_gaussian(grid, float(what.removeprefix("gauss")))
@@ -182,7 +173,7 @@ def protocol_output(key: str) -> torch.Tensor:
         options = {"threshold": rule["prob_thd"], "area_threshold": rule["area_thd"]}
         return choose(logits * scale, size, pixel_values, **options)
     if group == "e2e":
-        return photo_output(what, tensors["in/e2e/image"])
+        return photo_output(what)
     pixel_values = tensors[f"in/{group}"]
     if what == "whole":
         return word_scores(pixel_values)
@@ -192,21 +183,29 @@ def protocol_output(key: str) -> torch.Tensor:
     return word_scores(pixel_values[..., top:bottom, left:right])
 
 
-def photo_output(what: str, image: torch.Tensor) -> torch.Tensor:
-    protocol = case("words_protocol")[0]["protocol"]
-    settings, size = protocol["e2e"], tuple(protocol["e2e"]["ori"])
-    longest = settings.get("long", 2048)
-    resized = resize_image(image.permute(2, 0, 1), fit_within(*size, settings["short"], longest))
-    if what == "resized":
-        return resized.permute(1, 2, 0)
+@cache
+def photo() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The photo resized, its pixel values, and what all windows say about it."""
+    description, tensors = case("words_protocol")
+    protocol, settings = description["protocol"], description["protocol"]["e2e"]
+    size = fit_within(*settings["ori"], settings["short"], settings.get("long", 2048))
+    resized = resize_image(tensors["in/e2e/image"].permute(2, 0, 1), size)
     mean, std = (torch.tensor(protocol[f"image_{name}"])[:, None, None] for name in ("mean", "std"))
     pixel_values = ((resized.float() - mean) / std)[None]
+    return resized, pixel_values, window_scores(pixel_values)
+
+
+def photo_output(what: str) -> torch.Tensor:
+    settings = case("words_protocol")[0]["protocol"]["e2e"]
+    size = tuple(settings["ori"])
+    resized, pixel_values, scores = photo()
+    if what == "resized":
+        return resized.permute(1, 2, 0)
     if what == "pixel_values":
         return pixel_values
     if what == "pred_whole":
         scores = F.interpolate(word_scores(pixel_values), pixel_values.shape[-2:], mode="bilinear")
         return choose(scores, size, pixel_values)
-    scores = window_scores(pixel_values)
     refine = {"refine": settings["steps"], "dilations": settings["dilations"]} if what.endswith("pamr") else {}
     if not what.startswith("logits"):
         return choose(scores, size, pixel_values, threshold=settings["prob_thd"], **refine)
@@ -247,14 +246,15 @@ def test_refinement(key):
     check("words_pamr", key, ours)
 
 
+@cache
 @torch.no_grad()
 def repair_steps(image: str) -> dict[str, torch.Tensor]:
-    model, pixel_values = clip("words_sfp"), case("words_sfp")[1][f"in/{image}"]
+    model = clip("words_sfp")
     settings = case("words_sfp")[0]["settings"]
     share, floor = settings["class_token"], settings["threshold"]
     how = OutlierRepair(settings["factor"], settings["keep"], floor, share, settings["sharpness"])
     layers = model.vision_model.encoder.layers
-    states, grid = block_inputs("words_sfp", pixel_values)
+    states, grid = block_inputs("words_sfp", image)
     cls_attention, self_attention = patch_attention(layers[-2], states[-2])
     outliers = find_outliers(cls_attention, self_attention, how)
     similar = similarity(purify(states[-3][:, 1:], outliers, grid), floor)
@@ -315,7 +315,7 @@ def test_the_models_dense_features_are_those_of_its_last_block(key):
 @torch.no_grad()
 def test_outliers_are_repaired_where_the_config_says_so():
     model, pixel_values = clip("words_sfp"), case("words_sfp")[1]["in/a"]
-    features = repaired_features(model.vision_model.encoder.layers, *block_inputs("words_sfp", pixel_values))
+    features = repaired_features(model.vision_model.encoder.layers, *block_inputs("words_sfp", "a"))
     expected = model.visual_projection(model.vision_model.post_layernorm(features))
     ours = DenseCLIPModel.from_clip(model, last_block="sfp").eval().get_dense_features(pixel_values)
     torch.testing.assert_close(ours.flatten(2).transpose(1, 2), expected)

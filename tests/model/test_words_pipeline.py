@@ -41,6 +41,22 @@ def vit_dir(tmp_path_factory):
     return make_clip(tmp_path_factory.mktemp("clip") / "vit", "vit")
 
 
+@pytest.fixture(scope="module")
+def segment(vit_dir):
+    return pipeline(TASK, model=vit_dir)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return draw_scene(0).image
+
+
+@pytest.fixture(scope="module")
+def whole(segment, image):
+    """The map of WORDS on that image."""
+    return segment(image, candidate_labels=WORDS, return_map=True)
+
+
 def scenes() -> list[Image.Image]:
     drawn = [draw_scene(index).image for index in range(3)]
     return [drawn[0], drawn[1].resize((100, 80)), drawn[2]]
@@ -75,36 +91,31 @@ def cosines(folder: str, image: Image.Image, window: int = 224, stride: int = 11
     return scores, torch.tensor([k for _, k in words]), pixel_values
 
 
-def test_an_untrained_clip_is_read_as_published(vit_dir):
-    image = scenes()[0]
+def test_an_untrained_clip_is_read_as_published(vit_dir, image, whole):
     scores, owners, _ = cosines(vit_dir, image)
     confidence, segmentation = class_probabilities(scores, owners)[0].max(0)
-    found = pipeline(TASK, model=vit_dir)(image, candidate_labels=WORDS, return_map=True)
-    assert equal([found], [{"segmentation": segmentation, "confidence": confidence}])
+    assert equal([whole], [{"segmentation": segmentation, "confidence": confidence}])
 
 
-def test_windows_scale_and_refinement_are_options_of_a_call(vit_dir):
-    segment, image = pipeline(TASK, model=vit_dir), scenes()[0]
-    before = segment(image, candidate_labels=WORDS, return_map=True)
+def test_windows_scale_and_refinement_are_options_of_a_call(vit_dir, segment, image, whole):
     scores, owners, pixel_values = cosines(vit_dir, image, 112, 56)
     scores = refine_scores(scores, color_affinity(pixel_values, [1, 2]), 3, [1, 2])
     confidence, segmentation = class_probabilities(scores, owners, 20)[0].max(0)
     options = {"crop_size": 112, "stride": 56, "scale": 20, "refine": 3, "dilations": [1, 2]}
     found = segment(image, candidate_labels=WORDS, return_map=True, **options)
     assert equal([found], [{"segmentation": segmentation, "confidence": confidence}])
-    assert not equal([found], [before])
-    assert equal([segment(image, candidate_labels=WORDS, return_map=True)], [before]), "a call changes no other"
+    assert not equal([found], [whole])
+    assert equal([segment(image, candidate_labels=WORDS, return_map=True)], [whole]), "a call changes no other"
     other = segment(image, candidate_labels=WORDS, return_map=True, last_block="sfp", short_side=224)
-    assert other["confidence"].isfinite().all() and not equal([other], [before])
+    assert other["confidence"].isfinite().all() and not equal([other], [whole])
 
 
-def test_templates_are_read_from_a_file(vit_dir, tmp_path):
+def test_templates_are_read_from_a_file(segment, image, whole, tmp_path):
     (tmp_path / "templates.txt").write_text("a photo of a {}.\na {} there.\n")
-    segment, image = pipeline(TASK, model=vit_dir), scenes()[0]
     asked = {"candidate_labels": WORDS, "return_map": True}
     listed = segment(image, templates=["a photo of a {}.", "a {} there."], **asked)
     assert equal([segment(image, templates=str(tmp_path / "templates.txt"), **asked)], [listed])
-    assert not equal([segment(image, **asked)], [listed])
+    assert not equal([whole], [listed])
 
 
 def test_every_kind_of_call_gives_the_same(clip_dir, tmp_path):
@@ -126,8 +137,8 @@ def test_every_kind_of_call_gives_the_same(clip_dir, tmp_path):
         assert equal(pipeline(TASK, model=model, tokenizer=tokenizer)(images, **options), expected)
 
 
-def test_images_of_a_batch_may_have_words_of_their_own(vit_dir):
-    segment, images = pipeline(TASK, model=vit_dir), scenes()
+def test_images_of_a_batch_may_have_words_of_their_own(segment):
+    images = scenes()
     asked = [
         {"image": image, "candidate_labels": words}
         for image, words in zip(images, (WORDS, ["car"], WORDS), strict=True)
@@ -137,9 +148,7 @@ def test_images_of_a_batch_may_have_words_of_their_own(vit_dir):
     assert [len(one["labels"]) for one in alone] == [len(WORDS), 1, len(WORDS)]
 
 
-def test_masks_are_the_maps_parts(vit_dir):
-    segment, image = pipeline(TASK, model=vit_dir), scenes()[0]
-    whole = segment(image, candidate_labels=WORDS, return_map=True)
+def test_masks_are_the_maps_parts(segment, image, whole):
     found = segment(image, candidate_labels=WORDS)
     assert {one["label"] for one in found} == {whole["labels"][k] for k in whole["segmentation"].unique()}
     assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
@@ -150,9 +159,7 @@ def test_masks_are_the_maps_parts(vit_dir):
         assert one["score"] == pytest.approx(whole["confidence"][here].mean().item())
 
 
-def test_what_is_unsure_or_background_has_no_label(vit_dir):
-    segment, image = pipeline(TASK, model=vit_dir), scenes()[0]
-    whole = segment(image, candidate_labels=WORDS, return_map=True)
+def test_what_is_unsure_or_background_has_no_label(segment, image, whole):
     threshold = whole["confidence"].median().item()
     sure = segment(image, candidate_labels=WORDS, threshold=threshold, return_map=True)
     is_void = whole["confidence"] < threshold
@@ -168,7 +175,7 @@ def test_what_is_unsure_or_background_has_no_label(vit_dir):
 
 
 def test_words_are_encoded_once(vit_dir, monkeypatch):
-    segment, images = pipeline(TASK, model=vit_dir), scenes()
+    segment, images = pipeline(TASK, model=vit_dir), scenes()[:2]
     calls, encode = [], segment.model.encode_texts
     monkeypatch.setattr(segment.model, "encode_texts", lambda *args: calls.append(args) or encode(*args))
     segment(images, candidate_labels=WORDS)
@@ -179,8 +186,8 @@ def test_words_are_encoded_once(vit_dir, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_trained_model_answers_with_its_score_maps(word_model_dir):
-    segment, image = pipeline(TASK, model=str(word_model_dir)), scenes()[0]
+def test_a_trained_model_answers_with_its_score_maps(word_model_dir, image):
+    segment = pipeline(TASK, model=str(word_model_dir))
     assert isinstance(segment.model, DenseCLIPForSemanticSegmentation)
     words = ["sky", "road", "car"]
     model = DenseCLIPForSemanticSegmentation.from_pretrained(word_model_dir)
@@ -192,8 +199,8 @@ def test_a_trained_model_answers_with_its_score_maps(word_model_dir):
 
 
 @torch.no_grad()
-def test_a_decoder_for_any_words_answers_itself(tmp_path):
-    tokenizer, image, words = example_tokenizer(), scenes()[0], ["sky", "road", "car", "tree"]
+def test_a_decoder_for_any_words_answers_itself(tmp_path, image):
+    tokenizer, words = example_tokenizer(), ["sky", "road", "car", "tree"]
     torch.manual_seed(0)
     model = DenseCLIPForSemanticSegmentation.from_clip(
         example_clip_model(tokenizer, "vit"), ["sky", "road"], tokenizer, image_size=96, **COST_AGGREGATION
@@ -214,7 +221,6 @@ def test_a_decoder_for_any_words_answers_itself(tmp_path):
         ({}, "candidate_labels"),
         ({"candidate_labels": []}, "at least one"),
         ({"candidate_labels": ["car", " "]}, "empty"),
-        ({"candidate_labels": ["car", []]}, "empty"),
         ({"candidate_labels": ["car", "Car"]}, "twice"),
         ({"candidate_labels": ["a red car " * 40]}, "tokens"),
         ({"candidate_labels": ["car"], "background": ["sky", ""]}, "empty"),
@@ -224,16 +230,16 @@ def test_a_decoder_for_any_words_answers_itself(tmp_path):
         ({"candidate_labels": ["car"], "inference_mode": "whole", "stride": 56}, "sliding window"),
     ],
 )
-def test_words_that_cannot_be_asked_for_are_refused(vit_dir, options, keyword):
+def test_words_that_cannot_be_asked_for_are_refused(segment, image, options, keyword):
     with pytest.raises(ValueError, match=keyword):
-        pipeline(TASK, model=vit_dir)(scenes()[0], **options)
+        segment(image, **options)
 
 
-def test_a_model_that_reads_no_texts_is_refused(vit_dir):
+def test_a_model_that_reads_no_texts_is_refused(vit_dir, image):
     clip, tokenizer = CLIPModel.from_pretrained(vit_dir), AutoTokenizer.from_pretrained(vit_dir)
     model = DenseCLIPModel.from_clip(clip, ["sky", "road"], tokenizer)
     with pytest.raises(ValueError, match="tokenizer"):
         pipeline(TASK, model=model)
     model.freeze_classes()
     with pytest.raises(ValueError, match="frozen"):
-        pipeline(TASK, model=model, tokenizer=tokenizer)(scenes()[0], candidate_labels=["sky"])
+        pipeline(TASK, model=model, tokenizer=tokenizer)(image, candidate_labels=["sky"])
