@@ -176,7 +176,7 @@ def test_a_backbone_of_one_image_size_sees_resized_images():
 @pytest.mark.parametrize("kind", ["Swin", "ConvNext", "ResNet", "DINOv3ViT"])
 def test_compiles_to_one_graph(kind):
     model, images = segmenter_of(kind), torch.randn(1, 3, 64, 64)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(images).logits, model(images).logits)
 

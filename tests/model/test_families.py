@@ -138,14 +138,12 @@ def test_remote_code_without_the_package(tmp_path):
 @every_architecture
 def test_exported_programs_take_any_size(family, tmp_path):
     model, _ = segmenter_of(family)
-    formats = ("onnx", "torch_export") if family == "Siglip" else ("onnx",)
-    files = [export(model, DenseCLIPImageProcessor(), tmp_path, kind) for kind in formats]
+    file = export(model, DenseCLIPImageProcessor(), tmp_path, "onnx")
     for shape in ((1, 3, 64, 64), (2, 3, 96, 64), (1, 3, 64, 160)):  # of pretraining, and others
         images = torch.randn(shape)
         with torch.no_grad():
             expected = model(images).logits
-        for file in files:
-            torch.testing.assert_close(run_exported(file, images), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(run_exported(file, images), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -154,11 +152,8 @@ def test_exported_programs_take_any_size(family, tmp_path):
 def test_compiles_as_one_graph(family):
     model, _ = segmenter_of(family, drop_path_rate=0.0, decode_head_dropout=0.0, context_decoder_dropout=0.0)
     images, labels = torch.randn(2, 3, 96, 64), torch.randint(3, (2, 96, 64))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(images).logits, model(images).logits, rtol=1e-5, atol=1e-5)
     model.train()
-    loss = compiled(images, labels).loss
+    loss = torch.compile(model, backend="eager", fullgraph=True)(images, labels).loss
     torch.testing.assert_close(loss, model(images, labels).loss, rtol=1e-5, atol=1e-5)
     loss.backward()
     assert model.prompts.context_vectors.grad.any()
