@@ -194,7 +194,7 @@ def test_exports_to_onnx(kind, tmp_path):
     ("backbone", "options", "keyword"),
     [
         (config_of("ResNet"), {"tokenizer": None}, "tokenizer"),
-        (config_of("ResNet", out_features=["stage3", "stage4"]), {}, r"stage3.*stem"),
+        (AutoBackbone.from_config(config_of("ResNet", out_features=["stage3", "stage4"])), {}, r"stage3.*stem"),
         (config_of("ConvNext"), {"backbone_pool_num_attention_heads": 5}, "32"),
         (config_of("ConvNext"), {"decode_head": "cost_aggregation"}, "decode_head"),
         (config_of("ConvNext"), {"out_indices": [0, 1, 2, 3]}, "out_indices"),

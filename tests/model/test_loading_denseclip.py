@@ -44,12 +44,13 @@ def test_from_clip_keeps_clip_and_resizes_its_positions(kind, images):
 
 
 def test_from_clip_by_directory_reports_what_is_new(kind, tmp_path, caplog):
-    tiny_clip(kind).save_pretrained(tmp_path)
+    clip = tiny_clip(kind)
+    clip.save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO):
         DenseCLIPForSemanticSegmentation.from_clip(tmp_path, ["sky"], tokenizer=Tokenizer(), image_size=96, **SIZES)
     assert "decode_head" in caplog.text
-    baseline = {"use_text_guidance": False, "image_size": 64, **SIZES}
-    assert DenseCLIPForSemanticSegmentation.from_clip(tmp_path, ["sky"], **baseline).clip.text_model is None
+    baseline = {"use_text_guidance": False, "image_size": 64, **SIZES}  # which needs no tokenizer
+    assert DenseCLIPForSemanticSegmentation.from_clip(clip, ["sky"], **baseline).clip.text_model is None
 
 
 def test_from_clip_orders_names_by_their_ids_and_trains_at_the_published_size(kind):

@@ -80,6 +80,7 @@ def test_new_classes_and_other_words():
     assert model(images).logits.shape == (1, 2, 16, 16)
 
 
+@pytest.mark.slow
 def test_optimized_and_exported_with_its_text_tower():
     model, images = prompted(), torch.randn(2, 3, 64, 96)
     with torch.no_grad():
