@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .model.configuration_denseclip import check_ignore_index
 from .model.image_processing_denseclip import holds_integers, reduce_labels
 
 
@@ -158,12 +159,9 @@ def _window_maximum(values: torch.Tensor, distance: int) -> torch.Tensor:
 class _CountingMetric(evaluate.Metric):
     """What the metrics below share: counts that add up over images, on the device where the predictions are."""
 
-    def __init__(self, num_labels: int, ignore_index: int = 255, do_reduce_labels: bool = False, **options: Any):
-        if do_reduce_labels and 0 <= ignore_index < num_labels:
-            raise ValueError(
-                f"With do_reduce_labels, ignore_index must not be a class id, but {ignore_index} is below "
-                f"num_labels={num_labels}: pass for instance ignore_index=-100."
-            )
+    def __init__(self, num_labels: int, ignore_index: int = 255, do_reduce_labels: bool = False, **options: object):
+        if do_reduce_labels:
+            check_ignore_index(ignore_index, num_labels)
         super().__init__()
         self.num_labels, self.ignore_index, self.do_reduce_labels = num_labels, ignore_index, do_reduce_labels
         counted_by = {"num_labels": num_labels, "ignore_index": ignore_index, "do_reduce_labels": do_reduce_labels}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .devices import LOADING_DTYPES
+from .extras import needed
 
 
 if TYPE_CHECKING:
@@ -62,13 +63,13 @@ class WordOptions:
     )
 
     def __post_init__(self):
-        for name in ("threshold", "area_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
-        if self.scale is not None and self.scale <= 0 or self.refine < 0 or min(self.dilations, default=0) < 1:
+        are_shares = 0 <= self.threshold <= 1 and 0 <= self.area_threshold <= 1
+        has_no_scale = self.scale is not None and self.scale <= 0
+        if not are_shares or has_no_scale or self.refine < 0 or min(self.dilations, default=0) < 1:
             raise ValueError(
-                f"`scale` and `dilations` must be above 0 and `refine` at least 0, got {self.scale}, {self.dilations} "
-                f"and {self.refine}."
+                f"`threshold` ({self.threshold}) and `area_threshold` ({self.area_threshold}) must be from 0 to 1, "
+                f"`scale` ({self.scale}) and `dilations` ({self.dilations}) above 0, and `refine` ({self.refine}) at "
+                "least 0."
             )
         self.background = [self.background] if isinstance(self.background, str) else list(self.background)
         self.templates = read_templates(self.templates)
@@ -85,7 +86,8 @@ def read_templates(given: str | Sequence[str] | None) -> list[str] | None:
     The sentences that words are put into, see [`WordOptions`].
 
     Raises:
-        ValueError: for another name, or a package that is missing.
+        OSError: for another name, which is no file.
+        ImportError: for "openai" without open_clip, whose templates these are.
     """
     given = [given] if isinstance(given, str) else given
     if given is None or len(given) != 1 or "{}" in given[0]:
@@ -96,15 +98,8 @@ def read_templates(given: str | Sequence[str] | None) -> list[str] | None:
 
         return list(ZERO_SHOT_TEMPLATES)
     if name == "openai":
-        try:
-            from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
-        except ImportError as error:
-            raise ValueError(
-                "the 80 templates are open_clip's: `pip install open_clip_torch`, or give a file with one a line."
-            ) from error
-        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
-    if not Path(name).is_file():
-        raise ValueError(f"`templates` {name!r} is none of short, openai, a text file, or sentences with {{}}.")
+        open_clip = needed("open_clip.zero_shot_metadata", "`templates` openai", "open_clip_torch")
+        return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     return [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -317,7 +312,7 @@ class EvaluationArguments(WindowOptions, DatasetArguments):
     boundary_iou: bool = field(default=False, metadata={"help": "Also measure boundary IoU."})
     batch_size: int = field(default=1, metadata={"help": "Images of one size run together (one process, one scale)."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read and preprocess."})
-    dtype: str = field(default="float32", metadata={"help": f"Of the model: {', '.join(LOADING_DTYPES)}."})
+    dtype: str = field(default="float32", metadata={"help": "Of the model.", "choices": list(LOADING_DTYPES)})
     device: str = field(default="auto", metadata={"help": "auto (an accelerator if there is one), cpu, or torch's."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where results are written."})
     save_predictions: bool = field(default=False, metadata={"help": "Write predictions as indexed PNG."})

@@ -124,17 +124,14 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
 
     def _sanitize_parameters(self, **kwargs: Any):
         own = {name: kwargs.pop(name) for name in ("candidate_labels", "timeout", "return_map") if name in kwargs}
-        names = [[option.name for option in fields(kind)] for kind in (WordOptions, WindowOptions)]
-        if unknown := set(kwargs) - {*names[0], *names[1]}:
-            raise TypeError(f"this pipeline has no options {', '.join(sorted(unknown))}.")
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        options, windows = ({name: given[name] for name in group if name in given} for group in names)
+        sides = {option.name: kwargs.pop(option.name, None) for option in fields(WindowOptions)}
+        windows: dict[str, Any] = {k: [v] if isinstance(v, int) else v for k, v in sides.items() if v is not None}
+        options = {name: value for name, value in kwargs.items() if value is not None}
         forward: dict[str, Any] = {}
-        if options:
+        if kwargs:  # a `TypeError` for a name that is none
             forward["options"] = WordOptions(**options)
         if windows:
-            sides: dict[str, Any] = {k: [v] if isinstance(v, int) else v for k, v in windows.items()}
-            forward["windows"] = WindowOptions(**sides)
+            forward["windows"] = WindowOptions(**windows)
         before: dict[str, Any] = {name: own[name] for name in ("candidate_labels", "timeout") if name in own}
         if "short_side" in options:
             before["short_side"] = options["short_side"]
@@ -145,8 +142,6 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
     ):
         if isinstance(inputs, dict):
             inputs, candidate_labels = inputs["image"], inputs.get("candidate_labels", candidate_labels)
-        if candidate_labels is None:
-            raise ValueError('no words are asked for: pass `candidate_labels=["sky", "a red car"]`.')
         if isinstance(candidate_labels, str):
             candidate_labels = [word.strip() for word in candidate_labels.split(",")]
         classes = tuple(map(tuple, class_phrasings(candidate_labels)))

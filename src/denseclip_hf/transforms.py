@@ -6,7 +6,7 @@ Letter key: H, W the crop; h, w the image as stored. Images are 8-bit RGB, masks
 import itertools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,10 +158,11 @@ class TrainTransform:
     def __post_init__(self):
         side = self.crop_size
         self._crop: tuple[int, int] = (side, side) if isinstance(side, int) else (side[0], side[1])
-        if min(*self._crop, *(self.scale or ())) < 1:
-            raise ValueError(f"crop_size {self.crop_size} and scale {self.scale} must be positive numbers of pixels.")
-        if not 0 < self.ratio_range[0] <= self.ratio_range[1]:
-            raise ValueError(f"ratio_range {self.ratio_range} must be (lowest, highest), both above 0.")
+        if min(*self._crop, *(self.scale or ())) < 1 or not 0 < self.ratio_range[0] <= self.ratio_range[1]:
+            raise ValueError(
+                f"crop_size ({self.crop_size}) and scale ({self.scale}) must be numbers of pixels above 0, and "
+                f"ratio_range ({self.ratio_range}) the lowest and the highest factor, above 0."
+            )
         self._mean, self._std = (255 * torch.tensor(v)[:, None, None] for v in (self.image_mean, self.image_std))
 
     def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -287,7 +288,7 @@ class AugmentedStream(_Augmented, torch.utils.data.IterableDataset):
             if not self.endless or position == start:
                 return
 
-    def _samples(self, epoch: int) -> Any:
+    def _samples(self, epoch: int) -> Iterable[dict[str, Any]]:
         if not hasattr(self.dataset, "set_epoch"):
             worker = torch.utils.data.get_worker_info()
             if worker is None or isinstance(self.dataset, torch.utils.data.IterableDataset):

@@ -18,6 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_utils import ImageInput
 
 from .model.class_names_denseclip import class_phrasings
 from .model.image_processing_denseclip import DenseCLIPImageProcessorBase, DenseCLIPImageProcessorPil
@@ -92,7 +94,7 @@ def options_set(model: DenseCLIPModel, settings: dict[str, Any]) -> Iterator[Non
             setattr(model.config, name, value)
 
 
-def as_word_model(model: Any) -> DenseCLIPModel:
+def as_word_model(model: PreTrainedModel) -> DenseCLIPModel:
     """
     `model`, or a [`DenseCLIPModel`] around it if it is an image-text model such as `CLIPModel`.
 
@@ -106,8 +108,10 @@ def as_word_model(model: Any) -> DenseCLIPModel:
 
 def word_image_processor(model: DenseCLIPModel) -> DenseCLIPImageProcessorPil:
     """How images are prepared for a model that comes without: a CLIP's own processor would crop them."""
-    window: Any = model.config.crop_size
-    size = {"shortest_edge": min(window) if is_trained(model) else SHORT_SIDE, "longest_edge": LONG_SIDE}
+    size = {
+        "shortest_edge": min(model.config.window[0]) if is_trained(model) else SHORT_SIDE,
+        "longest_edge": LONG_SIDE,
+    }
     return DenseCLIPImageProcessorPil(size=size, image_mean=model.tower.image_mean, image_std=model.tower.image_std)
 
 
@@ -130,12 +134,18 @@ class WordReader:
             another family's or none.
     """
 
-    def __init__(self, model: DenseCLIPModel, tokenizer: Any, image_processor: Any = None):
+    def __init__(
+        self,
+        model: DenseCLIPModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        image_processor: BaseImageProcessor | None = None,
+    ):
         if tokenizer is None:
             raise ValueError("words need the model's tokenizer, and none lies beside the model: pass `tokenizer=`.")
         self.model, self.tokenizer = model, tokenizer
-        is_ours = isinstance(image_processor, DenseCLIPImageProcessorBase)
-        self.image_processor = image_processor if is_ours else word_image_processor(model)
+        if not isinstance(image_processor, DenseCLIPImageProcessorBase):
+            image_processor = word_image_processor(model)
+        self.image_processor = image_processor
         check_normalization(self.image_processor, model.config)
         self._kept: tuple[Any, torch.Tensor] | None = None  # words and their embeddings, for the next image
 
@@ -145,7 +155,7 @@ class WordReader:
         is_segmenter = isinstance(self.model, DenseCLIPForSemanticSegmentation)
         return is_segmenter and self.model.config.decode_head == "cost_aggregation"
 
-    def preprocess(self, image: Any, short_side: int | None = None) -> torch.Tensor:
+    def preprocess(self, image: ImageInput, short_side: int | None = None) -> torch.Tensor:
         """`pixel_values` `(3, h, w)` of an image, its short side resized to `short_side` pixels."""
         options = {}
         if short_side is not None:

@@ -50,20 +50,15 @@ class AppModels:
     The models of a page, each loaded when it is first asked for and then kept.
 
     Args:
-        addresses (`Sequence[str]`): directories, or names on the Hub.
+        addresses (`Sequence[str]`): directories, or names on the Hub, at least one.
         device (`str`): where they run, see [`device_of`].
         dtype (`str`): a key of `LOADING_DTYPES`; `auto` is what the weights were saved in.
 
     Raises:
-        ValueError: if there is none, or no such device.
+        ValueError: if there is no such device.
     """
 
     def __init__(self, addresses: Sequence[str], device: str = "auto", dtype: str = "auto"):
-        if not addresses:
-            raise ValueError(
-                "name at least one model: `--model` with a directory or a name on the Hub, of a segmenter or, for "
-                "words, of a CLIP such as openai/clip-vit-base-patch16."
-            )
         self.addresses = _short_names(addresses)
         self.device = device_of(device)
         self.dtype = dtype
@@ -83,10 +78,9 @@ class AppModels:
         """Model, image processor, and tokenizer or `None`.
 
         Raises:
-            ValueError, OSError: with one sentence, for a name that is none of `names`, or a model that is not there.
+            KeyError: for a name that is none of `names`; the page's list refuses it before.
+            ValueError, OSError: with one sentence, for a model that is not there.
         """
-        if name not in self.addresses:
-            raise ValueError(f"there is no model {name!r} here.")
         if name not in self._loaded:
             model, image_processor = load_model(self.addresses[name], self.dtype)
             try:
@@ -186,7 +180,7 @@ def time_limit(model: torch.nn.Module, seconds: float) -> Iterator[None]:
     """
     end = time.monotonic() + seconds
 
-    def check(module: torch.nn.Module, args: Any) -> None:
+    def check(module: torch.nn.Module, args: object) -> None:
         if time.monotonic() > end:
             raise ValueError(f"this takes more than {seconds:g} seconds: try a smaller image, or fewer words.")
 

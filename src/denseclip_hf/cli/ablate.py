@@ -63,25 +63,22 @@ def arguments(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
 
 
 def refuse_another_recipe(args: argparse.Namespace, variant: str, seed: int) -> None:
-    """Raise `ValueError` if there is a run already, of something else than what is asked for."""
+    """Raise `ValueError`, or `OSError`, if there is a run already, of something else than what is asked for."""
     from ..training import (
         RECIPE_FILE,
         DataArguments,
         DenseCLIPTrainingArguments,
         ModelArguments,
-        changes_of_recipe,
         recipe_of,
+        refuse_other_recipe,
     )
 
     folder = directory(args, variant, seed)
-    if (folder / RECIPE_FILE).exists():
+    if (folder / RECIPE_FILE).exists() or (folder / "eval_results.json").exists():
         kinds = [ModelArguments, DataArguments, DenseCLIPTrainingArguments]
         recipe = recipe_of(*parse_arguments(kinds, arguments(args, variant, seed)))
         recipe.pop("processes")  # the launcher decides it, not this process
-        if changes := changes_of_recipe(folder, recipe):
-            raise ValueError(f"{folder} holds a run of another recipe ({changes}): name a new `--output_dir`.")
-    elif (folder / "eval_results.json").exists():
-        raise ValueError(f"{folder} holds results without their {RECIPE_FILE}: name a new `--output_dir`.")
+        refuse_other_recipe(folder, recipe)
 
 
 def run(command: list[str], log: Path) -> int:

@@ -8,11 +8,11 @@ variable DENSECLIP_MODELS (with commas between them), as a Space has it.
 """
 
 import argparse
-import importlib.util
 import logging
 import os
 
 from ..devices import LOADING_DTYPES
+from ..extras import needed
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 
@@ -26,8 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", help="address to listen at; by default GRADIO_SERVER_NAME or 127.0.0.1")
     parser.add_argument("--port", type=int, help="by default GRADIO_SERVER_PORT, or a free one from 7860")
     args = parser.parse_args(argv)
-    if importlib.util.find_spec("gradio") is None:
-        raise ImportError("the page is made with Gradio: `pip install 'gradio>=6.31,<7'`.")
+    needed("gradio", "the page", "'gradio>=6.31,<7'")
     from ..app import AppModels
     from ..app.page import build_page, launch
     from ..inference import find_sources

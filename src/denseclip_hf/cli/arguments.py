@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -157,7 +157,8 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
         known (sequence of `str`): the options that there are.
 
     Raises:
-        ValueError: if there is no such file, it is no mapping, or an option is not among `known`.
+        OSError: if there is no such file.
+        ValueError: if it is no mapping, or an option is not among `known`.
     """
     file = recipe_file(path)
     try:
@@ -173,13 +174,10 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> dict[str, Any]
 
 
 def recipe_file(path: str | os.PathLike) -> Path:
-    """A recipe of the user's or, where there is no such file, this package's of that name; raises `ValueError`."""
+    """A recipe of the user's or, where there is no such file, this package's of that name if it has one."""
     name = Path(path)
     own = RECIPES / Path(*name.parts[name.parts[:1] == ("configs",) :])
-    found = name if name.is_file() else own
-    if not found.is_file():
-        raise ValueError(f"there is no recipe {name}.")
-    return found
+    return own if own.is_file() and not name.is_file() else name
 
 
 class _ExponentLoader(yaml.SafeLoader):
@@ -201,7 +199,7 @@ def _as_flags(recipe: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _closest(name: str, known: Any) -> str:
+def _closest(name: str, known: Iterable[str]) -> str:
     if "warmup_ratio" in name:
         return ": give `--warmup_steps`, which below 1 is a share of all steps."
     close = difflib.get_close_matches(name, known, n=1)

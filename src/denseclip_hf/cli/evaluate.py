@@ -29,7 +29,8 @@ AS_TRAINED = {"split": "validation_split"} | {k.name: k.name for k in fields(Dat
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     log_to_terminal()
-    args, options = parse_arguments([EvaluationArguments, WordOptions], argv, description=__doc__)
+    kinds = [EvaluationArguments, WordOptions]
+    args, options = parse_arguments(kinds, argv, needed=["model", "dataset"], description=__doc__)
     from accelerate import PartialState
 
     from ..evaluation import report_table

@@ -71,13 +71,9 @@ def config_from_original(
         class_token_ids (`list[list[int]]`): their token ids `[SOS, …, EOS]`, unpadded.
 
     Raises:
-        ValueError: for an option of the original that this package does not know or has no counterpart of, or another
-            number of classes.
+        ValueError: for an option of the original that this package does not know or has no counterpart of.
     """
     _refuse_unsupported(model_kwargs)
-    count = model_kwargs["decode_head"].get("num_classes", len(id2label))
-    if count != len(id2label):
-        raise ValueError(f"`decode_head.num_classes` of the original config is {count}, for {len(id2label)} classes.")
     guided = model_kwargs.get("type", "DenseCLIP") == "DenseCLIP"
     head, neck = model_kwargs["decode_head"], model_kwargs["neck"]
     test = model_kwargs.get("test_cfg") or {}

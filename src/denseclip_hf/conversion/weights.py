@@ -48,9 +48,10 @@ def looking_into(subject: str) -> Iterator[None]:
         raise CheckpointError(f"{subject} {what} {reason_of(error)}.") from error
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike) -> Any:
     """
-    The top level of a checkpoint file: PyTorch's (either format), safetensors, or an archive in [`OPENAI_ARCHIVES`].
+    What a file holds, a mapping if it is a checkpoint: PyTorch's (either format), safetensors, or an archive in
+    [`OPENAI_ARCHIVES`].
 
     Pickles are read with `weights_only=True`.
 
@@ -65,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         zipped = zipfile.is_zipfile(path)
         if zipped and _is_torchscript(path):
             return torch.jit.load(path, map_location="cpu").state_dict()
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # a damaged file fails in any of many ways
@@ -76,11 +77,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 "authors for a file without."
             )
         raise CheckpointError(sentence) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not the mapping a checkpoint is: name one with a `state_dict`."
-        )
-    return content
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -105,16 +101,17 @@ def _is_torchscript(path: Path) -> bool:
     return False
 
 
-def state_dict_of(checkpoint: dict[str, Any], path: str | os.PathLike = "the checkpoint") -> StateDict:
+def state_dict_of(checkpoint: Any, path: str | os.PathLike = "the checkpoint") -> StateDict:
     """
     The weights in a checkpoint's top level, without the `module.` prefix of distributed training.
 
     Raises:
         CheckpointError: if there are none, or one is there both with the prefix and without.
     """
-    weights = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    weights = content.get("state_dict", content.get("model", content))
     if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights, weights.values())):
-        found = ", ".join(map(str, list(checkpoint)[:5])) or "nothing"
+        found = ", ".join(map(str, list(content)[:5])) or f"a {type(checkpoint).__name__}"
         raise CheckpointError(f"{path} has no `state_dict` of tensors; its top level holds {found}.")
     return without_module_prefix(weights)
 

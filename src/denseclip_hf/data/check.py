@@ -83,7 +83,7 @@ class DatasetReport:
     def __str__(self) -> str:
         width = max(len("(no class)"), *map(len, self.id2label.values()))
 
-        def line(number: Any, name: str, cells: list[str]) -> str:
+        def line(number: object, name: str, cells: list[str]) -> str:
             return f"{number:>4} {name:<{width}}" + "".join(f"{cell:>22}" for cell in cells)
 
         splits = list(self.splits.values())
@@ -136,15 +136,10 @@ def check_dataset(data: SegmentationData, *, full: bool = False, max_samples: in
     Args:
         data: what [`load_segmentation_dataset`] returns; with `read_first=False` there, its first samples may be bad.
         full: look at all samples.
-        max_samples: otherwise, look at this many per split, evenly spaced (of a stream, the first ones).
-
-    Raises:
-        ValueError: if `max_samples` is less than 1.
+        max_samples: otherwise, look at this many per split (at least one), evenly spaced or, of a stream, the first.
     """
-    if max_samples < 1:
-        raise ValueError(f"`max_samples` is {max_samples}, and so none would be looked at: give 1 or more.")
     splits = {"train": data.train, "validation": data.validation}
-    limit = None if full else max_samples
+    limit = None if full else max(max_samples, 1)
     found = {name: rows for name, rows in splits.items() if rows is not None}
     report = DatasetReport(
         data.id2label, {name: _check_split(name, rows, data, limit) for name, rows in found.items()}

@@ -125,20 +125,20 @@ def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
     if isinstance(value, Mapping) and "id2label" in value:
         options = {key: option for key, option in value.items() if key != "id2label"}
         value = value["id2label"]
-    if unknown := [key for key in options if key not in OPTIONS]:
-        raise ValueError(
-            f"{source} has the unknown key `{unknown[0]}`: besides id2label it may have {_list(OPTIONS)}."
-        )
     ignore_index, reduce = options.get("ignore_index"), options.get("do_reduce_labels")
-    if type(ignore_index) not in (int, type(None)) or type(reduce) not in (bool, type(None)):
-        raise ValueError(f"{source} needs a whole number as ignore_index and true or false as do_reduce_labels.")
+    wrong = [key for key in options if key not in OPTIONS]
+    wrong += ["ignore_index"] * (type(ignore_index) not in (int, type(None)))
+    wrong += ["do_reduce_labels"] * (type(reduce) not in (bool, type(None)))
+    if wrong:
+        raise ValueError(
+            f"{source} has `{wrong[0]}`, which is unknown or not what it should be: besides id2label it may have "
+            f"{_list(OPTIONS)}, of which ignore_index is a whole number and do_reduce_labels true or false."
+        )
     id2label = _numbered(value, source, 1 if reduce else 0)
     palette = options.get("palette")
-    if palette is not None and len(_colors(palette, source)) != len(id2label):
-        raise ValueError(f"{source} has {len(id2label)} classes but {len(palette)} palette colors; give one each.")
     return ClassTable(
         id2label,
-        _colors(palette, source) if palette is not None else None,
+        None if palette is None else _colors(palette, source, len(id2label)),
         ignore_index,
         reduce,
         _colors(options.get("ignore_colors", []), source),
@@ -224,12 +224,17 @@ def _id_map(value: Any, id2label: Mapping[int, str], ignore_index: int | None, s
         ) from error
 
 
-def _colors(colors: Any, source: str) -> list[Color]:
-    def is_color(color: Any) -> bool:
+def _colors(colors: Any, source: str, count: int | None = None) -> list[Color]:
+    """Colors, `count` of them if that is given."""
+
+    def is_color(color: object) -> bool:
         return isinstance(color, Sequence) and len(color) == 3 and all(type(v) is int and 0 <= v <= 255 for v in color)
 
-    if not isinstance(colors, Sequence) or not all(is_color(color) for color in colors):
-        raise ValueError(f"{source} needs its colors as lists of three whole numbers 0…255.")
+    are_colors = isinstance(colors, Sequence) and all(is_color(color) for color in colors)
+    if not are_colors or len(colors) != (count or len(colors)):
+        raise ValueError(
+            f"{source} needs its colors as lists of three whole numbers 0…255, and in palette one for each class."
+        )
     return [tuple(color) for color in colors]
 
 

@@ -1,6 +1,5 @@
 """COCO's annotations, polygons of instances or panoptic PNGs, as rows whose masks are drawn when they are read."""
 
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import needed
 from .classes import ClassTable, parse_classes
 
 
@@ -57,8 +57,7 @@ def read_annotations(files: Mapping[str, Path], root: Path, skip_unpaired: bool)
         ImportError, FileNotFoundError, ValueError: without pycocotools, for missing images, and for files that are no
             COCO annotations.
     """
-    if importlib.util.find_spec("pycocotools") is None:
-        raise ImportError("reading COCO annotations needs pycocotools: `pip install pycocotools`.")
+    needed("pycocotools", "reading COCO annotations", "pycocotools")
     contents: dict[str, Any] = {}
     names: list[str] = []
     for split, file in files.items():

@@ -239,8 +239,6 @@ def _pairs(images: Path, masks: Path, skipped: set[str], listed: Path | None) ->
 
 def _images_in(folder: Path, left_out: list[str]) -> list[Path]:
     """The image files in a folder and those below it; other files are added to `left_out`."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"The folder {folder} does not exist; put images and masks into folders of their own.")
     found, others = [], []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(filter(_visible, folders))
@@ -251,7 +249,7 @@ def _images_in(folder: Path, left_out: list[str]) -> list[Path]:
                 others.append(path.name)
     if not found:
         raise FileNotFoundError(
-            f"The folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); put them there."
+            f"The folder {folder} is missing or holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); put them there."
         )
     if others:
         left_out.append(f"{len(others)} in {folder} of a kind that is not read: {_some(others)}")

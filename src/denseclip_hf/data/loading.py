@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 
+from ..model.configuration_denseclip import check_ignore_index
 from .classes import ClassTable, Color, parse_classes
 from .folders import Row, read_folder, split_names
 from .reading import SampleReader
@@ -64,6 +65,17 @@ class SegmentationData:
         """Class ids by name."""
         return {name: index for index, name in self.id2label.items()}
 
+    def ids_of(self, names: Sequence[str]) -> list[int]:
+        """
+        The ids of some classes.
+
+        Raises:
+            ValueError: if one of `names` is no class.
+        """
+        if unknown := [name for name in names if name not in self.label2id]:
+            raise ValueError(f"{unknown[0]!r} is none of the classes {', '.join(self.label2id)}: correct its name.")
+        return [self.label2id[name] for name in names]
+
     def without(self, names: Sequence[str]) -> "SegmentationData":
         """
         The same data as if nobody had named some classes: their pixels have no class, the others' ids close the gaps.
@@ -71,9 +83,8 @@ class SegmentationData:
         Raises:
             ValueError: if one of `names` is no class, or fewer than two are left.
         """
-        if unknown := [name for name in names if name not in self.label2id]:
-            raise ValueError(f"{unknown[0]!r} is none of the classes {', '.join(self.label2id)}: correct its name.")
-        kept = [index for index, name in self.id2label.items() if name not in names]
+        left_out = self.ids_of(names)
+        kept = [index for index in self.id2label if index not in left_out]
         if len(kept) < 2:
             raise ValueError(f"without {', '.join(names)} fewer than two classes are left: name fewer.")
         # Pixels without a class come last.
@@ -198,7 +209,7 @@ def load_segmentation_dataset(
     )
 
 
-def _folder_of(source: Any) -> Path | None:
+def _folder_of(source: object) -> Path | None:
     """The folder that a data set is in; None for the name of one on the Hub, and for rows."""
     if not isinstance(source, (str, Path)):
         return None
@@ -219,7 +230,9 @@ def _rows_of_files(rows: list[Row]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": [i for i, _ in rows], "mask": [m for _, m in rows]}, features)
 
 
-def _load_rows(source: Any, config_name: str | None, streaming: bool, revision: str | None) -> Splits:
+def _load_rows(
+    source: str | Path | Rows | Splits, config_name: str | None, streaming: bool, revision: str | None
+) -> Splits:
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         return {"train": source}
     if isinstance(source, Mapping):
@@ -231,15 +244,10 @@ def _load_rows(source: Any, config_name: str | None, streaming: bool, revision: 
             f"{', …' if len(inside) > 8 else ''}; put images into SPLIT/images and masks into SPLIT/masks, or take "
             "another of the layouts in docs/data.md."
         )
-    try:
-        if isinstance(source, Path) and _saved_to_disk(source):
-            loaded = datasets.load_from_disk(str(source))
-        else:
-            loaded = datasets.load_dataset(str(source), config_name, streaming=streaming, revision=revision)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{source} can be read neither as a folder here nor as a data set on the Hub ({error}); check the name."
-        ) from error
+    if isinstance(source, Path) and _saved_to_disk(source):
+        loaded = datasets.load_from_disk(str(source))
+    else:
+        loaded = datasets.load_dataset(str(source), config_name, streaming=streaming, revision=revision)
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
 
@@ -297,7 +305,7 @@ def _columns(features: Mapping[str, Any], image: str | None, label: str | None) 
     return image, label
 
 
-def _is_text(feature: Any) -> bool:
+def _is_text(feature: object) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
@@ -305,7 +313,7 @@ def _only(names: list[str]) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _may_be_mask(feature: Any) -> bool:
+def _may_be_mask(feature: object) -> bool:
     """Whether a column can hold one id per pixel: an image, or a list of lists."""
     return isinstance(feature, (datasets.Image, datasets.Array2D)) or hasattr(_inner(feature), "feature")
 
@@ -321,7 +329,7 @@ def _names_in(feature: Any) -> list[str]:
     return list(feature.names or []) if feature is not None else []
 
 
-def _class_table(known: ClassTable | None, given: Any, source: Any) -> ClassTable:
+def _class_table(known: ClassTable | None, given: Any, source: object) -> ClassTable:
     """What the caller gave, filled up from what the data says."""
     if given is None:
         if known is None:
@@ -345,7 +353,7 @@ def _class_table(known: ClassTable | None, given: Any, source: Any) -> ClassTabl
 
 
 def _reader(
-    table: ClassTable, known: ClassTable | None, source: Any, ignore_index: int | None, reduce: bool | None
+    table: ClassTable, known: ClassTable | None, source: object, ignore_index: int | None, reduce: bool | None
 ) -> SampleReader:
     """How to read masks of these classes; refuses classes and options that contradict each other."""
     names = table.id2label
@@ -357,11 +365,7 @@ def _reader(
     if ignore_index is None:
         ignore_index = 255 if table.ignore_index is None else table.ignore_index
     reduce = bool(table.do_reduce_labels) if reduce is None else reduce
-    if 0 <= ignore_index < len(names) + reduce:
-        raise ValueError(
-            f"ignore_index is {ignore_index}, but that is the id of a class ({names[max(ignore_index - reduce, 0)]}): "
-            f"set ignore_index to an id that none of the {len(names)} classes has, such as 65535."
-        )
+    check_ignore_index(ignore_index, len(names) + reduce)
     if known and known.id_map and len(known.id2label) != len(names):
         raise ValueError(
             f"{source} has {len(known.id2label)} classes, but {len(names)} names are given: give one for each of "

@@ -10,7 +10,7 @@ from functools import cached_property
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import fsspec
@@ -50,7 +50,11 @@ NO_COLOR = 1 << 24  # beyond the codes of colors
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def name_of(source: Any) -> str:
+# An image file: its path, what `datasets` keeps of it, or opened.
+ImageSource: TypeAlias = str | Path | Mapping[str, Any] | Image.Image
+
+
+def name_of(source: object) -> str:
     """What to call an image or mask in a message: its path where it has one, without an address's secrets."""
     if not isinstance(source, (str, Path)):
         source = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", None)
@@ -82,19 +86,20 @@ def _blaming(name: str, fault: str = UNREADABLE) -> Iterator[None]:
         yield
     except (MemoryError, ImportError):
         raise
-    except FileNotFoundError as error:
-        kind = "missing, or its server does not answer" if "://" in name else "missing"
-        raise FileNotFoundError(f"{name} is {kind}; restore the file or remove the sample.") from error
     except Exception as error:
         reason: object = error
-        if isinstance(error, UnidentifiedImageError):  # its message names a place in memory
+        if isinstance(error, FileNotFoundError):
+            kind = "missing, or its server does not answer" if "://" in name else "missing"
+            fault = f"is {kind}; restore the file or remove the sample"
+        elif isinstance(error, UnidentifiedImageError):  # its message names a place in memory
             reason = f"it is none of {', '.join(_formats())}, or of a kind that Pillow does not know"
         elif "://" in name and type(error) is not ValueError:  # what a server says may repeat a password
             reason = type(error).__name__
-        raise ValueError(f"{name} {fault.format(reason)}.") from error
+        failure = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise failure(f"{name} {fault.format(reason)}.") from error
 
 
-def _open(source: Any) -> tuple[Image.Image, bytes, str]:
+def _open(source: ImageSource) -> tuple[Image.Image, bytes, str]:
     """A PIL image, opened but not decoded, its file's content and name, from anything that [`read_image`] takes."""
     name = name_of(source)
     if isinstance(source, Image.Image):
@@ -156,7 +161,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def read_image(source: Any, max_pixels: int | None = None) -> Image.Image:
+def read_image(source: ImageSource, max_pixels: int | None = None) -> Image.Image:
     """
     An RGB image of 8 bits per channel as [`decode_image`] makes it, turned upright as its EXIF tag says.
 
@@ -171,10 +176,9 @@ def read_image(source: Any, max_pixels: int | None = None) -> Image.Image:
     """
     image, _, name = _open(source)
     with _blaming(name):
-        if 0 in image.size:
-            raise ValueError("it has no pixels")
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels}")
+        pixels = image.width * image.height
+        if not 0 < pixels <= (max_pixels or pixels):
+            raise ValueError(f"it has {image.width}x{image.height} pixels, not from 1 to {max_pixels or 'any number'}")
         image.load()
         turn = _turn(image)  # asked after decoding, which turns a TIFF by itself
         if image.mode != "RGB":
@@ -190,7 +194,7 @@ def read_image(source: Any, max_pixels: int | None = None) -> Image.Image:
     return image
 
 
-def remarks(source: Any) -> list[str]:
+def remarks(source: ImageSource) -> list[str]:
     """What a user should know about an image file that can be read: pixels that are not used, or look odd."""
     image, _, name = _open(source)
     found = []
@@ -286,7 +290,7 @@ class SampleReader:
         """[`read`] on one row with the columns `image` and `mask`."""
         return self.read(row["image"], row["mask"])
 
-    def read(self, image: Any, mask: Any) -> dict[str, Any]:
+    def read(self, image: ImageSource, mask: ImageSource | np.ndarray | list) -> dict[str, Any]:
         """
         One sample: `image`, an RGB PIL image of (w, h) pixels, and `mask`, an (h, w) array of class ids, uint8 where
         they fit and else int32.
@@ -299,17 +303,17 @@ class SampleReader:
         shown = read_image(image)
         return {"image": shown, "mask": self.read_mask(mask, shown)}
 
-    def read_mask(self, source: Any, image: Image.Image | None = None) -> np.ndarray:
+    def read_mask(self, source: ImageSource | np.ndarray | list, image: Image.Image | None = None) -> np.ndarray:
         """
         The (h, w) array of class ids of a mask: file, bytes, PIL image, or array of stored ids.
 
         Raises:
             FileNotFoundError, ValueError: as [`read`], the latter if its size is not that of `image` (if given).
         """
-        is_array = isinstance(source, (np.ndarray, list))
-        name = "given as an array" if is_array else name_of(source)
+        name = name_of(source)
         mask, content = None, b""
-        if is_array:
+        if isinstance(source, (np.ndarray, list)):
+            name = "given as an array"
             stored = _whole_numbers(np.asarray(source))
         elif isinstance(source, Mapping) and (source.get("bytes") or b"").startswith(MARK):
             with _blaming(name, "holds a mask that cannot be drawn ({}); correct its annotation"):
@@ -330,9 +334,8 @@ class SampleReader:
                 return self._ids_of_palette(stored, np.reshape(colors, (-1, 3)))
             if mask.mode in ("RGB", "RGBA"):
                 return self._ids_of_colors(stored[..., :3])
-            if mask.mode not in ("L", "LA", "F", *SIXTEEN_BIT_MODES):
-                raise ValueError(f"has mode {mask.mode}, neither ids nor colors; save it as PNG with one id per pixel")
-            return self._ids_of_grays(stored[..., 0] if mask.mode == "LA" else stored)
+            grays = stored[..., 0] if mask.mode == "LA" else stored
+            return self._ids_of_grays(grays) if grays.ndim == 2 else self._ids(grays)  # which refuses other modes
 
     def _drawn(self, annotation: bytes) -> np.ndarray:
         """Class ids of a mask that is drawn from polygons, or made from a panoptic PNG."""

@@ -19,7 +19,6 @@ from ..data import NAMELESS, SegmentationData, default_palette, file_stem, name_
 from ..devices import device_of
 from ..files import make_directory, writing_into
 from ..inference import (
-    LOADING_DTYPES,
     colorize,
     comparison_image,
     confusion_image,
@@ -66,11 +65,8 @@ def measure(args: EvaluationArguments, options: WordOptions | None = None) -> di
     Raises:
         ValueError, OSError: with one sentence, for a model, data set or protocol that cannot be used.
     """
-    _check(args)
     accelerator = Accelerator(cpu=args.device == "cpu")
     own_device = args.device not in ("auto", "cpu")
-    if own_device and accelerator.num_processes > 1:
-        raise ValueError(f"`--device` {args.device} is for one process; several share the devices: leave it out.")
     device = device_of(args.device) if own_device else accelerator.device
     model, image_processor = load_model(args.model, args.dtype)
     model.to(device)
@@ -91,10 +87,8 @@ def measure(args: EvaluationArguments, options: WordOptions | None = None) -> di
             model.set_classes(data.id2label, args.model)  # it takes any
     names = model.config.id2label
     ids = match_classes(data.id2label, names)
-    for flag in ("unseen", "leave_out"):
-        if unknown := [name for name in getattr(args, flag) if name not in data.label2id]:
-            raise ValueError(f"{unknown[0]!r} is none of the data's classes: correct its name in `--{flag}`.")
-    left_out = [ids[data.label2id[name]] for name in args.leave_out]
+    data.ids_of(args.unseen)  # refuses what is none
+    left_out = [ids[index] for index in data.ids_of(args.leave_out)]
     protocol |= {"leave_out": args.leave_out} if left_out else {}
     ignore_index = model.config.semantic_loss_ignore_index
     make_directory(args.output_dir)
@@ -190,11 +184,11 @@ def read_words(text: str | None, names: list[str]) -> dict[str, list[str]]:
     """
     try:
         source = "{}" if text is None else text if text.startswith("{") else Path(text).read_text(encoding="utf-8")
-        given = yaml.safe_load(source)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"`--words` {text} cannot be read ({reason_of(error)}): give a YAML or JSON file.") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"`--words` {text} must be a mapping from the data's classes to words.")
+        given = dict(yaml.safe_load(source))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"`--words` {text} is no mapping from the data's classes to words, as YAML or JSON ({reason_of(error)})."
+        ) from error
     if unknown := [str(name) for name in given if name not in names]:
         raise ValueError(
             f"`--words` has words for {unknown[0]!r}, but the data's classes are {', '.join(names[:5])}, …: "
@@ -208,18 +202,6 @@ def _given(options: WordOptions) -> dict[str, Any]:
     """What of `options` is not as by default."""
     default = asdict(WordOptions())
     return {name: value for name, value in asdict(options).items() if value != default[name]}
-
-
-def _check(args: EvaluationArguments) -> None:
-    for name in ("model", "dataset"):
-        if not getattr(args, name):
-            raise ValueError(f"name a {'data set' if name == 'dataset' else name}: `--{name} FOLDER_OR_HUB_NAME`.")
-    if args.dtype not in LOADING_DTYPES:
-        raise ValueError(f"`--dtype` must be one of {', '.join(LOADING_DTYPES)}, got {args.dtype!r}.")
-    if not args.scales or min(args.scales) <= 0:
-        raise ValueError(f"`--scales` must be positive factors, got {args.scales}.")
-    if args.batch_size < 1 or args.worst < 0 or (args.max_images is not None and args.max_images < 1):
-        raise ValueError("`--batch_size` and `--max_images` must be at least 1, and `--worst` at least 0.")
 
 
 def _set_protocol(model: DenseCLIPModel, image_processor, args: EvaluationArguments) -> dict[str, Any]:

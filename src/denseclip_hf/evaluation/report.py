@@ -125,8 +125,7 @@ def protocol_of(
         flip (`bool`): whether mirrored views are averaged too.
     """
     slides = config.inference_mode != "whole"
-    crop_size: Any = config.crop_size
-    stride: Any = config.stride
+    crop_size, stride = config.window
     return {
         "inference_mode": config.inference_mode,
         "crop_size": list(crop_size) if slides else None,

@@ -92,9 +92,6 @@ class Segmenter:
         new = [name for name in score_maps if words or name not in own_names]
         self.reader = None
         if words or new:
-            if tokenizer is None:
-                first = self.names[0] if words else new[0]
-                raise ValueError(f"{first!r} is none of the model's classes, and other words need CLIP's tokenizer.")
             self.reader = WordReader(model, tokenizer, image_processor)
         self.queries = self.reader.queries(self.classes, self.options) if words and self.reader else None
         self.score_names, self.score_embeds = list(score_maps), None

@@ -1,7 +1,6 @@
 """What to segment: files, folders, patterns, addresses and videos as named images, one at a time."""
 
 import glob
-import importlib
 import logging
 import os
 import threading
@@ -20,6 +19,7 @@ from urllib.request import Request, urlopen
 from PIL import Image
 
 from ..data import IMAGE_SUFFIXES, file_stem, read_image, shown_address
+from ..extras import needed
 
 
 logger = logging.getLogger(__name__)
@@ -160,10 +160,7 @@ def read_frames(source: Source, every: int = 1, limit: int | None = None) -> Ite
     Raises:
         ImportError, ValueError: with one sentence, without the library that reads videos or for a file it cannot read.
     """
-    try:
-        av: Any = importlib.import_module("av")
-    except ImportError as error:
-        raise ImportError(f"{source.address} is a video, and reading one needs PyAV: pip install av.") from error
+    av = needed("av", f"reading the video {source.address}", "av")
     try:
         with av.open(source.address) as video:
             codec = video.streams.video[0].codec_context

@@ -7,7 +7,7 @@ Shapes: B images, K classes, H x W pixels.
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -141,11 +141,10 @@ def segment_in_windows(
     Raises:
         ValueError: for scores that are NaN or infinite.
     """
-    predict: Any = score or model.window_logits
+    predict = score or cast(DenseCLIPForSemanticSegmentation, model).window_logits
     pixels = decode_image(image)
     height, width = pixels.shape[-2:]
-    crop_size: Any = model.config.crop_size
-    stride: Any = model.config.stride
+    crop_size, stride = model.config.window
     h, w = (min(side, window) for side, window in zip((height, width), crop_size, strict=True))
     tops, lefts = (window_starts(*sides) for sides in zip((height, width), (h, w), stride, strict=True))
     ids, certainty = torch.empty(height, width, dtype=torch.int32), torch.empty(height, width, dtype=torch.float16)
@@ -217,7 +216,7 @@ def multi_scale_probabilities(
         `list[torch.Tensor]`: one `(K, H, W)` float32 tensor per image, on the model's device; sums to 1 over K.
 
     Raises:
-        ValueError: if `scales` is empty.
+        ValueError: if `scales` is empty, or one of them not above 0.
     """
     decoded = [decode_image(image) for image in flatten_images(images, 3)]
     return [
@@ -246,7 +245,7 @@ def multi_scale_segmentation(
         `torch.Tensor` of shape `(H, W)`: int64, on the model's device.
 
     Raises:
-        ValueError: if a probability is no number.
+        ValueError: as there, and if a probability is no number.
     """
     pixels = decode_image(image)
     height, width = pixels.shape[-2:]
@@ -263,8 +262,8 @@ def _averaged_probabilities(
     model, pixels: torch.Tensor, size: Sequence[int], scales: Sequence[float], flip: bool, image_processor
 ) -> torch.Tensor:
     """`(K, *size)` probabilities, averaged over the views of one image `(3, H, W)`."""
-    if not scales:
-        raise ValueError("`scales` is empty: give at least one factor.")
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"`scales` must be factors above 0, at least one, got {list(scales)}.")
     total = torch.zeros(model.config.num_labels, *size, device=model.device)
     count = 0
     image_processor = image_processor or published_image_processor(model.config)

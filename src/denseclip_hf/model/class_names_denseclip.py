@@ -23,9 +23,8 @@ def class_names(names: Mapping | Sequence[str]) -> list[str]:
         if by_id.keys() != set(map(str, range(len(names)))):
             raise ValueError(f"class ids must be 0 … {len(names) - 1} without gaps, got {list(names)}.")
         names = [by_id[str(index)] for index in range(len(by_id))]
-    if any(not isinstance(name, str) for name in names):
-        raise ValueError(f"class names must be texts, got {list(names)}: several phrasings are for words.")
-    return [phrasings[0] for phrasings in class_phrasings(names)]
+    one_each = names if isinstance(names, str) else [[name] for name in names]
+    return [phrasings[0] for phrasings in class_phrasings(one_each)]
 
 
 def class_phrasings(words: Sequence[str | Sequence[str]]) -> list[list[str]]:

@@ -99,15 +99,6 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
         """Part of `@strict` validation: what makes a tower."""
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.")
-        if self.embedding_size % 2:
-            raise ValueError(f"`embedding_size` is halved in the stem and must be even, got {self.embedding_size}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must divide the {self.hidden_size} channels of "
-                "the last stage (32 * `embedding_size`)."
-            )
-        if self.image_size % 32 or self.image_size < 32:
-            raise ValueError(f"`image_size` must be a positive multiple of the stride 32, got {self.image_size}.")
 
 
 @strict

@@ -1,6 +1,7 @@
 """Configuration of DenseCLIP on top of any image-text model or backbone, with the published models as presets."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -240,10 +241,6 @@ class DenseCLIPConfig(PreTrainedConfig):
             self.id2label = dict(enumerate(class_names(self.id2label)))
         elif self.class_token_ids is not None:
             kwargs.setdefault("num_labels", len(self.class_token_ids))
-        if self.id2label is not None and kwargs.get("num_labels") not in (None, len(self.id2label)):
-            raise ValueError(
-                f"`num_labels` is {kwargs['num_labels']}, but `id2label` names {len(self.id2label)} classes."
-            )
         super().__post_init__(**kwargs)
         if self.id2label is not None:
             self.label2id = {name: index for index, name in self.id2label.items()}
@@ -291,11 +288,7 @@ class DenseCLIPConfig(PreTrainedConfig):
         new = dict(enumerate(class_names(given["id2label"]))) if "id2label" in given else old
         has_others = new != old or given.get("num_labels", len(old)) != len(old)
         if has_others:
-            if config_dict.get("frozen_classes"):
-                raise ValueError(
-                    "this model's classes are frozen, so it cannot be loaded for others: its text tower is gone. Load "
-                    "the model it was made from."
-                )
+            refuse_if_frozen(config_dict.get("frozen_classes", False), "be loaded for others")
             config_dict = {**config_dict, **dict.fromkeys((*OF_CLASSES, "label2id"))}
         loaded: Any = super().from_dict({**config_dict, **given}, **kwargs)
         if has_others and "id2label" in given and "class_token_ids" not in given and saved["class_token_ids"]:
@@ -320,6 +313,11 @@ class DenseCLIPConfig(PreTrainedConfig):
         """Training resolution in pixels."""
         clip_size = self.clip_config.vision_config.image_size
         return clip_size if self.backbone_config is None else self.backbone_image_size or clip_size
+
+    @property
+    def window(self) -> tuple[list[int], list[int]]:
+        """`crop_size` and `stride`, each (height, width) in pixels."""
+        return _pair(self.crop_size or self.image_size, "crop_size"), _pair(self.stride or self.image_size, "stride")
 
     @property
     def is_hierarchical(self) -> bool:
@@ -361,7 +359,6 @@ class DenseCLIPConfig(PreTrainedConfig):
         aggregates = self.decode_head == "cost_aggregation"
         blocks, count = self.out_indices, 2 if aggregates else 4
         has_contexts = self.use_text_guidance and self.num_context_tokens and self.context_decoder_num_layers
-        heads, width = self.context_decoder_num_attention_heads, self.context_decoder_hidden_size
         if blocks is not None and (len(blocks) != count or not all(0 <= index < depth for index in blocks)):
             raise ValueError(
                 f"`out_indices` must be {count} ViT blocks in 0 … {depth - 1}, or `None` for a ResNet or a backbone, "
@@ -378,58 +375,59 @@ class DenseCLIPConfig(PreTrainedConfig):
                 '`num_context_tokens` and `context_decoder_num_layers` above 0, the decoder "semantic_fpn" and '
                 "classes that are not frozen."
             )
-        if aggregates and not (self.use_text_guidance and depth):
+        for_rare = self.class_weights or self.focal_gamma or self.dice_loss_weight
+        if aggregates and (for_rare or not (self.use_text_guidance and depth)):
             raise ValueError(
-                '`decode_head="cost_aggregation"` compares places of a ViT with class names: it needs a CLIP with a '
-                "ViT and `use_text_guidance=True`."
-            )
-        if aggregates and (self.class_weights or self.focal_gamma or self.dice_loss_weight):
-            raise ValueError(
-                "`class_weights`, `focal_gamma` and `dice_loss_weight` have no effect with "
-                '`decode_head="cost_aggregation"`, which decides for every class by itself: leave them out.'
+                '`decode_head="cost_aggregation"` compares places of a ViT with class names, each by itself: it needs '
+                "a CLIP with a ViT and `use_text_guidance=True`, and takes no `class_weights`, `focal_gamma` or "
+                "`dice_loss_weight`."
             )
         if self.inference_mode == "slide_and_whole" and not aggregates:
             raise ValueError('`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.')
-        if width % heads:
-            raise ValueError(
-                f"`context_decoder_num_attention_heads` ({heads}) must divide `context_decoder_hidden_size` ({width})."
-            )
-        if any(step > side for step, side in zip(self.stride, self.crop_size, strict=True)):
-            raise ValueError(
-                f"`stride` {self.stride} must be at most `crop_size` {self.crop_size}, or pixels are left out."
-            )
+        check_stride(self.crop_size, self.stride)
 
     def validate_classes(self):
-        """Part of `@strict` validation: classes, their prompts and colors."""
+        """Part of `@strict` validation: what there is one of for each class, and the label that is none."""
         of_each = {name: getattr(self, name) for name in ("palette", "class_token_ids", "class_weights")}
         uneven = [
             f"`{name}` has {len(rows)}" for name, rows in of_each.items() if rows and len(rows) != self.num_labels
         ]
-        colors = [c for c in self.palette or [] if len(c) != 3 or not all(0 <= value <= 255 for value in c)]
-        prompts, text = self.class_token_ids or [], self.clip_config.text_config
-        strange = [ids for ids in prompts if not ids or max(ids) >= text.vocab_size]
-        longest = max(map(len, prompts), default=0)
-        room = text.max_position_embeddings - self.num_context_tokens
-        if self.frozen_classes and not self.use_text_guidance:
-            raise ValueError("`frozen_classes` needs classes to freeze: leave it out with `use_text_guidance=False`.")
-        if 0 <= self.semantic_loss_ignore_index < self.num_labels:
-            raise ValueError(
-                f"`semantic_loss_ignore_index` ({self.semantic_loss_ignore_index}) is one of the {self.num_labels} "
-                "classes, which would never be learned: choose a value that is no class id, such as -100."
-            )
-        if self.prompt_template.count("{}") != 1:
-            raise ValueError(f"`prompt_template` must contain {{}} once, got {self.prompt_template!r}.")
-        if colors:
-            raise ValueError(f"a color of `palette` must be three numbers from 0 to 255, got {colors[:1]}.")
         if uneven:
             raise ValueError(f"{', '.join(uneven)} entries for {self.num_labels} classes: give one each.")
-        if strange:
-            raise ValueError(f"`class_token_ids` must be lists of ids below {text.vocab_size}, got {strange[:1]}.")
-        if longest > room:
-            raise ValueError(
-                f"a class has {longest} tokens, but {room} fit beside {self.num_context_tokens} contexts in the text "
-                f"tower's {text.max_position_embeddings} positions: shorten the name or use fewer contexts."
-            )
+        check_ignore_index(self.semantic_loss_ignore_index, self.num_labels)
+
+
+def check_ignore_index(ignore_index: int, num_labels: int) -> None:
+    """
+    Raises:
+        ValueError: if the label of pixels without a class is one of the classes 0 … `num_labels` - 1.
+    """
+    if 0 <= ignore_index < num_labels:
+        raise ValueError(
+            f"the label to ignore, {ignore_index}, is one of the {num_labels} classes, which would never count: set "
+            "`semantic_loss_ignore_index` or `ignore_index` to what is no class id, such as -100 or 65535."
+        )
+
+
+def check_stride(crop_size: Sequence[int], stride: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: if windows of `crop_size` (height, width) in steps of `stride` leave pixels out.
+    """
+    if any(step > side for step, side in zip(stride, crop_size, strict=True)):
+        raise ValueError(f"`stride` {list(stride)} must be at most `crop_size` {list(crop_size)}: lower it.")
+
+
+def refuse_if_frozen(is_frozen: bool, action: str) -> None:
+    """
+    Raises:
+        ValueError: if a model has frozen classes, saying that it cannot do `action`.
+    """
+    if is_frozen:
+        raise ValueError(
+            f"this model's classes are frozen, so it cannot {action}: its text tower is gone. Go back to the model "
+            "it was made from, and call `freeze_classes()` again afterwards."
+        )
 
 
 def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:
@@ -439,4 +437,12 @@ def _pair(value: int | list[int] | tuple[int, ...], name: str) -> list[int]:
     return pair
 
 
-__all__ = ["COST_AGGREGATION_OPTIONS", "PRESETS", "DenseCLIPConfig", "LastBlockName"]
+__all__ = [
+    "COST_AGGREGATION_OPTIONS",
+    "PRESETS",
+    "DenseCLIPConfig",
+    "LastBlockName",
+    "check_ignore_index",
+    "check_stride",
+    "refuse_if_frozen",
+]

@@ -34,7 +34,7 @@ _MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "
 
 
 def decode_image(
-    image: Any,
+    image: ImageInput,
     do_convert_rgb: bool = True,
     input_data_format: str | ChannelDimension | None = None,
     device: str | torch.device | None = None,
@@ -71,7 +71,7 @@ def decode_image(
     return pixels
 
 
-def label_map_to_tensor(segmentation_map: Any) -> torch.Tensor:
+def label_map_to_tensor(segmentation_map: ImageInput) -> torch.Tensor:
     """A label map as class ids.
 
     Args:
@@ -85,17 +85,12 @@ def label_map_to_tensor(segmentation_map: Any) -> torch.Tensor:
         ValueError: If there is more than one channel, or the values are not integers.
     """
     if isinstance(segmentation_map, Image.Image):
-        if len(segmentation_map.getbands()) != 1:
-            raise ValueError(
-                f"A segmentation map has one channel, but this one has the mode {segmentation_map.mode}: turn its "
-                "colors into class ids first."
-            )
         read_pixels(segmentation_map)
         segmentation_map = np.asarray(segmentation_map)
     if not holds_integers(segmentation_map) or segmentation_map.ndim != 2:
         raise ValueError(
             f"A segmentation map holds integer class ids in the shape (height, width), but this one has the dtype "
-            f"{segmentation_map.dtype} and the shape {tuple(segmentation_map.shape)}: convert it."
+            f"{segmentation_map.dtype} and the shape {tuple(segmentation_map.shape)}: turn its colors into class ids."
         )
     if isinstance(segmentation_map, torch.Tensor):
         return segmentation_map.to(torch.int64, copy=True)
@@ -165,12 +160,8 @@ def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
         return np.asarray(image).astype(np.uint16)
     if image.mode == "I":  # what some Pillow versions make of 16-bit files
         values = np.asarray(image)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError(
-                f"the image holds integers from {values.min()} to {values.max()}, but at most 16 bits (0 … 65535) can "
-                "be read: scale it."
-            )
-        return values.astype(np.uint16)
+        is_deep = values.min(initial=0) >= 0 and values.max(initial=0) <= 65535
+        return values.astype(np.uint16) if is_deep else values
     if image.mode == "F":
         values = np.asarray(image)
         return values * np.float32(255) if values.max(initial=0) <= 1 else values
@@ -205,7 +196,8 @@ def _gray_levels(image: torch.Tensor) -> torch.Tensor:
         levels = (levels + 128) // 257
     elif levels.min() < 0 or levels.max() > 255:
         raise ValueError(
-            f"Pixels must lie in 0 … 255, but go from {levels.min()} to {levels.max()}: pass 16-bit ones as uint16."
+            f"Pixels must lie in 0 … 255, or as uint16 in 0 … 65535, but go from {levels.min()} to {levels.max()}: "
+            "scale them."
         )
     return levels.to(torch.uint8)
 
@@ -386,11 +378,6 @@ class DenseCLIPImageProcessorBase(BaseImageProcessor):
             image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format).mul_(rescale_factor)
         if do_normalize:
             mean, std = (torch.tensor(x, device=image.device).view(-1, 1, 1) for x in (image_mean, image_std))
-            if {len(mean), len(std)} - {1, len(image)}:
-                raise ValueError(
-                    f"image_mean and image_std have {len(mean)} and {len(std)} values, but the image has "
-                    f"{len(image)} channels: pass do_convert_rgb=True or one value per channel."
-                )
             # what rescaling made is ours to change
             image = (image.sub_(mean) if do_rescale else image.float() - mean).div_(std)
         return image

@@ -87,6 +87,9 @@ class MultiHeadAttention(nn.Module):
         num_heads (`int`): heads; must divide `hidden_size`.
         output_size (`int`, *optional*): size after the output projection, `hidden_size` by default.
         qkv_bias (`bool`): whether the first three projections have a bias.
+
+    Raises:
+        ValueError: if the heads do not divide the size.
     """
 
     is_causal = False
@@ -95,6 +98,8 @@ class MultiHeadAttention(nn.Module):
         self, config, hidden_size: int, num_heads: int, output_size: int | None = None, qkv_bias: bool = True
     ):
         super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"{num_heads} attention heads do not divide the width {hidden_size}: choose a divisor.")
         self.config = config
         self.head_dim = hidden_size // num_heads
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)

@@ -23,7 +23,13 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .class_names_denseclip import class_names, class_phrasings
-from .configuration_denseclip import COST_AGGREGATION_OPTIONS, DenseCLIPConfig
+from .configuration_denseclip import (
+    COST_AGGREGATION_OPTIONS,
+    DenseCLIPConfig,
+    check_ignore_index,
+    check_stride,
+    refuse_if_frozen,
+)
 from .cost_aggregation_denseclip import ClassBlock, CostAggregationHead, Linear
 from .decoder_denseclip import ContextDecoder, FPNNeck, SemanticFPNHead, SemanticFPNScaleHead, cosine_score_maps
 from .layers_denseclip import choose_hidden_states, is_transformed, resize_bilinear
@@ -160,8 +166,7 @@ def sliding_window_logits(
     """
     if batch_size is None:
         batch_size = 1 if pixel_values.device.type == "cpu" else 4
-    if any(s > c for s, c in zip(stride, crop_size, strict=True)):
-        raise ValueError(f"`stride` {tuple(stride)} is larger than `crop_size` {tuple(crop_size)}: lower it.")
+    check_stride(crop_size, stride)
     height, width = pixel_values.shape[-2:]
     h, w = min(crop_size[0], height), min(crop_size[1], width)
     windows = [
@@ -337,7 +342,7 @@ def dice_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> 
 
 
 @contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """`model` in eval mode, and afterwards each of its parts in the mode it was in."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
@@ -534,7 +539,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """CLIP's embedding of texts, token ids `(B, L)`, not normalized: `pooler_output` `(B, D)`."""
         self._refuse_without_text("read texts")
-        refuse_if_frozen(self.config, "read texts")
+        refuse_if_frozen(self.config.frozen_classes, "read texts")
         return self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
 
     def _refuse_without_text(self, action: str) -> None:
@@ -655,14 +660,12 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             ValueError: without text guidance, for empty, repeated or too long texts, or a template without `{}`.
         """
         self._refuse_without_text("encode texts")
-        refuse_if_frozen(self.config, "encode texts")
+        refuse_if_frozen(self.config.frozen_classes, "encode texts")
         if use_contexts is None:
             use_contexts = templates is None and self.config.prompting == "post_model"
         if use_contexts:
             self._refuse_pre_model("texts cannot have contexts without an image")
         templates = [str(self.config.prompt_template)] if templates is None else list(templates)
-        if not templates or any(template.count("{}") != 1 for template in templates):
-            raise ValueError(f"`templates` must be sentences with one {{}} each, got {templates}.")
         classes = class_phrasings(texts)
         contexts = self.config.num_context_tokens if use_contexts else 0
         token_ids: list[list[int]] = []
@@ -751,10 +754,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         return ScoreSegmentation(segmentation=segmentation, score_maps=maps)
 
     def _slide(self, predict: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        return sliding_window_logits(
-            predict, pixel_values, config.crop_size, config.stride, config.sliding_window_batch_size
-        )
+        return sliding_window_logits(predict, pixel_values, *self.config.window, self.config.sliding_window_batch_size)
 
     @classmethod
     def from_clip(cls, clip, id2label=None, tokenizer=None, image_size: int | None = None, **config):
@@ -802,8 +802,6 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
             options["id2label"] = dict(enumerate(names))
         config = cls.config_class(**options)
         if names is not None and config.use_text_guidance and config.class_token_ids is None:
-            if tokenizer is None:
-                raise ValueError("class names need the tokenizer of the image-text model: pass `tokenizer=`.")
             config.class_token_ids = tokenize_classes(names, tokenizer, tower_of(config.clip_config), config)
         model = cls(config)
         load_clip_weights(model, clip)
@@ -823,13 +821,9 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
         Raises:
             ValueError: for an empty list, a name given twice, an empty one or one that is too long.
         """
-        refuse_if_frozen(self.config, "take new class names")
+        refuse_if_frozen(self.config.frozen_classes, "take new class names")
         names, config = class_names(names), self.config
-        if 0 <= config.semantic_loss_ignore_index < len(names):
-            raise ValueError(
-                f"`semantic_loss_ignore_index` ({config.semantic_loss_ignore_index}) would be one of {len(names)} "
-                "classes: set it in the model's config to a value that is no class id, such as -100, first."
-            )
+        check_ignore_index(config.semantic_loss_ignore_index, len(names))
         token_ids = None
         if config.use_text_guidance:
             if isinstance(tokenizer, (str, os.PathLike)):
@@ -870,7 +864,7 @@ class DenseCLIPModel(DenseCLIPPreTrainedModel):
 
     def train(self, mode: bool = True):
         if mode:
-            refuse_if_frozen(self.config, "be trained")
+            refuse_if_frozen(self.config.frozen_classes, "be trained")
         if mode != self.training:
             self._class_embeddings.clear()
         return super().train(mode)
@@ -1145,27 +1139,12 @@ def refuse_random_classes(config: DenseCLIPConfig, loading_info: dict[str, Any])
     """
     missing = {key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"]}
     missing |= set(loading_info["missing_keys"])
-    if config.frozen_classes and "class_embeddings" in missing:
+    unlike = missing if config.frozen_classes else loading_info["unexpected_keys"]
+    if "class_embeddings" in unlike:
         raise ValueError(
-            f"these weights hold no frozen embeddings of {config.num_labels} classes, so they would be noise: load "
-            "the model as it was saved; `freeze_classes()` freezes the classes of one that has its text tower."
-        )
-    if not config.frozen_classes and "class_embeddings" in loading_info["unexpected_keys"]:
-        raise ValueError(
-            "these weights are of a model whose classes are frozen, its text tower is gone and would be noise: load "
-            "it as it was saved, or the model it was made from."
-        )
-
-
-def refuse_if_frozen(config: DenseCLIPConfig, action: str) -> None:
-    """
-    Raises:
-        ValueError: if a model of `config` has frozen classes, saying that it cannot do `action`.
-    """
-    if config.frozen_classes:
-        raise ValueError(
-            f"this model's classes are frozen, so it cannot {action}: its text tower is gone. Go back to the model "
-            "it was made from, and call `freeze_classes()` again afterwards."
+            f"config and weights say different things about frozen classes (`frozen_classes` is "
+            f"{config.frozen_classes}), so their embeddings would be noise: load the model as it was saved; "
+            "`freeze_classes()` freezes the classes of one that has its text tower."
         )
 
 
@@ -1181,7 +1160,6 @@ __all__ = [
     "ScoreSegmentation",
     "eval_mode",
     "forward_by_size",
-    "refuse_if_frozen",
     "sliding_window_logits",
     "window_starts",
 ]

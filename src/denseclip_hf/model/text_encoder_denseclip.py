@@ -402,9 +402,14 @@ def tokenize_classes(
         num_context_tokens (`int`, *optional*): contexts that need room; the config's by default.
 
     Raises:
-        ValueError: for a too long name, never a silently shortened one; for a tokenizer of another model.
+        ValueError: for a too long name, never a silently shortened one; for a tokenizer of another model or none, and
+            for a template without `{}`.
     """
+    if tokenizer is None:
+        raise ValueError("words need the tokenizer of the image-text model: pass `tokenizer=`.")
     template = config.prompt_template if template is None else template
+    if template.count("{}") != 1:
+        raise ValueError(f"a prompt's template must contain {{}} once, got {template!r}.")
     contexts = config.num_context_tokens if num_context_tokens is None else num_context_tokens
     room = config.clip_config.text_config.max_position_embeddings - contexts
     token_ids = []

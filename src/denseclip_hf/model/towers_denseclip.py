@@ -444,11 +444,6 @@ class BackboneTower:
             return
         if heads is None:
             heads = next(count for count in range(max(width // 64, 1), 0, -1) if width % count == 0)
-        if width % heads:
-            raise ValueError(
-                f"`backbone_pool_num_attention_heads` ({heads}) must divide the {width} channels of the backbone's "
-                "last map: leave it out, or choose a divisor."
-            )
         grid = max(config.image_size // config.embedding_stride, 1)
         model.pool = CLIPResNetAttentionPool(config, grid, width, heads, config.embedding_size)
 

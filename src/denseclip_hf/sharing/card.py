@@ -187,9 +187,6 @@ def _write(card: ModelCard, path: Path, results: Mapping[str, Any] | None, name:
 
 def _check_results(results: Mapping[str, Any]) -> None:
     """Raise a `ValueError` naming what `results` lack of what [`add_results`] takes, or what is no such number."""
-    for key in ("dataset", "split", "metrics"):
-        if not results.get(key):
-            raise ValueError(f"the results lack `{key}`: a number without it means nothing in a model card.")
     numbers = {key: results["metrics"].get(key) for key in METRICS}
     for category, values in (results.get("per_category") or {}).items():
         numbers |= {f"{kind} of {category}": values.get(kind) for kind in ("iou", "accuracy")}
@@ -313,13 +310,13 @@ def shown_name(name: str | os.PathLike) -> str:
     return path.name if path.name and path != Path.home().resolve() else "a local folder"
 
 
-def visible(text: Any) -> str:
+def visible(text: object) -> str:
     """`text` on one line without control and bidirectional characters, which show something else than is written."""
     kept = (c if c in "\u200c\u200d" or not unicodedata.category(c).startswith("C") else " " for c in str(text))
     return " ".join("".join(kept).split())
 
 
-def plain(text: Any) -> str:
+def plain(text: object) -> str:
     """`text` so that Markdown shows its letters: no markup, no HTML, nothing [`visible`] leaves out."""
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(visible(text), quote=False))
 

@@ -1,7 +1,6 @@
 """Models as programs that run without this package: ONNX and `torch.export`, for their classes or for any words."""
 
 import copy
-import importlib
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from ..devices import dtype_of
+from ..extras import needed
 from ..inference import find_sources, read_image_of
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_pretrained
@@ -96,10 +96,12 @@ def export_program(
             f"(at least {4 * step}), got size {size} and `max_side` {max_side}."
         )
     is_segmenter = isinstance(model, DenseCLIPForSemanticSegmentation)
-    if words and is_segmenter and model.config.decode_head != "cost_aggregation":
-        raise ValueError("the decoder knows only the classes of its training, so its program takes no words.")
-    if not words and not is_segmenter:
-        raise ValueError("a model without decoder has no classes of its own: export it with `words`.")
+    knows_its_classes_alone = is_segmenter and model.config.decode_head != "cost_aggregation"
+    if knows_its_classes_alone if words else not is_segmenter:
+        raise ValueError(
+            "a decoder that knows only the classes of its training makes a program without `words`, and a model "
+            "without decoder, which has no classes of its own, one with them."
+        )
     model = copy.deepcopy(model).eval().to(dtype_of(dtype))
     if words:
         drop(model.clip, model.text_tower.text_parts)
@@ -152,7 +154,8 @@ def export(
         `Path` of the model file.
 
     Raises:
-        ValueError: for "onnx" where one of its packages is missing, and as [`export_program`].
+        ImportError: for "onnx" where one of its packages is missing.
+        ValueError: as [`export_program`].
     """
     path = Path(directory) / FORMATS[kind]
     if kind == "onnx":
@@ -219,7 +222,8 @@ def quantize(
         `float`: share of places in 8 of the images that keep their class.
 
     Raises:
-        ValueError, OSError: if onnx or onnxruntime is missing; if there is no image, or one cannot be read.
+        ImportError: if onnx or onnxruntime is missing.
+        ValueError, OSError: if there is no image, or one cannot be read.
     """
     _require("onnx", "onnxruntime")
     import onnx
@@ -271,12 +275,7 @@ def _calibration_images(
 
 def _require(*packages: str) -> None:
     for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(
-                f"ONNX needs the package {package}: `pip install onnx onnxscript onnxruntime`."
-            ) from error
+        needed(package, "ONNX", "onnx onnxscript onnxruntime")
 
 
 def run_exported(
@@ -287,7 +286,7 @@ def run_exported(
     takes words, `text_embeds` `(K, D)`.
 
     Raises:
-        ValueError: if onnxruntime is missing.
+        ImportError: if onnxruntime is missing.
     """
     inputs = {"pixel_values": pixel_values} | ({} if text_embeds is None else {"text_embeds": text_embeds})
     if str(path).endswith(".pt2"):

@@ -124,13 +124,12 @@ def folder_to_push(
 def _check(folder: Path, name: str) -> None:
     """Raise `ValueError` if `name`, or what it is a link to, is not to leave this machine, or is not there."""
     root, path = folder.resolve(), (folder / name).resolve()
-    if not path.is_relative_to(root) or ".." in Path(name).parts or Path(name).is_absolute():
-        raise ValueError(f"{name} is outside the model directory {folder}: it is not pushed.")
+    is_outside = not path.is_relative_to(root) or ".." in Path(name).parts or Path(name).is_absolute()
+    if is_outside or not path.is_file():
+        raise ValueError(f"{name} is no file, or is outside the model directory {folder}: it is not pushed.")
     parts = [part.lower() for part in (*Path(name).parts, *path.relative_to(root).parts)]
     if any(fnmatch(part, pattern) for part in parts for pattern in REFUSED):
         raise ValueError(f"{name} is training state or a pickle, or may hold secrets: it is not pushed.")
-    if not path.is_file():
-        raise ValueError(f"there is no file {name} in {folder}.")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -11,11 +11,11 @@ from .optimizer import parameter_groups, poly_learning_rate
 from .recipe import make_trainer
 from .run_directory import (
     RECIPE_FILE,
-    changes_of_recipe,
     check_checkpoint,
     exclusive_directory,
     prepare_run,
     recipe_of,
+    refuse_other_recipe,
     results_json,
     save_final_model,
     write_recipe,
@@ -37,7 +37,6 @@ __all__ = [
     "TrainingStopped",
     "ablation_json",
     "ablation_tables",
-    "changes_of_recipe",
     "check_checkpoint",
     "exclusive_directory",
     "learn_tokenizer",
@@ -47,6 +46,7 @@ __all__ = [
     "prepare_run",
     "read_measurements",
     "recipe_of",
+    "refuse_other_recipe",
     "results_json",
     "save_final_model",
     "write_recipe",

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import is_mlflow_available
 
+from ..extras import needed
 from ..options import TrainingOptions
 
 
@@ -60,14 +60,16 @@ class DenseCLIPTrainingArguments(TrainingOptions, TrainingArguments):  # type: i
                 self.num_train_epochs,
             )
         self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps is {self.max_steps}: give a positive number of steps, or -1 to count epochs.")
+        multipliers = self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier
+        if self.max_steps == 0 or self.max_steps < -1 or min(multipliers) < 0:
+            raise ValueError(
+                f"`max_steps` ({self.max_steps}) must be above 0, or -1 to count epochs, and the multipliers of "
+                f"learning rates {multipliers} at least 0, which freezes."
+            )
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
         if self.push_to_hub:
             raise ValueError(NO_PUSH)
-        if min(self.image_encoder_lr_multiplier, self.text_encoder_lr_multiplier) < 0:
-            raise ValueError("learning-rate multipliers are at least 0, which freezes.")
         if self.precision not in (None, "auto"):
             raise ValueError(f"`precision` is auto or left out, got {self.precision!r}: see `--bf16` and `--fp16`.")
         # Without an accelerator, bf16 is refused unless the CPU is asked for by name.
@@ -81,9 +83,8 @@ class DenseCLIPTrainingArguments(TrainingOptions, TrainingArguments):  # type: i
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
         super().__post_init__()
-        # Its callback's own error is followed by a traceback.
-        if "mlflow" in (self.report_to or ()) and not is_mlflow_available():
-            raise ValueError("`report_to` is mlflow, which is not installed: `pip install mlflow`.")
+        if "mlflow" in (self.report_to or ()):  # its callback's own error is followed by a traceback
+            needed("mlflow", "`report_to`", "mlflow")
 
 
 __all__ = ["DenseCLIPTrainingArguments"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from torch.nn import functional as F
 
 
@@ -60,7 +61,7 @@ class TrainingLog:
         """Take `seconds`, which went into something else than training, out of the speed."""
         self._last_line += seconds
 
-    def next_line(self, accelerator: Any) -> dict[str, float]:
+    def next_line(self, accelerator: Accelerator) -> dict[str, float]:
         """Averages over all that the processes of `accelerator` added since the last line; empty if there is none."""
         if not self._sums:
             return {}

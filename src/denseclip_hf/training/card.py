@@ -15,7 +15,9 @@ from ..evaluation import protocol_of
 from ..inference import Segmenter, overlay_with_legend
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..options import DataArguments, ModelArguments
 from ..sharing import shown_name, write_card
+from .arguments import DenseCLIPTrainingArguments
 
 
 IMAGE = "example.png"
@@ -23,7 +25,12 @@ PACKAGES = ("denseclip_hf", "torch", "transformers", "accelerate", "datasets")
 
 
 def write_training_card(
-    folder: Path, model_args: Any, data_args: Any, args: Any, data: SegmentationData, metrics: Mapping[str, Any]
+    folder: Path,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: DenseCLIPTrainingArguments,
+    data: SegmentationData,
+    metrics: Mapping[str, Any],
 ) -> Path:
     """
     Complete the model of a finished run with its card and, where there is validation data, an image of what the model
@@ -31,7 +38,7 @@ def write_training_card(
 
     Args:
         folder (`Path`): where the model is written; the card's title is the name of `args.output_dir`.
-        model_args ([`ModelArguments`]), data_args ([`DataArguments`]), args ([`DenseCLIPTrainingArguments`]): the run.
+        model_args, data_args, args: the run.
         data ([`SegmentationData`]): what it was trained on.
         metrics (`Mapping[str, Any]`): of `DenseCLIPTrainer.evaluate`; empty if nothing was measured.
 
@@ -56,7 +63,7 @@ def write_training_card(
         draw_example(model, processor, next(iter(data.validation))["image"]).save(folder / IMAGE)
     return write_card(
         folder,
-        name=shown_name(args.output_dir),
+        name=shown_name(str(args.output_dir)),
         base_model=bases,
         source=None if bases else "trained from random ones, nothing pretrained",
         dataset=data_args.dataset,
@@ -74,13 +81,13 @@ def _per_category(metrics: Mapping[str, Any], id2label: Mapping[int, str]) -> di
     }
 
 
-def training_summary(data_args: Any, args: Any) -> dict[str, Any]:
+def training_summary(data_args: DataArguments, args: DenseCLIPTrainingArguments) -> dict[str, Any]:
     """What decides the result of a training run, in words and numbers, with versions and hardware."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    warm_up = args.warmup_steps
-    warm_up = f"{100 * warm_up:g} % of them warm-up" if 0 < warm_up < 1 else f"{warm_up:g} warm-up steps"
+    steps = args.warmup_steps
+    warm_up = f"{100 * steps:g} % of them warm-up" if 0 < steps < 1 else f"{steps:g} warm-up steps"
     return {
-        "Steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "Steps": args.max_steps if args.max_steps and args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         "Batch size": batch,
         "Optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}",
         "Learning rate": f"{args.learning_rate:g}, image encoder x {args.image_encoder_lr_multiplier:g}, "
@@ -109,7 +116,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def precision(args: Any) -> str:
+def precision(args: DenseCLIPTrainingArguments) -> str:
     """What a run's matrices are multiplied in."""
     return {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision, args.mixed_precision)
 

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 from ..data import SegmentationData, check_dataset
 from ..model.configuration_clip_resnet import clip_config_class, refuse_unknown_options
-from ..model.configuration_denseclip import DenseCLIPConfig
+from ..model.configuration_denseclip import DenseCLIPConfig, refuse_if_frozen
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_clip, load_pretrained
-from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, refuse_if_frozen
+from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
 from ..model.towers_denseclip import tower_of
 from ..options import DataArguments, ModelArguments
 from ..transforms import AugmentedDataset, AugmentedStream, TrainTransform
@@ -75,7 +75,7 @@ def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int)
     options = {"semantic_loss_ignore_index": data.ignore_index, "palette": palette, **own}
     if args.balance_classes:
         options["class_weights"] = balanced_weights(data)
-    clip: Any
+    clip: PreTrainedModel
     if clip_config := _options(args.clip_config, "clip_config"):
         tokenizer = _tokenizer_for(args, data)
         clip = _random_clip(clip_config, tokenizer)
@@ -116,7 +116,7 @@ def _options(text: str, name: str) -> dict[str, Any]:
 
 def _trained_model(name: str, args: ModelArguments, data: SegmentationData):
     model = load_pretrained(DenseCLIPForSemanticSegmentation, name, dtype="float32")
-    refuse_if_frozen(model.config, "be trained")
+    refuse_if_frozen(model.config.frozen_classes, "be trained")
     tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or name)
     if _options(args.config, "config"):
         raise ValueError("`config` describes a fresh model; one that goes on (`model`) keeps its own.")

@@ -16,9 +16,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import without_nan
 from ..files import complete_or_gone, make_directory, sync, write_atomically
+from ..options import DataArguments, ModelArguments
 from ..sharing import CARD
 from .arguments import DenseCLIPTrainingArguments
-from .checkpoints import WRITING_DIR
+from .checkpoints import WRITING_DIR, CheckpointingTrainer
 
 
 try:
@@ -46,7 +47,9 @@ FILES = "dataset_files"  # a digest: a data set may move, with the files that it
 LENGTHS = ("max_steps", "num_train_epochs")
 
 
-def recipe_of(model_args: Any, data_args: Any, args: DenseCLIPTrainingArguments) -> dict[str, Any]:
+def recipe_of(
+    model_args: ModelArguments, data_args: DataArguments, args: DenseCLIPTrainingArguments
+) -> dict[str, Any]:
     """Everything that decides what a run computes, as JSON values; `args.world_size` included."""
     training = {name: getattr(args, name) for name in DECISIVE_ARGUMENTS}
     recipe = {**asdict(model_args), **asdict(data_args), **training, "processes": args.world_size}
@@ -132,10 +135,7 @@ def prepare_run(output_dir: str | os.PathLike, recipe: dict[str, Any], main_proc
             f"the output directory {folder} is not empty and holds no run of this program: name a new one, so that "
             "nothing is overwritten."
         )
-    if changes := changes_of_recipe(folder, recipe, may_grow=LENGTHS):
-        raise ValueError(
-            f"{folder} holds a run of another recipe ({changes}): name a new output directory, or run that recipe."
-        )
+    refuse_other_recipe(folder, recipe, may_grow=LENGTHS)
     checkpoint = get_last_checkpoint(str(folder))
     longer = any(recipe.get(name) != value for name, value in _recipe_in(folder).items() if name in LENGTHS)
     finished = (folder / CARD).exists() or ((folder / "model.safetensors").exists() and not checkpoint)
@@ -152,12 +152,13 @@ def write_recipe(output_dir: str | os.PathLike, recipe: dict[str, Any]) -> None:
     write_atomically(Path(output_dir) / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
 
 
-def changes_of_recipe(folder: Path, recipe: dict[str, Any], may_grow: Sequence[str] = ()) -> str:
+def refuse_other_recipe(folder: Path, recipe: dict[str, Any], may_grow: Sequence[str] = ()) -> None:
     """
-    In words, what `recipe` changes about that of the run in `folder`; empty if nothing but what `may_grow`.
+    Make sure that the run in `folder` is of `recipe`, but for what `may_grow`.
 
     Raises:
-        ValueError: if the recipe there is damaged.
+        OSError: if there is no recipe of a run there.
+        ValueError: if it is damaged, or another.
     """
     before = _recipe_in(folder)
     # An option that an earlier version did not write down cannot be compared.
@@ -165,7 +166,12 @@ def changes_of_recipe(folder: Path, recipe: dict[str, Any], may_grow: Sequence[s
     if recipe.get(FILES) and recipe[FILES] == before.get(FILES):
         different = [name for name in different if name != "dataset"]
     different = [name for name in different if not (name in may_grow and recipe[name] > before[name] > 0)]
-    return ", ".join(f"{name} {before[name]!r} -> {recipe[name]!r}" for name in different[:5])
+    if different:
+        changes = ", ".join(f"{name} {before[name]!r} -> {recipe[name]!r}" for name in different[:5])
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({changes}): run that recipe, or name a new output directory, "
+            "perhaps with `--model` to start from weights that are here."
+        )
 
 
 def _recipe_in(folder: Path) -> dict[str, Any]:
@@ -186,23 +192,20 @@ def check_checkpoint(checkpoint: str | os.PathLike, recipe: dict[str, Any]) -> N
         ValueError: if there is none, or it is of a run of another recipe or of none that is known.
     """
     folder = Path(checkpoint).absolute()
-    start_anew = f"start from its weights with `--model {checkpoint}`."
-    if not (folder / TRAINER_STATE_NAME).is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint: give a directory such as outputs/run/checkpoint-500.")
-    if not (folder.parent / RECIPE_FILE).is_file():
+    if not (folder / TRAINER_STATE_NAME).is_file() or not (folder.parent / RECIPE_FILE).is_file():
         raise ValueError(
-            f"{checkpoint} lies in no run with a {RECIPE_FILE}, so it may be of another recipe: {start_anew}"
+            f"{checkpoint} is no checkpoint in a run with a {RECIPE_FILE}: give one such as "
+            f"outputs/run/checkpoint-500, or start from its weights with `--model {checkpoint}`."
         )
-    if changes := changes_of_recipe(folder.parent, recipe, may_grow=LENGTHS):
-        raise ValueError(f"{checkpoint} is of another recipe ({changes}): run that recipe, or {start_anew}")
+    refuse_other_recipe(folder.parent, recipe, may_grow=LENGTHS)
 
 
-def save_final_model(trainer: Any) -> None:
+def save_final_model(trainer: CheckpointingTrainer) -> None:
     """
     Save `trainer`'s model into its output directory: written aside, then moved, the weights last.
 
     Args:
-        trainer ([`DenseCLIPTrainer`]): whose training is over.
+        trainer ([`CheckpointingTrainer`]): whose training is over.
 
     Raises:
         OSError: if it cannot be written.
@@ -229,10 +232,10 @@ def results_json(metrics: dict[str, Any]) -> str:
 
 
 __all__ = [
-    "changes_of_recipe",
     "check_checkpoint",
     "prepare_run",
     "recipe_of",
+    "refuse_other_recipe",
     "results_json",
     "exclusive_directory",
     "save_final_model",

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
-from typing import Any
 
 import torch
 from torch import distributed
@@ -62,7 +61,7 @@ class StopCallback(TrainerCallback):
         if self.received:  # too late for a step's end: what the signal does without us
             signal.raise_signal(self.received)
 
-    def _receive(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         self.received = self.received or number
 
     def on_step_end(self, args, state, control, **kwargs):
