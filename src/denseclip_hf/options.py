@@ -12,6 +12,14 @@ from .extras import needed
 if TYPE_CHECKING:
     from .data import SegmentationData
 
+# What words are read with, and training starts from, where nothing else is asked for.
+DEFAULT_CLIP = "openai/clip-vit-base-patch16"
+# Of a CLIP's transformers, which its weights do not show.
+ACTIVATIONS = ("quick_gelu", "gelu")
+# Kinds of exported programs, and their files; the longest side of their images.
+PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
+MAX_SIDE = 4096
+
 
 @dataclass
 class WindowOptions:
@@ -86,7 +94,7 @@ def read_templates(given: str | Sequence[str] | None) -> list[str] | None:
     The sentences that words are put into, see [`WordOptions`].
 
     Raises:
-        OSError: for another name, which is no file.
+        ValueError: for another name, which is no file.
         ImportError: for "openai" without open_clip, whose templates these are.
     """
     given = [given] if isinstance(given, str) else given
@@ -100,6 +108,8 @@ def read_templates(given: str | Sequence[str] | None) -> list[str] | None:
     if name == "openai":
         open_clip = needed("open_clip.zero_shot_metadata", "`templates` openai", "open_clip_torch")
         return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    if not Path(name).is_file():
+        raise ValueError(f"`templates` {name!r} is none of short, openai, a text file, or sentences with {{}}.")
     return [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -162,7 +172,7 @@ class ModelArguments:
     """What is trained: a fresh segmenter around a CLIP or a backbone, or a trained one that goes on."""
 
     clip: str = field(
-        default="openai/clip-vit-base-patch16",
+        default=DEFAULT_CLIP,
         metadata={"help": "CLIP to start from: a directory, or a name on the Hub."},
     )
     clip_config: str = field(
@@ -325,6 +335,10 @@ class EvaluationArguments(WindowOptions, DatasetArguments):
 
 
 __all__ = [
+    "ACTIVATIONS",
+    "DEFAULT_CLIP",
+    "MAX_SIDE",
+    "PROGRAMS",
     "DataArguments",
     "DatasetArguments",
     "EvaluationArguments",

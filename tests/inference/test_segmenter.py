@@ -173,7 +173,7 @@ def test_several_processes_share_the_images_out(photos, tmp_path):
 
 
 def test_other_words_need_a_tokenizer():
-    with pytest.raises(ValueError, match="car"):
+    with pytest.raises(ValueError, match="tokenizer"):
         segmenter(score_maps=["class 1", "car"])
 
 

@@ -219,4 +219,4 @@ def test_a_video_without_its_library_is_one_sentence(tmp_path, monkeypatch):
     sources, _ = find_sources([tmp_path])
     with pytest.raises(ImportError, match="pip install av"):
         next(read_frames(sources[0]))
-    assert "PyAV" in predict_sources(segmenter(), sources, tmp_path / "out", progress=False).problems[0]
+    assert "pip install av" in predict_sources(segmenter(), sources, tmp_path / "out", progress=False).problems[0]

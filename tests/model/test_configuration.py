@@ -38,19 +38,14 @@ REFUSED = (ValueError, StrictDataclassError)
         ({"score_map_level": 4}, "score_map_level"),
         ({"crop_size": 32, "stride": 33}, "stride"),
         ({"class_token_ids": [[SOS, 5, EOS]]}, "class_token_ids"),
-        ({"class_token_ids": [[SOS, 100, EOS]] * 3}, "below 100"),
-        ({"class_token_ids": [[SOS, *range(11), EOS]] * 3}, "13 tokens, but 12 fit"),
-        ({"prompt_template": "a photo"}, "prompt_template"),
         ({"inference_mode": "tiled"}, "inference_mode"),
         ({"palette": [[0, 0, 0]]}, "palette"),
-        ({"palette": [[0, 0, 0], [300, 0, 0], [0, 0, 0]]}, "palette"),
         ({"temperature": 0}, "temperature"),
         ({"gamma_init": float("nan")}, "gamma_init"),
         ({"context_decoder_num_attention_heads": 0}, "context_decoder_num_attention_heads"),
         ({"id2label": {0: "a", 1: "b", 2: "A "}}, "'A ' appears twice"),
         ({"id2label": {"a": "b"}}, "class ids"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
-        ({"context_decoder_num_attention_heads": 3}, "must divide"),
         ({"out_indices": [0, 1, 2, 4]}, "out_indices"),
         ({"semantic_loss_ignore_index": 1}, "semantic_loss_ignore_index"),
         ({"id2label": {1: "a", 2: "b", 3: "c"}}, "without gaps"),
@@ -62,11 +57,6 @@ REFUSED = (ValueError, StrictDataclassError)
 def test_wrong_combinations_are_refused(options, thing):
     with pytest.raises(REFUSED, match=thing):
         tiny_config(**options)
-
-
-def test_two_numbers_of_classes_are_refused():
-    with pytest.raises(ValueError, match="num_labels"):
-        DenseCLIPConfig(num_labels=5, id2label={0: "sky"})
 
 
 @pytest.mark.parametrize("num_labels", [255, 256])
@@ -81,10 +71,7 @@ def test_no_class_is_ignored_by_default(num_labels):
 @pytest.mark.parametrize(
     "options",
     [
-        {"depths": [1, 1, 1]},
-        {"embedding_size": 5},
-        {"num_attention_heads": 7},
-        {"image_size": 100},
+        {"num_attention_heads": 0},
         {"vission_config": {}},
     ],
 )

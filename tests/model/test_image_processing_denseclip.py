@@ -191,11 +191,10 @@ MAP = np.zeros((12, 16), np.uint8)
         (np.zeros((0, 16, 3), np.uint8), None, {}, "pixels"),
         (picture(), np.zeros((16, 12), np.uint8), {}, "12×16 .* 16×12"),
         ([picture()] * 2, [MAP], {}, "zip"),
-        (RGB, RGB, {}, "RGB"),
+        (RGB, RGB, {}, "shape"),
         (RGB, MAP.astype(np.float32), {}, "float32"),
         (RGB, None, {"do_center_crop": True, "crop_size": 8}, "do_center_crop"),
         (RGB, None, {"do_pad": True, "pad_size": 90}, "96×128"),
-        (GREY, None, {"do_convert_rgb": False}, "channels"),
     ],
 )
 def test_bad_input_is_refused(processor, images, maps, options, message):

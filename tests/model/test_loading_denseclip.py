@@ -99,7 +99,7 @@ def test_a_tokenizer_of_another_model_is_refused():
     [
         ("no/such/directory", OSError, "no/such/directory"),
         ("no-such-name", OSError, "no-such-name"),
-        (torch.nn.Identity(), ValueError, "Identity"),
+        (torch.nn.Identity(), AttributeError, "Identity"),
     ],
 )
 def test_what_is_no_clip_is_refused(clip, error, named):

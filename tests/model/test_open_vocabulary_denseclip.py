@@ -151,8 +151,7 @@ def test_set_classes_serves_scores_without_training(model, tokenizer, images):
         (["sky", None], None, "class name"),
         ("sky", None, "class name"),
         (["word " * 20], None, "tokens"),
-        (["sky"], [], "templates"),
-        (["sky"], ["{} and {}"], "templates"),
+        (["sky"], ["{} and {}"], "template"),
     ],
 )
 def test_words_that_say_nothing_or_do_not_fit_are_refused(texts, templates, keyword):

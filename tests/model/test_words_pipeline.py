@@ -218,7 +218,7 @@ def test_a_decoder_for_any_words_answers_itself(tmp_path, image):
 @pytest.mark.parametrize(
     ("options", "keyword"),
     [
-        ({}, "candidate_labels"),
+        ({}, "at least one"),
         ({"candidate_labels": []}, "at least one"),
         ({"candidate_labels": ["car", " "]}, "empty"),
         ({"candidate_labels": ["car", "Car"]}, "twice"),
@@ -239,7 +239,7 @@ def test_a_model_that_reads_no_texts_is_refused(vit_dir, image):
     clip, tokenizer = CLIPModel.from_pretrained(vit_dir), AutoTokenizer.from_pretrained(vit_dir)
     model = DenseCLIPModel.from_clip(clip, ["sky", "road"], tokenizer)
     with pytest.raises(ValueError, match="tokenizer"):
-        pipeline(TASK, model=model)
+        pipeline(TASK, model=model)(scenes()[0], candidate_labels=["sky"])
     model.freeze_classes()
     with pytest.raises(ValueError, match="frozen"):
         pipeline(TASK, model=model, tokenizer=tokenizer)(image, candidate_labels=["sky"])

@@ -162,7 +162,6 @@ def test_numbers_of_numpy_are_numbers_and_missing_ones_are_left_out(directory):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        *[({key: None}, key) for key in ("dataset", "split", "metrics")],
         *[({"metrics": {"mean_iou": value}}, "mean_iou") for value in (43.5, -0.1, "0.4", True)],
         ({"per_category": {"class 0": {"iou": 43.5}}}, "class 0"),
     ],

@@ -152,7 +152,7 @@ def test_data_without_a_training_split_is_refused(folder, tmp_path):
 
 
 def test_missing_recipe_and_data_set_are_named():
-    with pytest.raises(ValueError, match="nowhere.yaml"):
+    with pytest.raises(OSError, match="nowhere.yaml"):
         parse_arguments(KINDS, ["nowhere.yaml"])
     with pytest.raises(ValueError, match="name a data set"):
         load_data(DataArguments())

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -152,8 +153,8 @@ def test_neither_a_push_nor_an_order_that_is_not_random_is_taken_from_trainer(tm
 
 
 def test_a_missing_logger_is_named_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("denseclip_hf.training.arguments.is_mlflow_available", lambda: False)
-    with pytest.raises(ValueError, match="pip install mlflow"):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ImportError, match="pip install mlflow"):
         DenseCLIPTrainingArguments("unused", report_to="mlflow")
 
 

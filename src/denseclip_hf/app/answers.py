@@ -4,7 +4,6 @@ Nothing here knows of Gradio. Shapes: K classes, H x W pixels.
 """
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +15,14 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
-from ..data import file_stem
+from ..data import file_stem, read_image
 from ..devices import device_of
 from ..inference import (
     Segmenter,
-    Source,
     heat_map,
     indexed_image,
     load_model,
     overlay_with_legend,
-    read_image_of,
 )
 from ..model.class_names_denseclip import class_phrasings
 from ..model.loading_denseclip import load_pretrained
@@ -146,28 +143,10 @@ def read_upload(file: str | Path | None) -> Image.Image:
     """
     if not file or not Path(file).is_file():  # an address is not fetched
         raise ValueError("choose an image first.")
-    source = Source(str(file), Path(file).name)
     try:
-        pixels = _pixels(source.address)
-        if pixels > MAX_PIXELS:
-            raise ValueError(
-                f"{source.name} has {pixels / 1e6:.0f} million pixels: shrink it to {MAX_PIXELS / 1e6:.0f} million, "
-                "or use `denseclip predict`."
-            )
-        return read_image_of(source)
+        return read_image(str(file), MAX_PIXELS)
     except (OSError, ValueError) as error:
-        raise ValueError(str(error).replace(source.address, source.name)) from error
-
-
-def _pixels(file: str) -> int:
-    """Pixels of an image according to its header, before anything is decoded; 0 if there is no readable header."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as header:
-                return header.width * header.height
-    except Exception:  # [`read_image_of`] says what is wrong
-        return 0
+        raise ValueError(str(error).replace(str(file), Path(file).name)) from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import os
 
 from ..devices import LOADING_DTYPES
 from ..extras import needed
+from ..options import DEFAULT_CLIP
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
     log_to_terminal()
     from_environment = [name.strip() for name in os.environ.get("DENSECLIP_MODELS", "").split(",") if name.strip()]
-    models = AppModels(args.model or from_environment or ["openai/clip-vit-base-patch16"], args.device, args.dtype)
+    models = AppModels(args.model or from_environment or [DEFAULT_CLIP], args.device, args.dtype)
     sources, problems = find_sources(args.examples)
     for problem in problems:
         logging.warning(problem)

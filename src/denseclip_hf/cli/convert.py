@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from ..devices import DTYPES
+from ..options import ACTIVATIONS, DEFAULT_CLIP
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 
 
@@ -25,13 +26,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     clip.add_argument("checkpoint", help="OpenAI's .pt as published, a state dict or .safetensors")
     for kind in (release, catseg, clip):
         kind.add_argument("output_dir", help="a new directory")
-        kind.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="CLIP's, directory or Hub name")
+        kind.add_argument("--tokenizer", default=DEFAULT_CLIP, help="CLIP's, directory or Hub name")
     release.add_argument("--options", help="JSON file: options of the original's model that the checkpoint lacks")
     release.add_argument("--classes", help="JSON file of class names, if the checkpoint has none or others are wanted")
     catseg.add_argument("--classes", help="JSON file of class names to ask for; ADE20K's by default")
     clip.add_argument(
         "--hidden_act",
-        choices=["quick_gelu", "gelu"],
+        choices=ACTIVATIONS,
         help="no weight shows it: gelu for open_clip's models whose name lacks -quickgelu, quick_gelu for others; "
         "only OpenAI's archives do without it",
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..devices import DTYPES
 from ..files import new_directory
+from ..options import MAX_SIDE, PROGRAMS
 from .arguments import HelpFormatter, names, one_sentence_errors
 
 
@@ -21,9 +22,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", help="a saved model, directory or Hub name")
     parser.add_argument("output_dir", help="a new directory, written whole or not at all")
-    parser.add_argument("--format", choices=["onnx", "torch_export", "frozen"], default="onnx", help="what is written")
+    parser.add_argument("--format", choices=[*PROGRAMS, "frozen"], default="onnx", help="what is written")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="the only size of images")
-    parser.add_argument("--max_side", type=int, help="longest side of an image (default: 4096)")
+    parser.add_argument("--max_side", type=int, default=MAX_SIDE, help="longest side of an image")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights of a program")
     parser.add_argument(
         "--words", type=names, help="take any words, for a CLIP or a decoder of any words; these are written beside"
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quantize", choices=["int8"], help="of ONNX: compute in 8 bits where that is faster")
     parser.add_argument("--calibration", metavar="FOLDER", help="images like those to come, some 50, for --quantize")
     args = parser.parse_args(argv)
-    of_programs = args.size or args.max_side is not None or args.dtype != "float32" or args.words
+    of_programs = args.size or args.max_side != MAX_SIDE or args.dtype != "float32" or args.words
     if (args.format == "frozen" and of_programs) or (args.format != "onnx" and (args.opset or args.quantize)):
         parser.error(
             "--size, --max_side, --dtype and --words are for programs, --opset and --quantize for ONNX alone: leave "
@@ -54,9 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{model.num_parameters() / 1e6:.1f} M parameters")
         else:
             size = (args.size[0], args.size[1]) if args.size else None
-            options = {"size": size, "dtype": args.dtype}
-            if args.max_side is not None:
-                options["max_side"] = args.max_side
+            options = {"size": size, "dtype": args.dtype, "max_side": args.max_side}
             embeds = words = None
             if args.words:
                 reader = WordReader(model, load_pretrained(AutoTokenizer, args.model), processor)

@@ -5,8 +5,7 @@ OpenAI's and open_clip's CLIPs. [`rename`] applies a table of key patterns.
 """
 
 from .catseg import config_from_catseg, convert_catseg, convert_catseg_state_dict
-from .clip import ACTIVATIONS, convert_clip
-from .directory import DEFAULT_TOKENIZER
+from .clip import convert_clip
 from .keys import clip_key_table, convert_original_state_dict, rename
 from .options import config_from_original
 from .release import convert_release
@@ -14,8 +13,6 @@ from .weights import CheckpointError, read_checkpoint, state_dict_of
 
 
 __all__ = [
-    "ACTIVATIONS",
-    "DEFAULT_TOKENIZER",
     "CheckpointError",
     "clip_key_table",
     "config_from_catseg",

@@ -12,8 +12,9 @@ from ..model.configuration_denseclip import COST_AGGREGATION_OPTIONS, DenseCLIPC
 from ..model.cost_aggregation_denseclip import CostAggregationHead
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..options import DEFAULT_CLIP
 from .clip import clip_config_from_weights
-from .directory import DEFAULT_TOKENIZER, load_tokenizer, with_classes, write_directory
+from .directory import load_tokenizer, with_classes, write_directory
 from .keys import KeyTable, clip_key_table, convert_keys, flattened, from_zero, left_out, split_qkv
 from .weights import StateDict, check_axes, count_layers, looking_into, read_checkpoint, state_dict_of
 
@@ -141,7 +142,7 @@ def convert_catseg_state_dict(state_dict: StateDict, config: DenseCLIPConfig) ->
 def convert_catseg(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
-    tokenizer: str | os.PathLike | PreTrainedTokenizerBase = DEFAULT_TOKENIZER,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase = DEFAULT_CLIP,
     classes: str | os.PathLike | None = None,
 ) -> DenseCLIPForSemanticSegmentation:
     """

@@ -9,7 +9,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ..devices import dtype_of
 from ..model.configuration_clip_resnet import CLIPResNetConfig
 from ..model.modeling_clip_resnet import CLIPResNetModel
-from .directory import DEFAULT_TOKENIZER, load_tokenizer, write_directory
+from ..options import ACTIVATIONS, DEFAULT_CLIP
+from .directory import load_tokenizer, write_directory
 from .keys import clip_key_table, convert_keys, left_out
 from .weights import (
     StateDict,
@@ -32,13 +33,12 @@ CLIP_KEY_TABLE = [
 # A head has 64 channels in every CLIP up to this width; wider are open_clip's ViT-H, g, bigG and e, with their heads.
 HEAD_SIZE, MOST_WIDTH = 64, 1024
 HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
-ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def convert_clip(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
-    tokenizer: str | os.PathLike | PreTrainedTokenizerBase = DEFAULT_TOKENIZER,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase = DEFAULT_CLIP,
     hidden_act: str | None = None,
     dtype: str = "float32",
     num_attention_heads: int | None = None,

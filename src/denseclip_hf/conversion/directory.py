@@ -18,8 +18,6 @@ from ..sharing import write_card
 from .weights import StateDict
 
 
-DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
-
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from ..data import ClassTable, ade20k_classes, parse_classes
 from ..inference import published_image_processor
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
-from .directory import DEFAULT_TOKENIZER, load_tokenizer, with_classes, write_directory
+from ..options import DEFAULT_CLIP
+from .directory import load_tokenizer, with_classes, write_directory
 from .keys import convert_original_state_dict
 from .options import config_from_original, merge_options, model_options
 from .weights import (
@@ -27,7 +28,7 @@ from .weights import (
 def convert_release(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
-    tokenizer: str | os.PathLike | PreTrainedTokenizerBase = DEFAULT_TOKENIZER,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase = DEFAULT_CLIP,
     options: dict[str, Any] | None = None,
     classes: str | os.PathLike | None = None,
 ) -> DenseCLIPForSemanticSegmentation:

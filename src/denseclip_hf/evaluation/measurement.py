@@ -190,10 +190,7 @@ def read_words(text: str | None, names: list[str]) -> dict[str, list[str]]:
             f"`--words` {text} is no mapping from the data's classes to words, as YAML or JSON ({reason_of(error)})."
         ) from error
     if unknown := [str(name) for name in given if name not in names]:
-        raise ValueError(
-            f"`--words` has words for {unknown[0]!r}, but the data's classes are {', '.join(names[:5])}, …: "
-            "correct the name."
-        )
+        raise ValueError(f"`--words` has words for {unknown[0]!r}, which is none of the data's classes: correct it.")
     phrasings = class_phrasings([given.get(name, name) for name in names])
     return dict(zip(names, phrasings, strict=True))
 

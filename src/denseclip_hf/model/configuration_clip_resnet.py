@@ -63,7 +63,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
         depths (`list[int]`, defaults to `[3, 4, 6, 3]`): bottleneck blocks of the four stages.
         num_attention_heads (`int`, defaults to 32): heads of the attention pooling; must divide 32 * w.
         projection_dim (`int`, defaults to 1024): size D of the image embedding.
-        image_size (`int`, defaults to 224): side in pixels the learned positions belong to, a multiple of 32.
+        image_size (`int`, defaults to 224): side in pixels that the learned positions belong to.
         batch_norm_eps (`float`, defaults to 1e-5): epsilon of every batch norm.
 
     Raises:
@@ -78,7 +78,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
     depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
     num_attention_heads: int = positive(default=32)
     projection_dim: int = positive(default=1024)
-    image_size: int = 224
+    image_size: int = between(32)(default=224)
     batch_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs):
@@ -94,11 +94,6 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Channels of the last stage, which are those of the attention pooling."""
         return self.hidden_sizes[-1]
-
-    def validate_sizes(self):
-        """Part of `@strict` validation: what makes a tower."""
-        if len(self.depths) != 4 or min(self.depths) < 1:
-            raise ValueError(f"`depths` must be four positive block counts, one per stage, got {list(self.depths)}.")
 
 
 @strict

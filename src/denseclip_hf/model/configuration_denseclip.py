@@ -376,14 +376,13 @@ class DenseCLIPConfig(PreTrainedConfig):
                 "classes that are not frozen."
             )
         for_rare = self.class_weights or self.focal_gamma or self.dice_loss_weight
-        if aggregates and (for_rare or not (self.use_text_guidance and depth)):
+        is_odd = for_rare or not (self.use_text_guidance and depth)
+        if is_odd if aggregates else self.inference_mode == "slide_and_whole":
             raise ValueError(
-                '`decode_head="cost_aggregation"` compares places of a ViT with class names, each by itself: it needs '
-                "a CLIP with a ViT and `use_text_guidance=True`, and takes no `class_weights`, `focal_gamma` or "
-                "`dice_loss_weight`."
+                '`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`, and that, which compares '
+                "places of a ViT with class names, each by itself, a CLIP with a ViT, `use_text_guidance=True` and no "
+                "`class_weights`, `focal_gamma` or `dice_loss_weight`."
             )
-        if self.inference_mode == "slide_and_whole" and not aggregates:
-            raise ValueError('`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.')
         check_stride(self.crop_size, self.stride)
 
     def validate_classes(self):

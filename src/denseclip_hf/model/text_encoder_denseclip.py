@@ -406,7 +406,7 @@ def tokenize_classes(
             for a template without `{}`.
     """
     if tokenizer is None:
-        raise ValueError("words need the tokenizer of the image-text model: pass `tokenizer=`.")
+        raise ValueError("words need the tokenizer of the image-text model, beside the model or as `tokenizer=`.")
     template = config.prompt_template if template is None else template
     if template.count("{}") != 1:
         raise ValueError(f"a prompt's template must contain {{}} once, got {template!r}.")

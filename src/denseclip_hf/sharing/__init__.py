@@ -4,14 +4,12 @@ A saved directory comes in; `README.md`, a folder to push, or ONNX and `torch.ex
 """
 
 from .card import CARD, add_results, shown_name, write_card
-from .export import FORMATS, MAX_SIDE, check_export, export, export_frozen, quantize
+from .export import check_export, export, export_frozen, quantize
 from .hub import add_code, folder_to_push, push
 
 
 __all__ = [
     "CARD",
-    "FORMATS",
-    "MAX_SIDE",
     "add_code",
     "add_results",
     "check_export",

@@ -23,12 +23,12 @@ from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_pretrained
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation, DenseCLIPModel
 from ..model.towers_denseclip import drop
+from ..options import MAX_SIDE, PROGRAMS
 from .card import CARD, plain, shown_images, shown_name, write_card
 
 
 WORDS_FILE = "text_embeds.npy"
-FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
-MAX_SIDE, MAX_WORDS = 4096, 4096
+MAX_WORDS = 4096
 MAX_CALIBRATION_IMAGES = 64
 
 
@@ -157,7 +157,7 @@ def export(
         ImportError: for "onnx" where one of its packages is missing.
         ValueError: as [`export_program`].
     """
-    path = Path(directory) / FORMATS[kind]
+    path = Path(directory) / PROGRAMS[kind]
     if kind == "onnx":
         _require("onnx", "onnxscript")
     program = export_program(model, words=words is not None, **options)

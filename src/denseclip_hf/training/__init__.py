@@ -4,7 +4,7 @@ In: a recipe and a data set. Out: checkpoints, and a directory with the trained 
 """
 
 from ..options import DataArguments, ModelArguments
-from .ablations import VARIANTS, ablation_json, ablation_tables, read_measurements
+from .ablations import ablation_json, ablation_tables, read_measurements
 from .arguments import DenseCLIPTrainingArguments
 from .card import write_training_card
 from .optimizer import parameter_groups, poly_learning_rate
@@ -29,7 +29,6 @@ __all__ = [
     "MAX_TOKENS",
     "RECIPE_FILE",
     "STOP_SIGNALS",
-    "VARIANTS",
     "DataArguments",
     "DenseCLIPTrainer",
     "DenseCLIPTrainingArguments",

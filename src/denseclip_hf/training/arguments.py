@@ -66,8 +66,11 @@ class DenseCLIPTrainingArguments(TrainingOptions, TrainingArguments):  # type: i
                 f"`max_steps` ({self.max_steps}) must be above 0, or -1 to count epochs, and the multipliers of "
                 f"learning rates {multipliers} at least 0, which freezes."
             )
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor is not used: the losses are those of the paper, see the model.")
+        if self.label_smoothing_factor or self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`label_smoothing_factor` ({self.label_smoothing_factor}) and `train_sampling_strategy` "
+                f"({self.train_sampling_strategy}) have no effect: losses are the paper's, and the order is random."
+            )
         if self.push_to_hub:
             raise ValueError(NO_PUSH)
         if self.precision not in (None, "auto"):

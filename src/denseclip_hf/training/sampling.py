@@ -93,10 +93,8 @@ def training_loader(
         collate_fn (`Callable`): makes a batch of a list of samples.
 
     Raises:
-        ValueError: if there are fewer samples than a step needs, or another order than a random one is asked for.
+        ValueError: if there are fewer samples than a step needs.
     """
-    if args.train_sampling_strategy != "random":
-        raise ValueError(f"train_sampling_strategy is {args.train_sampling_strategy}, but only random is done here.")
     batches = None
     options: dict[str, Any] = {"batch_size": batch_size}
     if isinstance(dataset, AugmentedStream):
