@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 
-from ..model.configuration_denseclip import check_ignore_index
 from .classes import ClassTable, Color, parse_classes
 from .folders import Row, read_folder, split_names
 from .reading import SampleReader
@@ -365,7 +364,11 @@ def _reader(
     if ignore_index is None:
         ignore_index = 255 if table.ignore_index is None else table.ignore_index
     reduce = bool(table.do_reduce_labels) if reduce is None else reduce
-    check_ignore_index(ignore_index, len(names) + reduce)
+    if 0 <= ignore_index < len(names) + reduce:
+        raise ValueError(
+            f"ignore_index is {ignore_index}, but that is the id of a class ({names[max(ignore_index - reduce, 0)]}): "
+            f"set ignore_index to an id that none of the {len(names)} classes has, such as 65535."
+        )
     if known and known.id_map and len(known.id2label) != len(names):
         raise ValueError(
             f"{source} has {len(known.id2label)} classes, but {len(names)} names are given: give one for each of "

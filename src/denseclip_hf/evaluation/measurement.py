@@ -82,7 +82,10 @@ def measure(args: EvaluationArguments, options: WordOptions | None = None) -> di
         predict = _word_prediction(model, image_processor, args, options, data)
         protocol |= {"words": _given(options)}
     else:
-        predict = _prediction_function(model, image_processor, args)
+        predict = None  # one pass of the model
+        if args.flip or args.scales != [1.0]:
+            views = {"scales": args.scales, "flip": args.flip, "image_processor": image_processor}
+            predict = partial(multi_scale_segmentation, model, **views)
         if model.config.decode_head == "cost_aggregation" and data.id2label != model.config.id2label:
             model.set_classes(data.id2label, args.model)  # it takes any
     names = model.config.id2label
@@ -127,17 +130,6 @@ def measure(args: EvaluationArguments, options: WordOptions | None = None) -> di
             collector.draw(Path(args.output_dir), scores["confusion_matrix"], worst)
     accelerator.wait_for_everyone()
     return report
-
-
-def _prediction_function(
-    model: DenseCLIPForSemanticSegmentation, image_processor, args: EvaluationArguments
-) -> Callable[[Any], torch.Tensor] | None:
-    """Class ids of an image by other means than one pass of the model, if `args` ask for such."""
-    if args.flip or args.scales != [1.0]:
-        return partial(
-            multi_scale_segmentation, model, scales=args.scales, flip=args.flip, image_processor=image_processor
-        )
-    return None
 
 
 def _word_prediction(

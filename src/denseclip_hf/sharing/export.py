@@ -57,11 +57,6 @@ def whole_logits(
     return model(pixel_values, text_embeds).score_maps.float() / model.config.temperature
 
 
-def side_step(model: DenseCLIPModel) -> int:
-    """What the sides of an exported program's images are multiples of: pixels of one place on the coarsest map."""
-    return model.config.coarsest_stride
-
-
 def export_program(
     model: DenseCLIPModel,
     size: tuple[int, int] | None = None,
@@ -79,7 +74,7 @@ def export_program(
     Args:
         model ([`DenseCLIPModel`]): it stays as it is.
         size (`tuple[int, int]`, *optional*): the only height and width it takes, one image at a time. By default B is
-            free, and H and W are multiples of [`side_step`], at least two of them and at most `max_side`.
+            free, and H and W are multiples of the config's `coarsest_stride`: at least twice that, at most `max_side`.
         max_side (`int`): bound of H and W.
         dtype (`str`): of the weights, a key of `DTYPES`.
         words (`bool`): whether the program takes any words, for a model without decoder or with cost aggregation (up
@@ -89,7 +84,7 @@ def export_program(
         ValueError: if `size` is no multiple of the step, or `max_side` is less than four of them; for `words` where
             the decoder knows only the classes of its training.
     """
-    step = side_step(model)
+    step = model.config.coarsest_stride
     if any(side % step or side < 2 * step for side in size or ()) or max_side < 4 * step:
         raise ValueError(
             f"the sides of this model's exported images are multiples of {step}, from {2 * step} to `max_side` "
@@ -168,7 +163,11 @@ def export(
         torch.export.save(program, archive)
         path.write_bytes(archive.getvalue())
     processor.save_pretrained(directory)
-    labels = {"id2label": model.config.id2label, "palette": model.config.palette, "side_step": side_step(model)}
+    labels = {
+        "id2label": model.config.id2label,
+        "palette": model.config.palette,
+        "side_step": model.config.coarsest_stride,
+    }
     if words is not None:
         labels |= {"id2label": dict(enumerate(words)), "palette": None}
         np.save(Path(directory) / WORDS_FILE, torch.stack(list(words.values())).float().cpu().numpy())
@@ -237,7 +236,7 @@ def quantize(
     def classes() -> torch.Tensor:
         return torch.cat([run_exported(path, image, text_embeds).argmax(1).flatten() for image in images[:8]])
 
-    images = _calibration_images(folder, processor, side_step(model), size)
+    images = _calibration_images(folder, processor, model.config.coarsest_stride, size)
     words = {} if text_embeds is None else {"text_embeds": text_embeds.numpy()}
     inputs = ({"pixel_values": image.numpy()} | words for image in images)
     before, program = classes(), onnx.load(path)
@@ -314,7 +313,7 @@ def check_export(
         size (`tuple[int, int]`, *optional*): height and width, by default near those of training.
         text_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): words, if the file takes any.
     """
-    step = side_step(model)
+    step = model.config.coarsest_stride
     side = max(min(model.config.image_size, 512) // step * step, 2 * step)
     pixel_values = torch.randn(1, 3, *(size or (side, side + step)), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
