@@ -1,6 +1,5 @@
 """Writing that leaves files and directories whole or not at all, and says in one sentence why it could not."""
 
-import errno
 import hashlib
 import os
 import re
@@ -67,13 +66,10 @@ def make_directory(folder: str | os.PathLike) -> None:
     Raises:
         OutputError: if not (permissions, a full disk, a file of that name).
     """
-    try:
+    with writing_into(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:  # on a full disk an empty one can still be made
             file.write(bytes(1 << 16))
-    except OSError as error:
-        remedy = "make room there, or name another" if error.errno == errno.ENOSPC else "name another"
-        raise OutputError(f"the output directory {folder} cannot be written ({error.strerror}): {remedy}.") from error
 
 
 @contextmanager
@@ -104,15 +100,14 @@ def complete_or_gone(folder: Path, what: str, kept: str | None) -> Iterator[None
 
 @contextmanager
 def writing_into(folder: str | os.PathLike) -> Iterator[None]:
-    """Turn what the system refuses while files are written into `folder` (but existing ones) into [`OutputError`]."""
+    """Turn what the system refuses while files are written into `folder` into [`OutputError`]."""
     try:
         yield
     except OSError as error:
-        if error.errno in (None, errno.EEXIST):  # without a number it is a sentence of ours
+        if error.errno is None:  # it is a sentence of ours
             raise
         raise OutputError(
-            f"the results could not be written into {folder} ({error.strerror}): make room there, or name another "
-            "directory."
+            f"the directory {folder} cannot be written ({error.strerror}): make room there, or name another."
         ) from error
 
 

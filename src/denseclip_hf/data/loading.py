@@ -84,8 +84,7 @@ class SegmentationData:
         """
         left_out = self.ids_of(names)
         kept = [index for index in self.id2label if index not in left_out]
-        if len(kept) < 2:
-            raise ValueError(f"without {', '.join(names)} fewer than two classes are left: name fewer.")
+        _refuse_one_class([self.id2label[index] for index in kept])
         # Pixels without a class come last.
         ids = np.full(len(self.id2label) + 1, self.ignore_index)
         ids[kept] = np.arange(len(kept))
@@ -351,16 +350,20 @@ def _class_table(known: ClassTable | None, given: Any, source: object) -> ClassT
     )
 
 
+def _refuse_one_class(names: list[str]) -> None:
+    if len(names) < 2:
+        raise ValueError(
+            f"{', '.join(names) or 'nothing'} is the only class, so every pixel would be one: name what else there is "
+            "as well, for instance as background, and give its pixels an id of their own."
+        )
+
+
 def _reader(
     table: ClassTable, known: ClassTable | None, source: object, ignore_index: int | None, reduce: bool | None
 ) -> SampleReader:
     """How to read masks of these classes; refuses classes and options that contradict each other."""
     names = table.id2label
-    if len(names) == 1:
-        raise ValueError(
-            f"{names[0]!r} is the only class, so every pixel would be one: name what else there is as well, for "
-            "instance as background, and give its pixels an id of their own."
-        )
+    _refuse_one_class(list(names.values()))
     if ignore_index is None:
         ignore_index = 255 if table.ignore_index is None else table.ignore_index
     reduce = bool(table.do_reduce_labels) if reduce is None else reduce

@@ -128,8 +128,8 @@ def protocol_of(
     crop_size, stride = config.window
     return {
         "inference_mode": config.inference_mode,
-        "crop_size": list(crop_size) if slides else None,
-        "stride": list(stride) if slides else None,
+        "crop_size": crop_size if slides else None,
+        "stride": stride if slides else None,
         "scales": list(scales),
         "flip": flip,
         "size": {key: value for key, value in dict(size or {}).items() if value is not None} or None,
