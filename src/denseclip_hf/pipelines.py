@@ -95,7 +95,8 @@ class ZeroShotImageSegmentationPipeline(Pipeline):
 
     def __init__(self, model: Any, *args, **kwargs):
         super().__init__(as_word_model(model), *args, **kwargs)
-        self.reader = WordReader(self.model, self.tokenizer, self.image_processor)
+        # Without a tokenizer, asking for words says so.
+        self.reader = WordReader(self.model, self.tokenizer, self.image_processor)  # type: ignore[arg-type]
 
     def __call__(self, image: Any, candidate_labels: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """
