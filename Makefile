@@ -26,10 +26,10 @@ demo: $(STAMP)  ## train on the built-in example, evaluate, draw what it sees (u
 	$(PY) scripts/demo.py --output_dir $(OUTPUT)
 
 test: $(STAMP)  ## run every test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 test-fast: $(STAMP)  ## run the tests that take under two minutes together
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 # Python 3.10, the oldest that pyproject.toml allows, where there is one.
 MIN_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))

@@ -1,8 +1,8 @@
 """The documentation is true: its commands and snippets run, its links and the names it mentions exist."""
 
 import html
-import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from denseclip_hf.data import load_segmentation_dataset
 from denseclip_hf.example import make_example_clip, make_example_dataset
 from denseclip_hf.metrics import confusion_matrix
 from denseclip_hf.model.loading_denseclip import load_clip
+from helpers.forked import run_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -36,19 +37,39 @@ def shorter(code, numbers):
     return code
 
 
-def run(command, folder):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+def run(*command):
+    """What `python` and these arguments say in a process with nothing imported."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
+def run_commands(block):
+    """What a block of commands says in all; those of ours need not import everything anew."""
+    said = ""
+    for line in block.replace("\\\n", "").splitlines():
+        name, *arguments = shlex.split(line)
+        if name == "denseclip":
+            code, text = run_script(PACKAGE.parent / "denseclip_command.py", *arguments)
+            assert code == 0, f"{line}\n{text}"
+            said += text
+        else:
+            said += subprocess.run([name, *arguments], check=True, capture_output=True, text=True).stdout
+    return said
+
+
+def run_snippet(code):
+    Path("snippet.py").write_text(code)
+    exit_code, said = run_script(Path("snippet.py").resolve())
+    assert exit_code == 0, f"{code}\n{said}"
+
+
 @pytest.fixture
-def clone(tmp_path):
-    """A folder with the scripts and recipes of a clone, in which nothing was made yet."""
+def clone(tmp_path, monkeypatch):
+    """The current folder, with the scripts and recipes of a clone, in which nothing was made yet."""
     for name in ("scripts", "configs", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -68,8 +89,9 @@ def example(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_tutorial(clone):
-    said = [run(["bash", "-euc", step], clone) for step in blocks("docs/tutorial.md", "bash")]
+@pytest.mark.usefixtures("clone")
+def test_tutorial():
+    said = [run_commands(step) for step in blocks("docs/tutorial.md", "bash")]
     assert "No problems." in said[1] and "mean" in said[2]
     assert "mean" in said[3] and "confusion" in said[3]
     assert "Nothing was uploaded" in said[-1]
@@ -87,13 +109,13 @@ def test_start_page_and_readme(clone, example):
         ("README.md", {}),
     ):
         (commands,) = (block for block in blocks(page, "") if block.startswith("denseclip check-data"))
-        run(["bash", "-euc", shorter(commands, {"--max_steps 2000": "--max_steps 1 --crop_size 96", **short})], clone)
+        run_commands(shorter(commands, {"--max_steps 2000": "--max_steps 1 --crop_size 96", **short}))
         shutil.rmtree(clone / "outputs" / "mine"), shutil.rmtree(clone / "outputs" / "measured")
     code = "\n".join(  # one process, for speed
         block for page in ("README.md", "docs/index.md", "docs/performance.md") for block in blocks(page, "python")
     )
     code = shorter(code, {"max_steps=2000": "max_steps=1", "512": "96", ", bf16=True": "", "(0, 10)": "(0, 1)"})
-    run([sys.executable, "-c", code], clone)
+    run("-c", code)
 
 
 @pytest.mark.slow
@@ -110,21 +132,21 @@ model = DenseCLIPForSemanticSegmentation.from_clip({CLIP!r}, ["sky"], decode_hea
 tokenizer, pixel_values = AutoTokenizer.from_pretrained({CLIP!r}), torch.zeros(1, 3, 384, 384)
 """
     for code in (untrained, trained, build + decoder):
-        run([sys.executable, "-c", code], clone)
+        run_snippet(code)
 
 
 @pytest.mark.slow
 def test_extending(clone, example):
     shutil.copytree(example / "data", clone / "my_data")
     (code,) = blocks("docs/extending.md", "python")
-    run([sys.executable, "-c", code], clone)
+    run_snippet(code)
     (command,) = blocks("docs/extending.md", "bash")
-    assert "No problems." in run(["bash", "-euc", command], clone)
+    assert "No problems." in run_commands(command)
 
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)], ROOT)
+    run("-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", ROOT / "mkdocs.yml", "--site-dir", tmp_path)
     page = html.unescape((tmp_path / "reference" / "index.html").read_text())
     assert confusion_matrix.__doc__.strip().split("\n")[0] in page
 

@@ -23,6 +23,7 @@ from helpers.images import photo
 from helpers.models import CLASSES, WORDS
 
 
+pytestmark = pytest.mark.xdist_group("app")  # so that one process serves the page
 APP = Path(__file__).parents[2] / "app.py"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # The machine may be busy with many other things.

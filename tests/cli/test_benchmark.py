@@ -44,10 +44,9 @@ def test_both_ways_of_training_have_the_same_losses(benchmark):
         assert ours() == pytest.approx(theirs(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_tables_are_written(benchmark, tmp_path, capsys):
-    benchmark.main(
-        ["--tasks", "slide", "data", "--presets", "denseclip-rn50", "--rounds", "1", "--output_dir", str(tmp_path)]
-    )
+    benchmark.main(["--tasks", "slide", "--presets", "denseclip-rn50", "--rounds", "1", "--output_dir", str(tmp_path)])
     report = json.loads((tmp_path / "benchmark.json").read_text())
     assert [row["case"] for row in report["tasks"]["slide"]] == [benchmark.ORIGINAL, "eager", "optimized"]
-    assert (tmp_path / "benchmark.md").read_text().count("###") == 2 and "Results are in" in capsys.readouterr().out
+    assert (tmp_path / "benchmark.md").read_text().count("###") == 1 and "Results are in" in capsys.readouterr().out

@@ -13,32 +13,26 @@ from denseclip_hf.cli.convert import main as convert
 
 
 ROOT = Path(__file__).parents[2]
-MODULES = {name: f"denseclip_hf.cli.{name.replace('-', '_')}" for name in COMMANDS}
 
 
 def python(*command):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
 
 
-def test_help_lists_every_command_and_imports_nothing_heavy():
-    code = "import sys, denseclip_command as c; c.main(['--help']); assert 'torch' not in sys.modules"
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
-    files = {path.stem for path in (ROOT / "src/denseclip_hf/cli").glob("*.py")} - {"__init__", "arguments"}
-    assert files == {name.replace("-", "_") for name in COMMANDS}
-
-
-def test_no_commands_help_imports_anything_heavy():
+def test_help_lists_every_command_and_no_help_imports_anything_heavy():
     code = f"""
 import contextlib, sys, denseclip_command
+denseclip_command.main(["--help"])
 for name in {[*COMMANDS]}:
     with contextlib.suppress(SystemExit):
         denseclip_command.main([name, "--help"])
 assert "torch" not in sys.modules
 """
     done = python("-c", code)
-    assert done.returncode == 0 and all(f"usage: denseclip {name}" in done.stdout for name in COMMANDS), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {name} " in done.stdout and f"usage: denseclip {name}" in done.stdout for name in COMMANDS)
+    files = {path.stem for path in (ROOT / "src/denseclip_hf/cli").glob("*.py")} - {"__init__", "arguments"}
+    assert files == {name.replace("-", "_") for name in COMMANDS}
 
 
 def test_output_that_nobody_reads_on_ends_quietly():
@@ -57,20 +51,21 @@ def test_a_misspelled_command_names_the_nearest(capsys):
     assert "`train`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(name, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["denseclip"])
-    with pytest.raises(SystemExit) as stop:
-        denseclip_command.main([name, "--help"])
-    assert stop.value.code == 0 and capsys.readouterr().out.startswith(f"usage: denseclip {name}")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train", "evaluate"])
-def test_scripts_import_the_library_evaluate_not_the_script(script, tmp_path):
-    options = ["--dataset", "no/where", "--model", "no/where", "--output_dir", tmp_path / "out"]
-    done = python(ROOT / "scripts" / f"{script}.py", *options)
-    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+def test_scripts_import_the_library_evaluate_not_the_script():
+    code = """
+import contextlib, runpy, sys
+folder, *scripts = sys.argv[1:]
+for script in scripts:
+    sys.path.insert(0, folder)  # as Python does for a script
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    assert folder not in sys.path, script
+"""
+    scripts = ROOT / "scripts"
+    done = python("-c", code, scripts, *scripts.glob("*.py"))
+    assert done.returncode == 0 and done.stdout.count("usage: ") == len(list(scripts.glob("*.py"))), done.stderr
 
 
 @pytest.mark.parametrize("kind", ["release", "catseg", "clip"])

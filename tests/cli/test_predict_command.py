@@ -1,7 +1,6 @@
 """Segmenting images by command: what it writes and leaves alone, and the words it is asked for."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -53,17 +52,6 @@ def test_it_reads_sentences_with_commas_from_a_file(word_model_dir, photos, tmp_
     assert main([str(photos / "a.png"), *flags, "--words", words, "--score_maps", words]) == 0
     names = {file.name for file in (tmp_path / "out").glob("*.png")}
     assert names == {"a_mask.png", "a_overlay.png", "a_score_0_a-tall--green-tree.png", "a_score_1_sky.png"}
-
-
-def test_the_same_command_goes_on_where_it_stopped(word_model_dir, photos, tmp_path, capsys):
-    command = [str(photos), "--model", str(word_model_dir), "--output_dir", str(tmp_path / "out")]
-    (photos / "a.png").rename(tmp_path / "a.png")
-    for said in ("4 segmented", "0 segmented into .* \\(4 were there already\\)"):
-        assert main(command) == 0
-        assert re.search(said, capsys.readouterr().out)
-    (tmp_path / "a.png").rename(photos / "a.png")
-    assert main(command) == 0
-    assert "1 segmented" in capsys.readouterr().out and len(list((tmp_path / "out").glob("*.png"))) == 10
 
 
 @pytest.mark.slow

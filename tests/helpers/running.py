@@ -22,15 +22,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 
 
 def training_recipe(folder, **options):
-    """A recipe of 12 steps, three epochs, with augmentation and two workers; checkpoints every second step."""
+    """A recipe of 8 steps, two epochs, with augmentation and two workers; checkpoints every second step."""
     data = write_folder(folder / "data", 9, ".png")
     learn_tokenizer(["sky", "road", "car"], vocab_size=540).save_pretrained(folder / "tokenizer")
     recipe = {
         "clip_config": TINY_CLIP, "config": TINY, "tokenizer": str(folder / "tokenizer"), "crop_size": 64,
-        "scale_long": 128, "max_steps": 12,
-        "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 2,
-        "logging_steps": 1, "use_cpu": True, "dataset": str(data), "dataloader_num_workers": 2, "report_to": "none",
-        "learning_rate": 1e-3, "disable_tqdm": True, **options,
+        "scale_long": 128, "max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "steps",
+        "save_steps": 2, "warmup_steps": 2, "logging_steps": 1, "use_cpu": True, "dataset": str(data),
+        "dataloader_num_workers": 2, "report_to": "none", "learning_rate": 1e-3, "disable_tqdm": True, **options,
     }  # fmt: skip
     (folder / "recipe.json").write_text(json.dumps(recipe))
     return folder / "recipe.json"
@@ -38,24 +37,23 @@ def training_recipe(folder, **options):
 
 class Run:
     """
-    A script with its arguments, writing into `folder`.
+    `scripts/train.py` with its arguments, writing into `folder`.
 
     Args:
         folder (`Path`): the output directory.
         arguments (sequence): recipes and flags.
-        launcher (sequence, *optional*): what starts a script; by default it is run itself.
-        script (`Path`): `scripts/train.py` unless named.
-        environment (`str`): more variables.
+        launcher (sequence, *optional*): what starts the script; by default it is run itself.
+        environment (`str`): more variables, which make it one of several processes.
     """
 
-    def __init__(self, folder, arguments, launcher=None, script=TRAIN, **environment):
-        self.folder, self.launcher, self.script = folder, launcher, str(script)
-        self.environment = ENVIRONMENT | environment
+    def __init__(self, folder, arguments, launcher=None, **environment):
+        self.folder, self.launcher = folder, launcher
+        self.alone, self.environment = not (launcher or environment), ENVIRONMENT | environment
         self.arguments = [*map(str, arguments), "--output_dir", str(folder)]
 
     def end(self, code=0, fault=None):
         """Run to its end, with a fault of faulty_training.py if named; returns what it said."""
-        done = self._start([*self._script(fault), *self.arguments])
+        done = self._start(fault)
         try:
             said = done.communicate(timeout=500)[0]
         finally:
@@ -66,7 +64,7 @@ class Run:
 
     def begin(self, wanted="checkpoint-2"):
         """Start it in a process group of its own and wait for a checkpoint."""
-        process = self._start([*self._script(None), *self.arguments])
+        process = self._start()
         deadline = time.monotonic() + 500
         while not (self.folder / wanted).exists():
             if process.poll() is not None or time.monotonic() > deadline:
@@ -75,16 +73,12 @@ class Run:
             time.sleep(0.01)
         return process
 
-    def _script(self, fault):
-        if fault is None and self.launcher is not None and self.script == str(TRAIN):
-            fault = "none"
-        return [self.script] if fault is None else [str(FAULTY), fault]
-
-    def _start(self, arguments):
+    def _start(self, fault=None):
+        script = [str(TRAIN)] if fault is None and self.alone else [str(FAULTY), fault or "none"]
         if self.launcher is None:
-            return Forked(arguments, self.environment)
+            return Forked([*script, *self.arguments], self.environment)
         return subprocess.Popen(
-            [*self.launcher, *arguments],
+            [*self.launcher, *script, *self.arguments],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

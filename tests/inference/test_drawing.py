@@ -75,7 +75,10 @@ def test_strips_of_an_image_equal_the_whole(monkeypatch, strip):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as on Linux")
 def test_drawing_over_a_large_image_takes_the_memory_of_the_result():
+    """Measured by the peak that training logs, which is a process's own, whatever started it has held."""
+    ballast = np.ones(2**30, dtype=np.uint8)
     code = (
         "import numpy as np, torch\n"
         "from PIL import Image\n"
@@ -90,7 +93,8 @@ def test_drawing_over_a_large_image_takes_the_memory_of_the_result():
         "draw(64); print(draw(6000))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(result.stdout) < 137 + 110  # MiB: a result of 4 bytes a pixel, and strips
+    del ballast
+    assert 0 < float(result.stdout) < 137 + 110  # MiB: a result of 4 bytes a pixel, and strips
 
 
 def test_heat_maps_go_from_blue_to_red():

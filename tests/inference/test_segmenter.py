@@ -274,17 +274,6 @@ def test_windows_at_native_resolution_are_those_of_the_whole_image(kind):
         torch.testing.assert_close(certainty.float(), logits.softmax(0).amax(0), atol=1e-3, rtol=0)
 
 
-def test_large_images_are_segmented_in_windows_of_what_they_are(tmp_path):
-    photo((304, 176)).save(tmp_path / "map.png")
-    asked = segmenter(varied(tiny_model()), native_resolution=True)
-    sizes = []
-    window_logits = asked.model.window_logits
-    asked.model.window_logits = lambda pixels: sizes.append(tuple(pixels.shape[-2:])) or window_logits(pixels)
-    summary = predict_sources(asked, find_sources([tmp_path])[0], tmp_path / "out", progress=False)
-    assert summary.done == 1 and set(sizes) == {(64, 64)}
-    assert Image.open(tmp_path / "out" / "map_mask.png").size == (304, 176)
-
-
 # What is not certain
 
 

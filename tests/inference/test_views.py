@@ -108,13 +108,6 @@ def test_every_form_of_an_image_has_its_probabilities(processor, form):
     assert torch.equal(probabilities, expected) and model.training
 
 
-def test_window_sizes_may_be_numpy_integers():
-    images = torch.randn(1, 3, 64, 96)
-    model = tiny_model().train()
-    logits = sliding_window_logits(model, images, np.int64(64), (np.int64(32), 32))
-    assert logits.shape == (1, 3, 64, 96) and model.training
-
-
 @pytest.mark.parametrize("size", [(100, 90), (2400, 64)])
 def test_default_preprocessing_is_the_published_one(size):
     model = tiny_model(crop_size=64)
@@ -131,11 +124,6 @@ def test_scales_are_of_the_images_own_size_where_it_is_not_resized():
         tuple(pixels.shape[-2:]) for pixels, _ in scaled_views(decode_image(image), processor, (0.5, 1, 2), False)
     ]
     assert sizes == [(32, 48), (64, 96), (128, 192)]
-
-
-def test_no_scale_is_refused(processor):
-    with pytest.raises(ValueError, match="scales"):
-        multi_scale_probabilities(tiny_model(), Image.new("RGB", (50, 40)), (), image_processor=processor)
 
 
 def test_colors_are_the_palettes_and_void_is_black():

@@ -207,11 +207,11 @@ def test_snippets_run_and_ask_nothing(directory):
     with folder_to_push(directory, repo_id="model/here") as folder:
         snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(snippets) == 2
-    for snippet in snippets:
-        command = [sys.executable, "-c", snippet.replace("model/here", str(directory))]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=directory.parent, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"class \d", done.stdout) and "custom code" not in done.stdout + done.stderr
+    command = [sys.executable, "-c", "\nprint('and')\n".join(snippets).replace("model/here", str(directory))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=directory.parent, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(re.search(r"class \d", said) for said in done.stdout.split("\nand\n"))
+    assert "custom code" not in done.stdout + done.stderr

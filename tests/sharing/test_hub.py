@@ -1,6 +1,7 @@
 """What leaves this machine, and that it runs where this package is not."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,39 +36,41 @@ from PIL import Image
 from transformers import (
     AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor, pipeline
 )
-folder, inputs, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
-model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=trust)
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust)
-assert type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).__name__ == "DenseCLIPConfig"
-assert processor.size["shortest_edge"] == 64
-if (Path(folder) / "tokenizer.json").exists():
-    assert AutoProcessor.from_pretrained(folder, trust_remote_code=trust).image_processor.size == processor.size
-assert type(AutoModel.from_pretrained(folder, trust_remote_code=trust)).__name__ == "DenseCLIPModel"
-saved = torch.load(inputs, weights_only=True)
-with torch.no_grad():
-    assert torch.equal(model(saved["pixel_values"]).logits, saved["logits"])
-segment = pipeline("image-segmentation", model=folder, trust_remote_code=trust)
-found = segment(Image.new("RGB", (90, 70)))
-assert found and found[0]["mask"].size == (90, 70)
+trust = sys.argv[1] == "trust"
+for folder in sys.argv[2:]:
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=trust)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust)
+    assert type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).__name__ == "DenseCLIPConfig"
+    assert processor.size["shortest_edge"] == 64
+    if (Path(folder) / "tokenizer.json").exists():
+        assert AutoProcessor.from_pretrained(folder, trust_remote_code=trust).image_processor.size == processor.size
+    assert type(AutoModel.from_pretrained(folder, trust_remote_code=trust)).__name__ == "DenseCLIPModel"
+    saved = torch.load(f"{folder}.pt", weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(model(saved["pixel_values"]).logits, saved["logits"])
+    segment = pipeline("image-segmentation", model=folder, trust_remote_code=trust)
+    found = segment(Image.new("RGB", (90, 70)))
+    assert found and found[0]["mask"].size == (90, 70)
+    print("equal")
 assert ("denseclip_hf" in sys.modules) != trust
-print("equal")
 """
 
 
-@pytest.fixture(params=[False, True], ids=["whole", "frozen"])
-def directory(request, kind, tmp_path, images):
-    """A complete model directory, as training leaves it, and beside it what the model computes."""
-    model = tiny_model(kind)
-    if request.param:
-        model.freeze_classes()
-    folder = tmp_path / "model"
-    model.save_pretrained(folder)
-    DenseCLIPImageProcessor(size={"shortest_edge": 64}).save_pretrained(folder)
-    learn_tokenizer(["sky"], vocab_size=520).save_pretrained(folder)
-    write_card(folder, license="mit")
-    with torch.no_grad():
-        torch.save({"pixel_values": images, "logits": model(images).logits}, tmp_path / "inputs.pt")
-    return folder
+@pytest.fixture
+def directories(tmp_path, images):
+    """Complete model directories, as training leaves them, one frozen; and beside each what its model computes."""
+    folders = []
+    for kind, frozen in (("vit", False), ("resnet", True)):
+        model = tiny_model(kind)
+        if frozen:
+            model.freeze_classes()
+        folders.append(tmp_path / kind)
+        for part in (model, DenseCLIPImageProcessor(size={"shortest_edge": 64}), learn_tokenizer(["sky"], 520)):
+            part.save_pretrained(folders[-1])
+        write_card(folders[-1], license="mit")
+        with torch.no_grad():
+            torch.save({"pixel_values": images, "logits": model(images).logits}, f"{folders[-1]}.pt")
+    return folders
 
 
 def run(code, *arguments, tmp_path):
@@ -83,9 +86,9 @@ def run(code, *arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_auto_classes_in_a_fresh_process(directory, tmp_path):
-    result = run(f"import denseclip_hf\n{USE}", directory, tmp_path / "inputs.pt", "package", tmp_path=tmp_path)
-    assert result.stdout == "equal\n", result.stderr
+def test_auto_classes_in_a_fresh_process(directories, tmp_path):
+    result = run(f"import denseclip_hf\n{USE}", "package", *directories, tmp_path=tmp_path)
+    assert result.stdout == "equal\nequal\n", result.stderr
 
 
 class FakeHub:
@@ -111,29 +114,31 @@ def contents(folder):
 
 
 @pytest.mark.slow
-def test_a_push_from_beginning_to_end(directory, tmp_path):
+def test_a_push_from_beginning_to_end(directories, tmp_path):
     """What arrives at the Hub is complete: downloaded, it runs without the package."""
-    (directory / "checkpoint-10").mkdir()
-    for name in ("checkpoint-10/optimizer.pt", "training_args.bin", "notes.txt", "modeling_old.py", "private.jpg"):
-        (directory / name).write_text("mine")
-    before = contents(directory)
-    result = run(HIDE_PACKAGE + USE, directory, tmp_path / "inputs.pt", "trust", tmp_path=tmp_path)
-    assert result.returncode and "denseclip" in result.stderr  # without the code that a push adds
-    hub = FakeHub()
-    main([str(directory), "me/streets", "--push"], api=hub)
-    assert hub.repo == ("me/streets", True) and hub.private is True
-    stays = {"training_args.bin", "notes.txt", "modeling_old.py", "private.jpg"}
-    assert not stays & hub.files.keys() and not any("/" in name for name in hub.files)
-    assert {"config.json", "model.safetensors", "README.md", "modeling_denseclip.py"} <= hub.files.keys()
-    assert before == contents(directory)
-    card = ModelCard(hub.files["README.md"].decode())
-    assert card.data.license == "mit" and 'model="me/streets"' in card.text
-    downloaded = tmp_path / "downloaded"
-    downloaded.mkdir()
-    for name, content in hub.files.items():
-        (downloaded / name).write_bytes(content)
-    result = run(HIDE_PACKAGE + USE, downloaded, tmp_path / "inputs.pt", "trust", tmp_path=tmp_path)
-    assert result.stdout == "equal\n", result.stderr
+    for directory in directories:
+        (directory / "checkpoint-10").mkdir()
+        for name in ("checkpoint-10/optimizer.pt", "training_args.bin", "notes.txt", "modeling_old.py", "private.jpg"):
+            (directory / name).write_text("mine")
+        before = contents(directory)
+        hub = FakeHub()
+        main([str(directory), "me/streets", "--push"], api=hub)
+        assert hub.repo == ("me/streets", True) and hub.private is True
+        stays = {"training_args.bin", "notes.txt", "modeling_old.py", "private.jpg"}
+        assert not stays & hub.files.keys() and not any("/" in name for name in hub.files)
+        assert {"config.json", "model.safetensors", "README.md", "modeling_denseclip.py"} <= hub.files.keys()
+        assert before == contents(directory)
+        card = ModelCard(hub.files["README.md"].decode())
+        assert card.data.license == "mit" and 'model="me/streets"' in card.text
+        downloaded = tmp_path / "downloaded" / directory.name
+        downloaded.mkdir(parents=True)
+        for name, content in hub.files.items():
+            (downloaded / name).write_bytes(content)
+        shutil.copy(f"{directory}.pt", f"{downloaded}.pt")
+    downloads = [tmp_path / "downloaded" / directory.name for directory in directories]
+    result = run(HIDE_PACKAGE + USE, "trust", *downloads, directories[0], tmp_path=tmp_path)
+    assert result.stdout == "equal\nequal\n", result.stderr
+    assert result.returncode and "denseclip" in result.stderr.splitlines()[-1]  # the last has no code of a push
 
 
 def test_without_push_nothing_is_uploaded_and_every_file_is_shown(small, capsys):

@@ -2,10 +2,8 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from denseclip_hf.training.ablations import (
     read_measurements,
 )
 from denseclip_hf.training.run_directory import recipe_of
+from helpers.forked import Forked
 from helpers.training import KINDS
 
 
@@ -106,27 +105,18 @@ except KeyboardInterrupt:
 """
 
 
-def start_ablations(folder, *flags, within=()):
+def start_ablations(folder, within=()):
     """`scripts/ablate.py` on seeds 0 to 3 of a variant, in a process group of its own as in a terminal."""
     launcher = shlex.join([*within, sys.executable, "-c", STAND_IN, str(folder)])
-    command = [sys.executable, CONFIGS.parent / "scripts" / "ablate.py", CONFIGS / "ablation_example.yaml", *flags]
-    command += ["--output_dir", folder / "out", "--variants", "final", "--seeds", *"0123", "--launcher", launcher]
-    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell ignores in its background jobs
-    return subprocess.Popen([*map(str, command)], preexec_fn=heard, **options)
-
-
-def wait_for(file, process):
-    while not file.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    command = [CONFIGS.parent / "scripts" / "ablate.py", CONFIGS / "ablation_example.yaml", "--launcher", launcher]
+    return Forked([*command, "--output_dir", folder / "out", "--variants", "final", "--seeds", *"0123"])
 
 
 @pytest.mark.slow
 def test_a_failure_is_said_and_starts_nothing_else(tmp_path):
     (tmp_path / "fail").touch()
     process = start_ablations(tmp_path)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "seed 0" in said and "Traceback" not in said
     assert {file.name for file in tmp_path.glob("seed*")} == {"seed-0 started"}
 
@@ -136,17 +126,18 @@ def test_a_failure_is_said_and_starts_nothing_else(tmp_path):
     ("send", "number", "within"),
     [
         (os.killpg, signal.SIGINT, ()),
-        (os.kill, signal.SIGTERM, ()),
         (os.kill, signal.SIGTERM, ("sh", "-c", '"$@"; exit', "sh")),  # ends before what it started
     ],
-    ids=["Ctrl-C", "SIGTERM", "SIGTERM to a launcher"],
+    ids=["Ctrl-C", "SIGTERM to a launcher"],
 )
 def test_after_a_signal_the_runs_in_progress_end_and_nothing_else_starts(tmp_path, send, number, within):
     process = start_ablations(tmp_path, within=within)
     try:
-        wait_for(tmp_path / "seed-0 started", process)
+        while not (tmp_path / "seed-0 started").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
         send(process.pid, number)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=60)[0]
     finally:
         process.kill()
     assert process.returncode == 128 + number and "Traceback" not in said

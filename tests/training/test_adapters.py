@@ -20,6 +20,7 @@ NEWER_PEFT = pytest.mark.skipif(
     TOO_OLD, reason=f"this transformers adds adapters with peft {MIN_PEFT_VERSION} or newer only"
 )
 WAYS = ["get_peft_model", pytest.param("add_adapter", marks=NEWER_PEFT)]
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def lora(heads=(*HEADS, "normalization"), **options):
@@ -28,11 +29,18 @@ def lora(heads=(*HEADS, "normalization"), **options):
     )
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A saved model of each image tower, as an adapter is nothing without one."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("vit", "resnet"):
+        tiny_model(kind, **NO_DROPOUT).save_pretrained(folder / kind)
+    return folder
+
+
 @pytest.fixture
-def base(kind, tmp_path):
-    """A saved model, as an adapter is nothing without one."""
-    tiny_model(kind, **NO_DROPOUT).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+def base(bases, kind):
+    return bases / kind
 
 
 def adapted(base, way, config=None, seed=0):
@@ -44,30 +52,15 @@ def adapted(base, way, config=None, seed=0):
     return model
 
 
-def logits(model, images):
+def logits(model):
     with torch.no_grad():
-        return model.eval()(images).logits
+        return model.eval()(IMAGES).logits
 
 
 def group_names(model, groups):
     """The group of every parameter of `model` by name."""
     by_id = {id(parameter): group["name"] for group in groups for parameter in group["params"]}
     return {name: by_id[id(parameter)] for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize(
-    ("name", "plain"),
-    [
-        ("base_model.model.gamma", "gamma"),
-        ("base_model.model.neck.modules_to_save.default.lateral_convs.0.weight", "neck.lateral_convs.0.weight"),
-        ("neck.original_module.lateral_convs.0.weight", "neck.lateral_convs.0.weight"),
-        ("clip.vision_model.q_proj.base_layer.weight", "clip.vision_model.q_proj.weight"),
-        ("base_model.model.clip.q_proj.lora_A.my-own.weight", "clip.q_proj.lora_A.my-own.weight"),
-        ("clip.text_model.weight", "clip.text_model.weight"),
-    ],
-)
-def test_plain_names(name, plain):
-    assert plain_name(name) == plain
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -91,19 +84,23 @@ def test_every_parameter_is_in_the_group_it_had(base, way):
         (IA3Config, {"target_modules": ["k_proj"], "feedforward_modules": []}),
     ],
 )
-def test_adapters_of_any_kind_train_at_the_full_rate(base, config_class, options):
+def test_adapters_of_any_kind_train_at_the_full_rate(bases, config_class, options):
     """In the frozen text tower too."""
-    model = get_peft_model(AutoModelForSemanticSegmentation.from_pretrained(base), config_class(**options))
+    model = get_peft_model(AutoModelForSemanticSegmentation.from_pretrained(bases / "vit"), config_class(**options))
     new = [parameter for parameter in model.parameters() if parameter.requires_grad]
     group = next(group for group in parameter_groups(model, 1.0, 0.5) if group["name"] == "adapters")
     assert group["lr"] == 1.0 and {id(p) for p in group["params"]} == {id(p) for p in new} and len(new) > 2
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_training_moves_the_adapter_and_nothing_else(base, way, tmp_path):
-    model = adapted(base, way)
+@pytest.mark.parametrize(
+    ("kind", "way"), [("vit", "get_peft_model"), pytest.param("resnet", "add_adapter", marks=NEWER_PEFT)]
+)
+def test_training_moves_the_adapter_alone_which_comes_back_and_becomes_a_plain_model(bases, kind, way, tmp_path):
+    model = adapted(bases / kind, way)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = trainer_for(tmp_path / "out", model, learning_rate=1e-2)
+    options = {"learning_rate": 1e-2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = trainer_for(tmp_path / "out", model, **options)
     trainer.train()
     moved = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
     assert all(".lora_" in name or ".modules_to_save." in name for name in moved), moved
@@ -114,35 +111,30 @@ def test_training_moves_the_adapter_and_nothing_else(base, way, tmp_path):
     assert all(".lora_" in name or ".modules_to_save." in name for name in trained)
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(trained)
 
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_saved_adapter_comes_back_and_becomes_a_plain_model(base, way, tmp_path, images):
-    trainer = trainer_for(tmp_path / "out", adapted(base, way), learning_rate=1e-2)
-    trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     files = {file.name for file in (tmp_path / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json"} <= files
     assert "model.safetensors" not in files
-    expected = logits(trainer.model, images)
-    untrained = AutoModelForSemanticSegmentation.from_pretrained(base)
-    assert not torch.allclose(expected, logits(untrained, images), atol=1e-3)
-    loaded = PeftModel.from_pretrained(untrained, tmp_path / "adapter")
-    assert torch.equal(logits(loaded, images), expected)
+    expected = logits(trainer.model)
+    for saved in (trainer.state.best_model_checkpoint, tmp_path / "adapter"):
+        untrained = AutoModelForSemanticSegmentation.from_pretrained(bases / kind)
+        assert not torch.allclose(expected, logits(untrained), atol=1e-3)
+        loaded = PeftModel.from_pretrained(untrained, saved)
+        assert torch.equal(logits(loaded), expected)
     merged = loaded.merge_and_unload()
-    torch.testing.assert_close(logits(merged, images), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
-    plain = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(plain, images), logits(merged, images))
-    assert plain.state_dict().keys() == AutoModelForSemanticSegmentation.from_pretrained(base).state_dict().keys()
+    base, plain = (AutoModelForSemanticSegmentation.from_pretrained(f) for f in (bases / kind, tmp_path / "merged"))
+    assert torch.equal(logits(plain), logits(merged)) and plain.state_dict().keys() == base.state_dict().keys()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_resume_is_bit_exact(base, way, tmp_path):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    whole = trainer_for(tmp_path / "whole", adapted(base, way), **options)
+def test_resume_is_bit_exact(bases, way, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "evaluate": False}
+    whole = trainer_for(tmp_path / "whole", adapted(bases / "vit", way), **options)
     whole.train()
-    again = trainer_for(tmp_path / "again", adapted(base, way, seed=9), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    again = trainer_for(tmp_path / "again", adapted(bases / "vit", way, seed=9), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected = whole.model.state_dict()
     for name, value in again.model.state_dict().items():
         if ".original_module." not in name:
@@ -150,35 +142,28 @@ def test_resume_is_bit_exact(base, way, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_best_checkpoint_is_loaded_at_the_end(base, way, tmp_path, images):
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_for(tmp_path, adapted(base, way), max_steps=3, load_best_model_at_end=True, **options)
-    trainer.train()
-    best = AutoModelForSemanticSegmentation.from_pretrained(base)
-    best = PeftModel.from_pretrained(best, trainer.state.best_model_checkpoint)
-    assert torch.equal(logits(best, images), logits(trainer.model, images))
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_an_adapter_without_heads_leaves_their_batch_norms_alone(base, way, tmp_path, images):
+def test_an_adapter_without_heads_leaves_their_batch_norms_alone(bases, way, tmp_path):
     """Their statistics are not in the adapter, so a moved one would make another model of what is loaded."""
-    trainer = trainer_for(tmp_path / "out", adapted(base, way, lora(heads=())), learning_rate=1e-2)
+    base = bases / "resnet"
+    trainer = trainer_for(tmp_path / "out", adapted(base, way, lora(heads=())), learning_rate=1e-2, max_steps=2)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(AutoModelForSemanticSegmentation.from_pretrained(base), tmp_path / "adapter")
-    assert torch.equal(logits(loaded, images), logits(trainer.model, images))
+    assert torch.equal(logits(loaded), logits(trainer.model))
 
 
 def lora_weights(model):
     return {name: value.clone() for name, value in model.state_dict().items() if ".lora_" in name}
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_adapters_train_with_activation_checkpointing(base, way, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "way"), [("vit", "get_peft_model"), pytest.param("resnet", "add_adapter", marks=NEWER_PEFT)]
+)
+def test_adapters_train_with_activation_checkpointing(bases, kind, way, tmp_path):
     losses, weights, calls = [], [], []
     for checkpointing in (False, True):
         options = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-2, "activation_checkpointing": checkpointing}
-        trainer = trainer_for(tmp_path, adapted(base, way), **options)
+        trainer = trainer_for(tmp_path, adapted(bases / kind, way), **options)
         before = lora_weights(trainer.model)
         calls.append(calls_in_checkpointed_layers(trainer.model))
         trainer.train()

@@ -10,7 +10,11 @@ import pytest
 from helpers.running import Run, one_sentence, training_recipe
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="signals and limits as on Linux")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="signals and limits as on Linux"),
+    pytest.mark.xdist_group("faults"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def test_killed_while_a_checkpoint_is_written(recipe, whole, tmp_path):
 def test_killed_in_the_evaluation(recipe, whole, tmp_path):
     run = Run(tmp_path / "run", [recipe])
     run.end(code=-signal.SIGKILL, fault="in_evaluation")
-    assert run.checkpoints()[-1] == 12 and run.ends_as(whole)
+    assert run.checkpoints()[-1] == 8 and run.ends_as(whole)
     run.end()
     assert run.ends_as(whole)
     results = [(each.folder / "eval_results.json").read_text() for each in (run, whole)]
@@ -94,7 +98,7 @@ def test_signals_save_a_checkpoint_and_end_training(recipe, whole, tmp_path, num
     assert run.ends_as(whole) and run.losses() == whole.losses()
 
 
-@pytest.mark.parametrize("fault, checkpoint", [("full_at_checkpoint", 2), ("full_at_end", 12)])
+@pytest.mark.parametrize("fault, checkpoint", [("full_at_checkpoint", 2), ("full_at_end", 8)])
 def test_a_full_disk_loses_nothing(recipe, whole, tmp_path, fault, checkpoint):
     run = Run(tmp_path / "run", [recipe])
     said = one_sentence(run.end(code=1, fault=fault))

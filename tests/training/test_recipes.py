@@ -35,9 +35,14 @@ def folder(tmp_path):
     return write_folder(tmp_path / "data", 6)
 
 
-def tiny_arguments(folder, **options):
-    model = ModelArguments(clip_config=json.dumps(TINY_CLIP), config=json.dumps({**TINY, **options}))
+def tiny_arguments(folder):
+    model = ModelArguments(clip_config=json.dumps(TINY_CLIP), config=json.dumps(TINY))
     return model, DataArguments(dataset=str(folder), crop_size=64, scale_long=128)
+
+
+def two_steps(tmp_path, **options):
+    options |= {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": []}
+    return DenseCLIPTrainingArguments(str(tmp_path / "out"), use_cpu=True, disable_tqdm=True, **options)
 
 
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda path: path.stem)
@@ -109,37 +114,32 @@ def test_broken_recipes_are_refused(text, sentence, tmp_path):
     recipe.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         parse_arguments(KINDS, [str(recipe)])
+    with pytest.raises(OSError, match="nowhere.yaml"):
+        parse_arguments(KINDS, ["nowhere.yaml"])
 
 
-@pytest.mark.parametrize("options", [{"config": "{"}, {"config": "[1]"}, {"clip_config": "7"}])
-def test_options_that_are_no_json_are_refused(folder, options):
-    model_args = ModelArguments(**{"clip_config": json.dumps(TINY_CLIP), **options})
-    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
-        model_to_train(model_args, load_data(DataArguments(dataset=str(folder))), 64)
+@pytest.mark.parametrize(("text", "named"), [('{"tau": 0.05}', "`tau`"), ("{", "JSON"), ("[1]", "`config`")])
+def test_unknown_options_are_refused_before_the_data_is_read(tmp_path, text, named):
+    with pytest.raises(ValueError, match=named):
+        make_trainer(ModelArguments(config=text), DataArguments(dataset="no/where"), two_steps(tmp_path))
 
 
-@pytest.mark.parametrize(("text", "sentence"), [('{"tau": 0.05}', "`tau`"), ("{", "JSON")])
-def test_unknown_options_are_refused_before_the_data_is_read(tmp_path, text, sentence):
-    training = DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True)
-    with pytest.raises(ValueError, match=sentence):
-        make_trainer(ModelArguments(config=text), DataArguments(dataset="no/where"), training)
-
-
-def test_lists_and_missing_values_in_a_recipe(tmp_path):
+def test_lists_missing_values_and_exponents_in_a_recipe(tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("report_to: [none]\nmetric_for_best_model: null\ninclude_for_metrics: [loss, inputs]\n")
-    _, _, args = parse_arguments(KINDS, [str(recipe), "--output_dir", str(tmp_path)])
-    assert args.report_to == [] and args.include_for_metrics == ["loss", "inputs"]
+    recipe.write_text(
+        "report_to: [none]\nmetric_for_best_model: null\ninclude_for_metrics: [loss, inputs]\nlearning_rate: 1e-4\n"
+        "config: {gamma_init: 1e-3, x: -2E+3, y: .5e1, z: 1e, v: '1e3'}\nrun_name: '12e45'\ncrop_size: 640\n"
+    )
+    (tmp_path / "again.yaml").write_text("crop_size: null\n")  # the default, whatever the recipe before it says
+    flags = [str(recipe), str(tmp_path / "again.yaml"), "--output_dir", str(tmp_path)]
+    model_args, data_args, args = parse_arguments(KINDS, flags)
+    assert args.report_to == [] and args.include_for_metrics == ["loss", "inputs"] and data_args.crop_size == 512
+    assert json.loads(model_args.config) == {"gamma_init": 1e-3, "x": -2e3, "y": 5.0, "z": "1e", "v": "1e3"}
+    assert args.learning_rate == 1e-4 and args.run_name == "12e45"
     for text in ("{}", "[1, 2]"):
         recipe.write_text(f"crop_size: {text}\n")
         with pytest.raises((ValueError, SystemExit)):
             parse_arguments(KINDS, [str(recipe)])
-
-
-def test_null_in_a_recipe_is_the_default(tmp_path):
-    for name, text in (("a", "crop_size: 640\n"), ("b", "crop_size: null\n")):
-        (tmp_path / f"{name}.yaml").write_text(text)
-    assert parse_arguments(KINDS, [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])[1].crop_size == 512
 
 
 def test_data_without_a_training_split_is_refused(folder, tmp_path):
@@ -148,29 +148,11 @@ def test_data_without_a_training_split_is_refused(folder, tmp_path):
     (tmp_path / "only" / "val" / "classes.json").rename(tmp_path / "only" / "classes.json")
     model_args, data_args = tiny_arguments(tmp_path / "only")
     with pytest.raises(ValueError, match="--train_split"):
-        make_trainer(model_args, data_args, DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True))
-
-
-def test_missing_recipe_and_data_set_are_named():
-    with pytest.raises(OSError, match="nowhere.yaml"):
-        parse_arguments(KINDS, ["nowhere.yaml"])
-    with pytest.raises(ValueError, match="name a data set"):
-        load_data(DataArguments())
-
-
-def test_a_clip_that_is_nowhere_is_named(folder, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model_args, data_args = ModelArguments(clip="nobody/nothing"), DataArguments(dataset=str(folder))
-    with pytest.raises(OSError, match="nobody/nothing"):
-        model_to_train(model_args, load_data(data_args), 64)
+        make_trainer(model_args, data_args, two_steps(tmp_path))
 
 
 def test_a_folder_trains_from_random_weights(folder, tmp_path):
-    args = DenseCLIPTrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    trainer, data = make_trainer(*tiny_arguments(folder), args)
+    trainer, data = make_trainer(*tiny_arguments(folder), two_steps(tmp_path))
     trainer.train()
     assert 0 <= trainer.evaluate()["eval_mean_iou"] <= 1
     trainer.save_model()
@@ -182,10 +164,7 @@ def test_a_folder_trains_from_random_weights(folder, tmp_path):
 
 def test_a_model_trained_at_native_resolution_goes_on_at_it(folder, tmp_path):
     """Crops of the image as it is; the same windows in training's evaluation, in `evaluate` and in `predict`."""
-    args = DenseCLIPTrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+    args = two_steps(tmp_path)
     model_args, data_args = tiny_arguments(folder)
     with pytest.raises(ValueError, match="scale_long"):
         make_trainer(model_args, replace(data_args, native_resolution=True), args)
@@ -206,13 +185,9 @@ def test_a_model_trained_at_native_resolution_goes_on_at_it(folder, tmp_path):
 
 def test_a_backbone_is_trained_beside_the_texts_of_a_clip(folder, tmp_path):
     stages = {"hidden_sizes": [4, 8, 16, 32], "depths": [1, 1, 1, 1]}
-    args = DenseCLIPTrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True, learning_rate=1e-3, warmup_steps=0,
-    )  # fmt: skip
     model_args, data_args = tiny_arguments(folder)
     model_args = replace(model_args, backbone_config=json.dumps({"model_type": "convnext", **stages}))
-    trainer, _ = make_trainer(model_args, data_args, args)
+    trainer, _ = make_trainer(model_args, data_args, two_steps(tmp_path, learning_rate=1e-3, warmup_steps=0))
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     moved = {name.split(".")[0] for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
@@ -255,18 +230,15 @@ def trained(folder, tmp_path):
     return str(tmp_path / "model")
 
 
-def test_a_trained_model_keeps_its_own_config(trained, folder):
-    again = ModelArguments(model=trained, config=json.dumps({"gamma_init": 2.0}))
+def test_a_trained_model_with_another_config_or_a_frozen_one_is_refused(trained, folder, tmp_path):
+    data = load_data(DataArguments(dataset=str(folder)))
     with pytest.raises(ValueError, match="keeps its own"):
-        model_to_train(again, load_data(DataArguments(dataset=str(folder))), 64)
-
-
-def test_a_frozen_model_is_refused_when_it_is_loaded(trained, folder, tmp_path):
+        model_to_train(ModelArguments(model=trained, config=json.dumps({"gamma_init": 2.0})), data, 64)
     model = DenseCLIPForSemanticSegmentation.from_pretrained(trained)
     model.freeze_classes()
     model.save_pretrained(shutil.copytree(trained, tmp_path / "frozen"))
     with pytest.raises(ValueError, match="frozen"):
-        model_to_train(ModelArguments(model=str(tmp_path / "frozen")), load_data(DataArguments(str(folder))), 64)
+        model_to_train(ModelArguments(model=str(tmp_path / "frozen")), data, 64)
 
 
 def test_a_trained_model_goes_on_in_float32(trained, folder, tmp_path):
@@ -304,21 +276,13 @@ def test_a_trained_model_takes_over_what_means_no_class(trained, folder, tmp_pat
 
 def test_files_in_a_folder_are_no_stream(folder, tmp_path):
     model_args, data_args = tiny_arguments(folder)
-    args = DenseCLIPTrainingArguments(str(tmp_path / "run"), use_cpu=True, max_steps=1)
-    trainer, data = make_trainer(model_args, replace(data_args, streaming=True), args)
+    trainer, data = make_trainer(model_args, replace(data_args, streaming=True), two_steps(tmp_path))
     assert isinstance(trainer.train_dataset, AugmentedDataset) and len(trainer.train_dataset) == len(data.train)
 
 
-def test_exponents_in_a_recipe_are_numbers(tmp_path):
-    (tmp_path / "r.yaml").write_text(
-        "config: {gamma_init: 1e-3, x: -2E+3, y: .5e1, z: 1e, v: '1e3'}\nlearning_rate: 1e-4\nrun_name: '12e45'"
-    )
-    model_args, _, args = parse_arguments(KINDS, [str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path)])
-    assert json.loads(model_args.config) == {"gamma_init": 1e-3, "x": -2e3, "y": 5.0, "z": "1e", "v": "1e3"}
-    assert args.learning_rate == 1e-4 and args.run_name == "12e45"
-
-
-def test_what_means_no_class_must_be_no_class(folder):
+def test_the_data_set_must_be_named_and_what_means_no_class_be_no_class(folder):
+    with pytest.raises(ValueError, match="name a data set"):
+        load_data(DataArguments())
     names = ",".join(f"class {i}" for i in range(256))
     # with reduced labels class 2 is stored as 3
     for options in ({"ignore_index": 2}, {"ignore_index": 3, "do_reduce_labels": True}, {"classes": names}):

