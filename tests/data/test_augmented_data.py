@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState
 
 from denseclip_hf.transforms import AugmentedDataset, AugmentedStream, EpochCallback, TrainTransform
 from helpers.images import make_sample
@@ -70,46 +70,6 @@ def test_the_callback_tells_the_epoch_on_several_processes():
     prepared.set_epoch(4)
     next(iter(prepared))
     assert int(dataset._epoch) == 4
-
-
-class Recorder(torch.nn.Module):
-    """A model of one weight that keeps a checksum of each batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def forward(self, pixel_values, labels):
-        self.seen.append((pixel_values.double().sum().item(), labels.sum().item()))
-        return {"loss": (self.weight - pixel_values.mean()) ** 2}
-
-
-def train(folder, num_workers=0, resume=None):
-    dataset = AugmentedDataset(Samples(8), SMALL, seed=5)
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        num_train_epochs=3,
-        save_steps=6,
-        seed=1,
-        dataloader_num_workers=num_workers,
-        dataloader_persistent_workers=num_workers > 0,
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
-    model = Recorder()
-    trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[EpochCallback(dataset)])
-    trainer.train(resume_from_checkpoint=resume)
-    return model.seen
-
-
-def test_trainer_sees_the_same_batches_when_it_resumes_within_an_epoch(tmp_path):
-    whole = train(tmp_path)
-    assert len(set(whole)) == 12  # 3 epochs of 4 steps, no batch like another
-    # Step 6 is the middle of the second epoch; its last two batches and the third epoch follow.
-    assert train(tmp_path, num_workers=2, resume=str(tmp_path / "checkpoint-6")) == whole[6:]
 
 
 def test_a_stream_is_augmented_the_same_way_by_any_worker():

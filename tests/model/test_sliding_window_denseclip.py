@@ -42,19 +42,6 @@ def test_accelerators_take_four_windows_at_a_time():
     assert calls == [4, 1] and logits.shape == (1, 3, 4, 20) and logits.is_meta
 
 
-def test_a_small_image_is_used_as_it_is():
-    seen = []
-    sliding_window_logits(lambda crops: seen.append(crops.shape) or crops, torch.randn(1, 3, 5, 9), (8, 8), (4, 4))
-    assert seen == [(1, 3, 5, 8)] * 2  # on a CPU one by one: batches are slower there
-
-
-def test_logits_of_another_size_are_resized_to_the_window():
-    logits = sliding_window_logits(
-        lambda crops: torch.ones(len(crops), 2, 1, 1), torch.zeros(1, 3, 6, 6), (4, 4), (3, 3)
-    )
-    assert torch.equal(logits, torch.ones(1, 2, 6, 6))
-
-
 def test_steps_that_leave_pixels_out_are_refused():
     with pytest.raises(ValueError, match="crop_size"):
         sliding_window_logits(lambda crops: crops, torch.zeros(1, 3, 8, 8), (4, 4), (4, 5))
