@@ -154,10 +154,7 @@ def test_flip_turns_image_and_mask():
     assert torch.equal(flipped["labels"], plain["labels"].flip(-1))
 
 
-def test_senseless_options_and_sizes_that_differ_are_refused():
-    for options in ({"crop_size": 0}, {"scale": (0, 5)}, {"ratio_range": (2, 1)}):
-        with pytest.raises(ValueError, match="positive|lowest"):
-            TrainTransform(**options)
+def test_sizes_that_differ_are_refused():
     with pytest.raises(ValueError, match="80x60"):
         SMALL(Image.new("RGB", (80, 60)), np.zeros((80, 60), dtype=np.uint8), sample_rng(0, 0, 0))
 
