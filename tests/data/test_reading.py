@@ -153,11 +153,12 @@ def test_masks_that_are_refused_are_named(tmp_path, make):
     [
         truncated,
         lambda p: save_mask(np.array([[0, np.nan]], np.float32), p),
+        lambda p: save_mask(np.array([[0, 300]], np.float32), p),
         lambda p: save_mask(np.array([[-1, 300]], np.int32), p),
         lambda p: p.write_bytes(b""),
         lambda p: None,
     ],
-    ids=["truncated", "nan", "range", "empty", "missing"],
+    ids=["truncated", "nan", "float range", "negative", "empty", "missing"],
 )
 def test_images_that_are_refused_are_named(tmp_path, make):
     make(tmp_path / "image.tif")

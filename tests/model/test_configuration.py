@@ -37,6 +37,7 @@ REFUSED = (ValueError, StrictDataclassError)
     [
         ({"score_map_level": 4}, "score_map_level"),
         ({"crop_size": 32, "stride": 33}, "stride"),
+        ({"crop_size": [1, 2, 3]}, "crop_size"),
         ({"class_token_ids": [[SOS, 5, EOS]]}, "class_token_ids"),
         ({"inference_mode": "tiled"}, "inference_mode"),
         ({"palette": [[0, 0, 0]]}, "palette"),

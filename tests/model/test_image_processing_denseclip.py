@@ -157,6 +157,16 @@ def test_a_palette_map_keeps_its_indices(processor):
 # --- batches
 
 
+def test_images_of_different_sizes_come_as_they_would_alone(processor):
+    images = [picture(12, 16, 0), picture(16, 12, 1), picture(12, 16, 2)]
+    maps = [image[..., 0] for image in images]
+    batch = processor(images, maps)
+    for i, (image, label_map) in enumerate(zip(images, maps, strict=True)):
+        alone = processor(image, label_map, return_tensors="pt")
+        assert torch.equal(batch["pixel_values"][i], alone["pixel_values"][0])
+        assert torch.equal(batch["labels"][i], alone["labels"][0])
+
+
 def test_different_sizes_need_permission_to_be_padded(processor):
     images = [picture(12, 16), picture(16, 12)]
     with pytest.raises(ValueError, match="do_pad"):

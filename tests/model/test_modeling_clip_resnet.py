@@ -46,6 +46,13 @@ def test_contrastive_model_saves_loads_and_learns(tmp_path):
     assert features.shape == (2, 12)
 
 
+def test_hidden_states_of_some_indices(vision):
+    images = torch.randn(1, 3, 64, 64)
+    every, some = (vision(images, output_hidden_states=choice).hidden_states for choice in (True, [0, -1]))
+    assert [index for index, state in enumerate(some) if state is not None] == [0, 4]
+    assert all(torch.equal(some[index], every[index]) for index in (0, 4))
+
+
 def test_a_checkpoint_without_logit_scale_gets_clips_start():
     config = tiny_config("resnet").clip_config
     weights = CLIPResNetModel(config).state_dict()
