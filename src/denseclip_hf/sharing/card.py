@@ -96,13 +96,14 @@ def write_card(
         return add_results(folder, results) if results else path
     config = DenseCLIPConfig.from_pretrained(folder)
     bases = [base for base in ([base_model] if isinstance(base_model, str) else base_model or ()) if base]
+    on_the_hub = [base for base in bases if is_hub_name(base)]
     name = name or shown_name(folder)
     data = ModelCardData(
         library_name="transformers",
         license=license or "unknown",
         pipeline_tag=TASK,
         tags=["denseclip", "clip", "semantic-segmentation", TASK, "vision"],
-        base_model=_one_or_all([base for base in bases if is_hub_name(base)]),
+        base_model=on_the_hub if len(on_the_hub) > 1 else next(iter(on_the_hub), None),
         datasets=[dataset] if dataset and is_hub_name(dataset) else None,
     )
     rows = {"Data": dataset and shown_name(dataset), **(training or {})}
@@ -284,11 +285,6 @@ def _classes(config: DenseCLIPConfig) -> str:
         return markdown_table(("id", "class"), names)
     colors = [f"`#{red:02x}{green:02x}{blue:02x}`" for red, green, blue in config.palette]
     return markdown_table(("id", "class", "color"), [(*n, color) for n, color in zip(names, colors, strict=True)])
-
-
-def _one_or_all(names: list[str]) -> str | list[str] | None:
-    """What a field of the front matter that lists names has for `names`."""
-    return names if len(names) > 1 else next(iter(names), None)
 
 
 def shown_images(folder: Path, card: str) -> set[str]:

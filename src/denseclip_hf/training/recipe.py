@@ -77,7 +77,10 @@ def model_to_train(args: ModelArguments, data: SegmentationData, crop_size: int)
         options["class_weights"] = balanced_weights(data)
     clip: PreTrainedModel
     if clip_config := _options(args.clip_config, "clip_config"):
-        tokenizer = _tokenizer_for(args, data)
+        if args.tokenizer is None:
+            tokenizer = learn_tokenizer(data.id2label.values())  # a small one
+        else:
+            tokenizer = load_pretrained(AutoTokenizer, args.tokenizer)
         clip = _random_clip(clip_config, tokenizer)
     else:
         clip, tokenizer = load_clip(args.clip, args.tokenizer)
@@ -147,13 +150,6 @@ def _random_clip(config: dict[str, Any], tokenizer) -> PreTrainedModel:
     }
     clip_config = clip_config_class(config)(**{**config, "text_config": text})
     return tower_of(clip_config).model_class()(clip_config)
-
-
-def _tokenizer_for(args: ModelArguments, data: SegmentationData):
-    """The named tokenizer, or for a CLIP with random weights a small one learned from the class names."""
-    if args.tokenizer is not None:
-        return load_pretrained(AutoTokenizer, args.tokenizer)
-    return learn_tokenizer(data.id2label.values())
 
 
 def make_trainer(

@@ -244,7 +244,9 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         names, labels = inputs.pop("name", None), inputs.get("labels")  # a `compute_loss_func` takes the labels out
         if self.args.channels_last:
             inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
-        if model.training and self._shares_class_embeddings:
+        # Micro-batches share a pass through the text tower, unless it is spread or compiled.
+        is_elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
+        if model.training and not is_elsewhere:
             self.model.share_class_embeddings(until_next=not self.accelerator.sync_gradients)
         for batch_norm in self._still:
             batch_norm.eval()
@@ -263,11 +265,6 @@ class DenseCLIPTrainer(CheckpointingTrainer):
         if self._batches is not None:
             return self._batches.images_in_step(self.state.global_step)
         return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-
-    @property
-    def _shares_class_embeddings(self) -> bool:
-        """Whether micro-batches share a pass through the text tower: not one that is spread or compiled."""
-        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The last moment before the optimizer steps: one look at the device checks the losses and the gradient."""
