@@ -33,4 +33,4 @@ def test_tokenizer_is_the_same_in_another_process(tokenizer, tmp_path):
         "print(learn_tokenizer(['traffic light', 'hedgerow'])('a hedge')['input_ids'])"
     )
     code, said = run_script(tmp_path / "again.py")
-    assert code == 0 and said.splitlines() == [str(tokenizer("a hedge")["input_ids"])] * 2
+    assert code == 0 and said.splitlines().count(str(tokenizer("a hedge")["input_ids"])) == 2, said
