@@ -404,9 +404,9 @@ def classes(args: argparse.Namespace) -> Rows:
 
 def training_table(what: str, options: dict[str, tuple[Any, ...]], rounds: int) -> Rows:
     """A table of [`training_step`]s of these options."""
+    peaks = {name: peak_memory(training_step, *each) for name, each in options.items()}  # while nothing is here
     steps: Cases = {name: training_step(*each) for name, each in options.items()}
     losses = {name: f"{step():.4f}" for name, step in steps.items()}
-    peaks = {name: peak_memory(training_step, *each) for name, each in options.items()}
     return table_of(what, steps, rounds, **{"first loss": losses, "peak GiB": peaks})
 
 
