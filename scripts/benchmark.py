@@ -373,7 +373,7 @@ def many(args: argparse.Namespace) -> Rows:
                     segmenter, sources, f"{folder}/predictions", overwrite=True, progress=False
                 ),
                 "evaluate": lambda model=model, samples=samples, processor=processor: evaluate_segmentation(
-                    model, samples, processor, progress=False
+                    model, samples, processor, progress=False, with_loss=False
                 ),
             }
             rows += table_of(preset, cases, args.rounds)

@@ -105,6 +105,7 @@ def measure(args: EvaluationArguments, options: WordOptions | None = None) -> di
         autocast=False,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
+        with_loss=False,
         predict=predict,
         on_prediction=collector,
     )
@@ -114,7 +115,7 @@ def measure(args: EvaluationArguments, options: WordOptions | None = None) -> di
     worst = collector.gathered_worst()
     held_out = "held out of " + data.split_names.get("train", "the data")
     report = build_report(
-        chosen | {name: scores[name] for name in ("loss",) if name in scores},
+        chosen,
         list(data.id2label.values()),
         model=args.model,
         dataset=args.dataset,

@@ -8,7 +8,7 @@ The report, as `evaluation.json` holds it (shares from 0 to 1, `null` where a sc
                   "size": {"shortest_edge": 512, ...}, "dtype": "float32"},
      "num_images": 101, "classes_in_mean_iou": 18,
      "metrics": {"overall_accuracy", "mean_iou", "mean_accuracy", "mean_dice", "mean_fscore", "mean_precision",
-                 optionally "mean_boundary_iou", "loss", "mean_iou_seen", "mean_iou_unseen", "harmonic_mean_iou"},
+                 optionally "mean_boundary_iou", "mean_iou_seen", "mean_iou_unseen", "harmonic_mean_iou"},
      "per_category": {name: {"iou", "accuracy", "dice", "fscore", "precision", optionally "boundary_iou"}},
      "absent_from_data": [names of the model's classes that the data does not know],
      "worst": [{"index": 7, "mean_iou": 0.31}, ...]}
