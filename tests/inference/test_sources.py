@@ -117,7 +117,7 @@ def test_addresses(server, tmp_path, path, timeout, reason):
     asked, start = segmenter(), time.monotonic()
     summary = predict_sources(asked, sources, tmp_path, timeout=timeout, progress=False)
     assert summary.done == (reason is None) and all(reason in problem for problem in summary.problems)
-    assert reason is None or time.monotonic() - start < 1  # the server is done a minute later
+    assert reason is None or time.monotonic() - start < 30  # the server is done a minute later
 
 
 def test_downloads_are_bounded(server, tmp_path, monkeypatch):
