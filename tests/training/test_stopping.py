@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
 from denseclip_hf.training.stopping import StopCallback, TrainingStopped, leave_signals_to_main_process
+from helpers.forked import Forked
 from helpers.training import trainer_for
 
 
@@ -94,3 +95,19 @@ def test_workers_of_a_callers_stream_leave_signals_to_the_main_process(tmp_path)
     trainer.train_dataset = Signalled([{key: sample[key] for key in ("pixel_values", "labels")} for sample in samples])
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_a_worker_that_was_just_forked_does_not_keep_the_command_from_ending(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import sys, time\n"
+        "from multiprocessing import get_context\n"
+        "from denseclip_hf.training.stopping import StopCallback\n"
+        "with StopCallback().listening():\n"
+        "    get_context('fork').Process(target=time.sleep, args=(1000,), daemon=True).start()\n"
+        "    sys.exit(3)\n"
+    )
+    script = Forked([tmp_path / "script.py"])
+    try:
+        assert script.wait(timeout=60) == 3
+    finally:
+        script.kill()

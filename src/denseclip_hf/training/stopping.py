@@ -13,7 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import parent_process
+from multiprocessing import active_children, parent_process
+from multiprocessing.util import Finalize
 
 import torch
 from torch import distributed
@@ -52,6 +53,7 @@ class StopCallback(TrainerCallback):
             yield
             return
         self.received = self.agreed = 0
+        Finalize(None, _end_workers, exitpriority=0)
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
             yield
@@ -106,6 +108,21 @@ def _obey_main_process() -> None:
     while main is not None:
         if signal.sigwaitinfo({signal.SIGTERM}).si_pid == main.pid:
             os._exit(0)
+
+
+def _end_workers() -> None:
+    """
+    At the end of the main process, before it waits for its daemons.
+
+    A worker that has just been forked still has the handler of [`StopCallback`], which only notes SIGTERM; the main
+    process would wait for it for ever.
+    """
+    workers = [child for child in active_children() if child.daemon]
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(1)
+        worker.kill()
 
 
 __all__ = ["StopCallback", "TrainingStopped", "leave_signals_to_main_process"]
