@@ -1,6 +1,7 @@
-"""Precisions and devices, by the names that options take: transformers' and torch's own, and short ones."""
+"""What a machine has: precisions and devices, by the names that options take, and packages that only some need."""
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -39,4 +40,17 @@ def device_of(name: str) -> str:
     return name
 
 
-__all__ = ["DTYPES", "LOADING_DTYPES", "device_of", "dtype_of"]
+def needed(package: str, purpose: str, install: str) -> Any:
+    """
+    The module `package`, which `purpose` needs.
+
+    Raises:
+        ImportError: if it is not there, with the `pip install` that gets it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs the package {package}: `pip install {install}`.") from error
+
+
+__all__ = ["DTYPES", "LOADING_DTYPES", "device_of", "dtype_of", "needed"]

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .devices import LOADING_DTYPES
-from .extras import needed
+from .devices import LOADING_DTYPES, needed
 
 
 if TYPE_CHECKING:
@@ -71,13 +70,13 @@ class WordOptions:
     )
 
     def __post_init__(self):
-        are_shares = 0 <= self.threshold <= 1 and 0 <= self.area_threshold <= 1
-        has_no_scale = self.scale is not None and self.scale <= 0
-        if not are_shares or has_no_scale or self.refine < 0 or min(self.dilations, default=0) < 1:
+        if not 0 <= self.threshold <= 1 or not 0 <= self.area_threshold <= 1:
+            shares = f"{self.threshold} and {self.area_threshold}"
+            raise ValueError(f"`threshold` and `area_threshold` must be from 0 to 1, got {shares}.")
+        if self.scale is not None and self.scale <= 0 or self.refine < 0 or min(self.dilations, default=0) < 1:
             raise ValueError(
-                f"`threshold` ({self.threshold}) and `area_threshold` ({self.area_threshold}) must be from 0 to 1, "
-                f"`scale` ({self.scale}) and `dilations` ({self.dilations}) above 0, and `refine` ({self.refine}) at "
-                "least 0."
+                f"`scale` and `dilations` must be above 0 and `refine` at least 0, got {self.scale}, {self.dilations} "
+                f"and {self.refine}."
             )
         self.background = [self.background] if isinstance(self.background, str) else list(self.background)
         self.templates = read_templates(self.templates)

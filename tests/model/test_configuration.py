@@ -60,6 +60,11 @@ def test_wrong_combinations_are_refused(options, thing):
         tiny_config(**options)
 
 
+def test_two_numbers_of_classes_are_refused():
+    with pytest.raises(ValueError, match="num_labels"):
+        DenseCLIPConfig(num_labels=5, id2label={0: "sky"})
+
+
 @pytest.mark.parametrize("num_labels", [255, 256])
 def test_no_class_is_ignored_by_default(num_labels):
     config = DenseCLIPConfig(num_labels=num_labels)

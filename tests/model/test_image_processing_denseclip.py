@@ -104,6 +104,14 @@ RGB = Image.fromarray(picture())
 GREY = RGB.convert("L")
 
 
+def test_exif_orientation_is_left_alone(processor, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    RGB.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert processor(image, do_resize=False, return_tensors="pt")["pixel_values"].shape[-2:] == (12, 16)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "F"])
 def test_every_pil_mode_becomes_rgb(processor, mode):
     image = (RGB if mode not in ("LA", "PA", "F") else GREY).convert(mode)

@@ -11,8 +11,7 @@ import argparse
 import logging
 import os
 
-from ..devices import LOADING_DTYPES
-from ..extras import needed
+from ..devices import LOADING_DTYPES, needed
 from ..options import DEFAULT_CLIP
 from .arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 

@@ -126,14 +126,12 @@ def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
         options = {key: option for key, option in value.items() if key != "id2label"}
         value = value["id2label"]
     ignore_index, reduce = options.get("ignore_index"), options.get("do_reduce_labels")
-    wrong = [key for key in options if key not in OPTIONS]
-    wrong += ["ignore_index"] * (type(ignore_index) not in (int, type(None)))
-    wrong += ["do_reduce_labels"] * (type(reduce) not in (bool, type(None)))
-    if wrong:
+    if unknown := [key for key in options if key not in OPTIONS]:
         raise ValueError(
-            f"{source} has `{wrong[0]}`, which is unknown or not what it should be: besides id2label it may have "
-            f"{_list(OPTIONS)}, of which ignore_index is a whole number and do_reduce_labels true or false."
+            f"{source} has the unknown key `{unknown[0]}`: besides id2label it may have {_list(OPTIONS)}."
         )
+    if type(ignore_index) not in (int, type(None)) or type(reduce) not in (bool, type(None)):
+        raise ValueError(f"{source} needs a whole number as ignore_index and true or false as do_reduce_labels.")
     id2label = _numbered(value, source, 1 if reduce else 0)
     palette = options.get("palette")
     return ClassTable(

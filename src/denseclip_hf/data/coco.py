@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import needed
+from ..devices import needed
 from .classes import ClassTable, parse_classes
 
 

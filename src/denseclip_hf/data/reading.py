@@ -176,9 +176,10 @@ def read_image(source: ImageSource, max_pixels: int | None = None) -> Image.Imag
     """
     image, _, name = _open(source)
     with _blaming(name):
-        pixels = image.width * image.height
-        if not 0 < pixels <= (max_pixels or pixels):
-            raise ValueError(f"it has {image.width}x{image.height} pixels, not from 1 to {max_pixels or 'any number'}")
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels}")
         image.load()
         turn = _turn(image)  # asked after decoding, which turns a TIFF by itself
         if image.mode != "RGB":

@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 from PIL import Image
 
 from ..data import IMAGE_SUFFIXES, file_stem, read_image, shown_address
-from ..extras import needed
+from ..devices import needed
 
 
 logger = logging.getLogger(__name__)

@@ -241,6 +241,10 @@ class DenseCLIPConfig(PreTrainedConfig):
             self.id2label = dict(enumerate(class_names(self.id2label)))
         elif self.class_token_ids is not None:
             kwargs.setdefault("num_labels", len(self.class_token_ids))
+        if self.id2label is not None and kwargs.get("num_labels") not in (None, len(self.id2label)):
+            raise ValueError(
+                f"`num_labels` is {kwargs['num_labels']}, but `id2label` names {len(self.id2label)} classes."
+            )
         super().__post_init__(**kwargs)
         if self.id2label is not None:
             self.label2id = {name: index for index, name in self.id2label.items()}
@@ -376,13 +380,14 @@ class DenseCLIPConfig(PreTrainedConfig):
                 "classes that are not frozen."
             )
         for_rare = self.class_weights or self.focal_gamma or self.dice_loss_weight
-        is_odd = for_rare or not (self.use_text_guidance and depth)
-        if is_odd if aggregates else self.inference_mode == "slide_and_whole":
+        if aggregates and (for_rare or not (self.use_text_guidance and depth)):
             raise ValueError(
-                '`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`, and that, which compares '
-                "places of a ViT with class names, each by itself, a CLIP with a ViT, `use_text_guidance=True` and no "
-                "`class_weights`, `focal_gamma` or `dice_loss_weight`."
+                '`decode_head="cost_aggregation"` compares places of a ViT with class names, each by itself: it needs '
+                "a CLIP with a ViT, `use_text_guidance=True` and no `class_weights`, `focal_gamma` or "
+                "`dice_loss_weight`."
             )
+        if self.inference_mode == "slide_and_whole" and not aggregates:
+            raise ValueError('`inference_mode="slide_and_whole"` needs `decode_head="cost_aggregation"`.')
         check_stride(self.crop_size, self.stride)
 
     def validate_classes(self):

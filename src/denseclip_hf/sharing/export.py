@@ -16,8 +16,7 @@ from torch.fx import GraphModule
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from ..devices import dtype_of
-from ..extras import needed
+from ..devices import dtype_of, needed
 from ..inference import find_sources, read_image_of
 from ..model.image_processing_denseclip import DenseCLIPImageProcessorPil
 from ..model.loading_denseclip import load_pretrained
@@ -91,12 +90,10 @@ def export_program(
             f"(at least {4 * step}), got size {size} and `max_side` {max_side}."
         )
     is_segmenter = isinstance(model, DenseCLIPForSemanticSegmentation)
-    knows_its_classes_alone = is_segmenter and model.config.decode_head != "cost_aggregation"
-    if knows_its_classes_alone if words else not is_segmenter:
-        raise ValueError(
-            "a decoder that knows only the classes of its training makes a program without `words`, and a model "
-            "without decoder, which has no classes of its own, one with them."
-        )
+    if words and is_segmenter and model.config.decode_head != "cost_aggregation":
+        raise ValueError("the decoder knows only the classes of its training, so its program takes no words.")
+    if not words and not is_segmenter:
+        raise ValueError("a model without decoder has no classes of its own: export it with `words`.")
     model = copy.deepcopy(model).eval().to(dtype_of(dtype))
     if words:
         drop(model.clip, model.text_tower.text_parts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from ..extras import needed
+from ..devices import needed
 from ..options import TrainingOptions
 
 
