@@ -214,6 +214,7 @@ def values_beside_class_token(layer: CLIPEncoderLayer, hidden: torch.Tensor) -> 
 class CLIPTower(ViTTower):
     """CLIP, with positions for any size as DenseCLIP or the config has them."""
 
+    description = "CLIP's vision transformer"
     words_options = {"last_block": "naclip", "position_interpolation": "bicubic_by_factor"}
 
     @staticmethod
@@ -231,7 +232,9 @@ class ResNetTower(TextTower):
     """CLIP's modified ResNet: its four stages; the attention pooling of all positions."""
 
     image_mean, image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    description = "CLIP's modified ResNet"
     default_image_size = 512
+    pretraining_parts: tuple[str, ...] = ("logit_scale",)
     last_blocks = ("plain", "maskclip")
     position_key = "vision_model.attention_pool.position_embedding"
     resize_positions = ViTTower.resize_positions
@@ -252,7 +255,7 @@ class ResNetTower(TextTower):
             ValueError: for a `last_block` that only vision transformers have.
         """
         check_last_block(ResNetTower, model.config)
-        drop(model.clip, ["logit_scale"])
+        drop(model.clip, ResNetTower.pretraining_parts)
         if not model.config.use_text_guidance:
             drop(model.clip, ["visual_projection", "vision_model.attention_pool"])
 
@@ -276,6 +279,7 @@ class ResNetTower(TextTower):
 class MetaClip2Tower(ViTTower):
     """MetaCLIP 2: CLIP with a multilingual vocabulary."""
 
+    description = "MetaCLIP 2's vision transformer"
     position_options = {"mode": "bicubic"}
     words_options = {"last_block": "naclip"}
 
@@ -297,6 +301,7 @@ class SiglipTower(BidirectionalTextTower, ViTTower):
     A place's embedding is what the pooling makes of this place alone.
     """
 
+    description = "SigLIP's vision transformer"
     image_mean, image_std = (0.5,) * 3, (0.5,) * 3
     last_blocks = ("plain",)
     pretraining_parts = ("logit_scale", "logit_bias")
@@ -346,6 +351,7 @@ class SiglipTower(BidirectionalTextTower, ViTTower):
 class Tipsv2Tower(BidirectionalTextTower, ViTTower):
     """TIPSv2: a class token and registers, patch tokens in the space of the texts; a text is its tokens' mean."""
 
+    description = "TIPSv2's vision transformer"
     image_mean, image_std = (0.0,) * 3, (1.0,) * 3
     last_blocks = ("plain",)
     pretraining_parts = ("temperature", "vision_model.embeddings.mask_token")
@@ -471,7 +477,10 @@ TOWERS: dict[str, type] = {
 
 
 # Keys of `pretraining_parts` in a segmenter that was saved with them.
-PRETRAINING_KEYS = [r"^clip\.(logit_scale|logit_bias|temperature|vision_model\.embeddings\.mask_token)$"]
+PRETRAINING_KEYS = [
+    r"^clip\." + part.replace(".", r"\.") + "$"
+    for part in sorted({part for tower in TOWERS.values() for part in tower.pretraining_parts})
+]
 
 
 def tower_of(clip_config: PreTrainedConfig | type[PreTrainedConfig]) -> Any:

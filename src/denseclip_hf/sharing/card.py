@@ -18,6 +18,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from ..files import write_atomically
 from ..model.configuration_denseclip import DenseCLIPConfig
 from ..model.modeling_denseclip import DenseCLIPForSemanticSegmentation
+from ..model.towers_denseclip import tower_of
 
 
 CARD = "README.md"
@@ -38,13 +39,6 @@ METHODS = {
     "cost_aggregation": "It matches every place's embedding with that of every class name, and a decoder that "
     "knows no classes (CAT-Seg's cost aggregation) refines the score maps: it takes any words.",
     "unguided": "An image encoder under a Semantic-FPN decoder, without guidance by language (a baseline).",
-}
-TOWERS = {
-    "clip": "CLIP's vision transformer",
-    "clip_resnet": "CLIP's modified ResNet",
-    "metaclip_2": "MetaCLIP 2's vision transformer",
-    "siglip": "SigLIP's vision transformer",
-    "tipsv2": "TIPSv2's vision transformer",
 }
 POOLS = {"attention": "an attention pool", "linear": "a linear layer"}  # that embed places
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
@@ -262,7 +256,7 @@ def protocol_words(protocol: Mapping[str, Any]) -> str:
 def _facts(config: DenseCLIPConfig, source: str | None, bases: Sequence[str]) -> dict[str, Any]:
     clip: Any = config.clip_config
     backbone: Any = config.backbone_config
-    tower = TOWERS.get(clip.model_type, clip.model_type)
+    tower = tower_of(clip).description
     if backbone is not None:
         tower = f"{backbone.model_type} backbone"
         tower += f" with {POOLS[config.backbone_pool]}" if config.use_text_guidance else ""

@@ -60,7 +60,7 @@ class StopCallback(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self.received:  # too late for a step's end: what the signal does without us
+        if self.received:  # no step came after it: let it do what it does outside of training
             signal.raise_signal(self.received)
 
     def _receive(self, number: int, frame: object) -> None:
