@@ -442,11 +442,11 @@ def training_step(preset: str, way: str, num_labels: int, options: dict[str, Any
 
     def step() -> float:
         torch.manual_seed(0)  # every way of working drops the same channels
-        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled="bf16" in way):
             loss = loss_of()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # at the end, so that those who wait their turn hold no gradients
         return loss.item()
 
     return step

@@ -191,13 +191,13 @@ class TrainTransform:
         rows, columns = nearest_lines(mask.shape, new_size)
         box, labels = self._random_crop(mask, [rows.numpy(), columns.numpy()], self._crop, rng)
         flip = rng.random() < self.flip_probability
-        crop = resize_region(image, new_size, box).contiguous()
+        crop, class_ids_of_crop = resize_region(image, new_size, box).contiguous(), torch.from_numpy(labels)
         if flip:
-            crop, labels = crop.flip(-1), labels[:, ::-1]
+            crop, class_ids_of_crop = crop.flip(-1), class_ids_of_crop.flip(-1)
         pixel_values = torch.zeros(3, *self._crop)
         class_ids = torch.full(self._crop, self.ignore_index)
         pixels = pixel_values[:, : labels.shape[0], : labels.shape[1]].copy_(crop)  # the rest is padding
-        class_ids[: labels.shape[0], : labels.shape[1]] = torch.from_numpy(labels.astype(np.int64))
+        class_ids[: labels.shape[0], : labels.shape[1]] = class_ids_of_crop
         if self.photometric:
             photometric_distortion(pixels, rng)
         pixels.sub_(self._mean).div_(self._std)

@@ -82,6 +82,17 @@ def test_a_few_classes_at_a_time_give_what_all_at_once_give(monkeypatch, chunk, 
     torch.testing.assert_close(found[2], resized.softmax(1).amax(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("old", "new"), [((8, 9), (61, 40)), ((8, 9), (3, 4)), ((1, 9), (7, 9)), ((1, 1), (4, 4))])
+def test_classes_that_win_nowhere_change_nothing(monkeypatch, old, new, dtype):
+    monkeypatch.setattr(resizing_denseclip, "_STRIP_ELEMENTS", 500)
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(2, 50, *old, generator=generator) + 3 * torch.randn(50, 1, 1, generator=generator)).to(dtype)
+    expected = F.interpolate(logits.float(), new, mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(resizing_denseclip.resize_argmax(logits, new), expected)
+    assert len(resizing_denseclip._possible_winners(logits)) < 30
+
+
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scores_must_be_finite(bad, dtype):

@@ -3,8 +3,9 @@
 Shapes: B images, C channels, K classes, H × W pixels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -178,21 +179,46 @@ def resize_max(
         ValueError: If `logits` is not finite everywhere.
     """
     check_finite(logits, name)
-    scores, classes, total = highest(_resized(logits, size))
+    scores, classes, total = highest(_resized(logits, size, torch.arange(logits.shape[1], device=logits.device)))
     return scores, classes, (scores - total).exp()
 
 
 @torch.no_grad()
 def resize_argmax(logits: torch.Tensor, size: tuple[int, int], name: str | None = None) -> torch.Tensor:
-    """The classes of [`resize_max`] alone: `(B, *size)` int64 ids."""
+    """The classes of [`resize_max`] alone: `(B, *size)` int64 ids. Those that win nowhere are not interpolated."""
     check_finite(logits, name)
-    return highest(_resized(logits, size), with_total=False)[1]
+    winners = _possible_winners(logits)
+    return winners[highest(_resized(logits, size, winners), with_total=False)[1]]
 
 
-def _resized(logits: torch.Tensor, size: tuple[int, int]) -> Iterator[torch.Tensor]:
-    step = max(1, _STRIP_ELEMENTS // max(len(logits) * size[0] * size[1], 1))
-    for first in range(0, logits.shape[1], step):
-        yield resize_bilinear(logits[:, first : first + step].float(), size)
+def _possible_winners(logits: torch.Tensor) -> torch.Tensor:
+    """Ids, in order, of the classes that can be the highest somewhere once `(B, K, h, w)` are resized bilinearly.
+
+    Between four neighbors a class stays between its lowest and its highest value there. One whose highest is below
+    the lowest of another, between all neighbors, wins nowhere.
+    """
+    parts = logits.split(_classes_at_once(len(logits), *logits.shape[-2:]), dim=1)
+    to_beat = reduce(torch.maximum, (_of_neighbors(part, torch.minimum).amax(1) for part in parts)).float()
+    to_beat = (to_beat - 1e-5 * to_beat.abs())[:, None]  # interpolation rounds
+    leads = [(_of_neighbors(part, torch.maximum) - to_beat).amax((0, 2, 3)) for part in parts]
+    return (torch.cat(leads) >= 0).nonzero()[:, 0]
+
+
+def _of_neighbors(values: torch.Tensor, of_two: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """`of_two`, a maximum or minimum, over each four neighbors of the last two axes."""
+    for axis in (-2, -1):
+        if count := values.shape[axis] - 1:
+            values = of_two(values.narrow(axis, 0, count), values.narrow(axis, 1, count))
+    return values
+
+
+def _resized(logits: torch.Tensor, size: tuple[int, int], classes: torch.Tensor) -> Iterator[torch.Tensor]:
+    for some in classes.split(_classes_at_once(len(logits), *size)):
+        yield resize_bilinear(logits[:, some].float(), size)
+
+
+def _classes_at_once(*sizes: int) -> int:
+    return max(1, _STRIP_ELEMENTS // max(math.prod(sizes), 1))
 
 
 def highest(parts: Iterable[torch.Tensor], with_total: bool = True) -> Any:
