@@ -254,22 +254,29 @@ def over_strips(
         labels (`torch.Tensor` of shape `(B, H, W)`): int64 class ids.
     """
 
-    def strip(part: torch.Tensor, above: int, below: int, count: int, wanted: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(part.device.type, enabled=False):
-            return summed(resize_bilinear(part.float(), (count, wanted.shape[-1]))[:, :, above:below], wanted)
-
     rows, (height, width) = logits.shape[-2], labels.shape[-2:]
-    scale = height // rows
-    step = max(1, _CHUNK_ELEMENTS // max(logits.shape[0] * logits.shape[1] * width * max(scale, 1), 1))
-    # A compiler fuses the steps by itself. Strips need rows of logits that make a whole number of label rows.
-    if height % rows or step >= rows or torch.compiler.is_compiling() or is_transformed():
-        return strip(logits, 0, height, height, labels)
-    total, logits = torch.zeros((), device=logits.device), logits.float()  # gradients of strips add up in float32
-    for top in range(0, rows, step):
-        bottom = min(top + step, rows)
-        first, last = max(top - 1, 0), min(bottom + 1, rows)  # one more row on either side is all that a strip needs
-        above, below, count = ((n - first) * scale for n in (top, bottom, last))
-        inputs = (logits[:, :, first:last], above, below, count, labels[:, top * scale : bottom * scale])
+    step = max(1, _CHUNK_ELEMENTS // max(logits.shape[0] * logits.shape[1] * width, 1))
+    # A compiler fuses the steps by itself.
+    if step >= height or torch.compiler.is_compiling() or is_transformed():
+        with torch.autocast(logits.device.type, enabled=False):
+            return summed(resize_bilinear(logits.float(), (height, width)), labels)
+
+    def strip(wanted: torch.Tensor, upper: torch.Tensor, share: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(wanted.device.type, enabled=False):
+            lines = torch.stack(parts, dim=2)  # (B, K, w) each -> B, K, n, w
+            lower = (upper + 1).clamp(max=len(parts) - 1)
+            lines = torch.lerp(lines.index_select(2, upper), lines.index_select(2, lower), share)  # B, K, r, w
+            resized = F.interpolate(lines.flatten(0, 1), width, mode="linear").unflatten(0, logits.shape[:2])
+            return summed(resized, wanted)
+
+    # Centers of the labels' rows in rows of the logits, in whole numbers of which 2 * height make one row.
+    centers = ((2 * torch.arange(height, device=logits.device) + 1) * rows - height).clamp(min=0)
+    upper, share = centers // (2 * height), (centers % (2 * height) / (2 * height))[:, None]
+    total, lines = torch.zeros((), device=logits.device), logits.float().unbind(2)  # whose gradients are added up once
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        first, last = (max((2 * row + 1) * rows - height, 0) // (2 * height) for row in (top, bottom - 1))
+        inputs = labels[:, top:bottom], upper[top:bottom] - first, share[top:bottom], *lines[first : last + 2]
         total = total + checkpoint(strip, *inputs, use_reentrant=False, preserve_rng_state=False)
     return total
 
