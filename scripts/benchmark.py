@@ -10,7 +10,8 @@ one by one, losses are taken at full size, and all parameters have gradients.
 Tasks: image (one of the published size, 150 classes), slide (windows over 2048 x 512 pixels), many (a folder of
 images), training (an optimizer step at batch 2 and its peak memory), classes (a training step by number of classes),
 words (on a CLIP as it is, beside a trained segmenter), text (embeddings of 10 000 words), decoders (both, by number of
-classes), data (one core), start (seconds of new processes).
+classes), data (one core), start (seconds of new processes), int8 (a trained model's program on its data; give --model
+and --data).
 """
 
 import argparse
@@ -29,7 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -65,16 +67,17 @@ from denseclip_hf import (
     DenseCLIPForSemanticSegmentation,
     DenseCLIPImageProcessor,
     DenseCLIPModel,
+    MeanIoU,
 )
 from denseclip_hf.cli.arguments import HelpFormatter, log_to_terminal, one_sentence_errors
 from denseclip_hf.data import load_segmentation_dataset, read_image
 from denseclip_hf.devices import device_of
 from denseclip_hf.evaluation import evaluate_segmentation
-from denseclip_hf.inference import Segmenter, find_sources, predict_sources, published_image_processor
+from denseclip_hf.inference import Segmenter, find_sources, load_model, predict_sources, published_image_processor
 from denseclip_hf.model.configuration_denseclip import COST_AGGREGATION_OPTIONS
 from denseclip_hf.model.resizing_denseclip import fit_within, resize_argmax
 from denseclip_hf.optimization import optimize_for_inference
-from denseclip_hf.sharing import export
+from denseclip_hf.sharing import export, quantize
 from denseclip_hf.training import learn_tokenizer, parameter_groups
 from denseclip_hf.training.tokenizer import WORDS
 from denseclip_hf.transforms import AugmentedDataset, TrainTransform
@@ -232,14 +235,20 @@ def peer_as_onnx(peer: Any, pixels: torch.Tensor, folder: str) -> str:
     return path
 
 
-def in_onnxruntime(path: str, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+def onnx_program(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that runs an ONNX file on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: pixels.cpu().numpy()})[0])
+    name = session.get_inputs()[0].name
+    return lambda pixels: torch.from_numpy(session.run(None, {name: pixels.cpu().numpy()})[0])
+
+
+def in_onnxruntime(path: str, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The same, of these pixels."""
+    return functools.partial(onnx_program(path), pixels)
 
 
 def in_openvino(path: str, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -309,8 +318,13 @@ def full_size(logits: Callable[[], torch.Tensor], side: int) -> Callable[[], tor
 
 
 def matrix_product(device: str) -> Callable[[], torch.Tensor]:
+    """As a convolution on a CPU, because torch's own products reach half of that on AMD's."""
     matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device)
-    return lambda: matrix @ matrix
+    if torch.device(device).type != "cpu":
+        return lambda: matrix @ matrix
+    pixels = matrix.view(1, 32, -1, MATRIX_SIDE).permute(0, 3, 1, 2)  # channels last
+    weight = matrix[..., None, None].contiguous(memory_format=torch.channels_last)
+    return lambda: F.conv2d(pixels, weight)
 
 
 def plot_accuracy(rows: Rows, path: Path) -> None:
@@ -578,16 +592,21 @@ def data(args: argparse.Namespace) -> Rows:
         augmented = AugmentedDataset(samples, TrainTransform(crop_size=512, scale=(2048, 512)))
         processor = DenseCLIPImageProcessor(size={"shortest_edge": 512, "longest_edge": 2048})
         images, masks = (sorted(Path(folder, kind).iterdir()) for kind in ("images", "masks"))
-        training_cases: Cases = {"ours": lambda: [augmented[index] for index in range(len(images))]}
-        evaluation_cases: Cases = {"ours": lambda: [processor(read_image(image)) for image in images]}
+        training_cases: Cases = {"ours": one_by_one(augmented.__getitem__, range(len(images)))}
+        evaluation_cases: Cases = {"ours": one_by_one(lambda image: processor(read_image(image)), images)}
         if importlib.util.find_spec("cv2"):
             rngs = np.random.default_rng(0)
             pairs = list(zip(images, masks, strict=True))
-            training_cases = {OPENCV: lambda: [opencv_sample(*pair, rngs) for pair in pairs]} | training_cases
-            evaluation_cases = {OPENCV: lambda: [opencv_image(image) for image in images]} | evaluation_cases
+            training_cases = {OPENCV: one_by_one(lambda pair: opencv_sample(*pair, rngs), pairs)} | training_cases
+            evaluation_cases = {OPENCV: one_by_one(opencv_image, images)} | evaluation_cases
         for what, cases in (("20 training samples", training_cases), ("20 images for evaluation", evaluation_cases)):
             rows += table_of(what, cases, args.rounds)
     return rows
+
+
+def one_by_one(function: Callable[[Any], Any], items: Sequence[Any]) -> Callable[[], Any]:
+    """`function` of each item, and no result is kept, as in a worker that hands them on."""
+    return lambda: deque(map(function, items), maxlen=0)
 
 
 def write_data_set(folder: Path, count: int) -> None:
@@ -702,6 +721,41 @@ def start(args: argparse.Namespace) -> Rows:
     return rows
 
 
+def int8(args: argparse.Namespace) -> Rows:
+    """The ONNX program of a trained model in float32 and in 8 bits: mIoU and seconds of its validation images."""
+    if not args.model:
+        raise ValueError("int8 needs a trained model and its data: give --model and --data.")
+    model, processor = load_model(args.model, "float32")
+    data, step = load_segmentation_dataset(args.data), model.config.coarsest_stride
+    samples = [data.validation[index] for index in range(len(data.validation))]
+    sides = [processor(sample["image"])["pixel_values"][0].shape[-2:] for sample in samples]
+    sizes = [[max(round(side / step), 2) * step for side in pair] for pair in sides]
+    pixels = [
+        processor(sample["image"], size={"height": size[0], "width": size[1]}, return_tensors="pt")["pixel_values"]
+        for sample, size in zip(samples, sizes, strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as images:
+        for index in range(0, len(data.train), max(1, len(data.train) // 64)):
+            data.train[index]["image"].save(f"{images}/{index}.png")
+        path = export(model, processor, folder, "onnx")
+        programs = {"float32": onnx_program(str(path))}
+        sizes_of_file = {"float32": f"{path.stat().st_size / 1e6:.1f}"}
+        quantize(model, processor, path, images)
+        programs["int8"], sizes_of_file["int8"] = onnx_program(str(path)), f"{path.stat().st_size / 1e6:.1f}"
+        scores = {}
+        for name, program in programs.items():
+            metric = MeanIoU(len(data.id2label), data.ignore_index)
+            for sample, image in zip(samples, pixels, strict=True):
+                ids = resize_argmax(program(image), sample["mask"].shape)[0]
+                metric.add_batch(predictions=[ids.numpy()], references=[sample["mask"]])
+            scores[name] = f"{100 * metric.compute()['mean_iou']:.2f}"
+        cases: Cases = {
+            name: lambda program=program: [program(image) for image in pixels[:20]]
+            for name, program in programs.items()
+        }
+        return table_of(f"{args.model}, 20 images", cases, args.rounds, **{"mIoU of all": scores, "MB": sizes_of_file})
+
+
 PARTS_OF_PREDICT = """
 import json, sys, time
 begin, seconds = time.perf_counter(), {}
@@ -730,7 +784,7 @@ print(json.dumps(seconds))
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Rows]] = {
-    task.__name__: task for task in (image, slide, many, training, classes, words, text, decoders, data, start)
+    task.__name__: task for task in (image, slide, many, training, classes, words, text, decoders, data, start, int8)
 }
 
 
@@ -751,11 +805,15 @@ def hardware(device: str) -> str:
 @one_sentence_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tables")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=[name for name in TASKS if name != "int8"], help="tables"
+    )
     parser.add_argument("--presets", nargs="+", choices=IMAGE_SIZES, default=["denseclip-rn50", "denseclip-vit-b16"])
     parser.add_argument(
         "--classes", nargs="+", type=int, default=[10, 150, 1000], help="numbers of the tasks classes and decoders"
     )
+    parser.add_argument("--model", help="of the task int8: a saved model")
+    parser.add_argument("--data", help="of the task int8: its data set")
     parser.add_argument("--rounds", type=int, default=5, help="times every case is run, in turn")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes on a CPU)")
