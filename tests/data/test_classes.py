@@ -53,6 +53,11 @@ def test_tables_that_are_refused(changes, named):
         parse_classes({"id2label": ["road", "tree"], **changes})
 
 
+def test_keys_that_are_the_users_own_may_stay():
+    table = parse_classes({"id2label": ["road", "tree"], "splits": {"train": 367}, "size": [480, 360], "author": "x"})
+    assert table.id2label == {0: "road", 1: "tree"}
+
+
 def test_names_by_the_ids_that_masks_hold_with_reduced_labels():
     table = parse_classes({"id2label": {"1": "road", "2": "tree"}, "do_reduce_labels": True})
     assert table.id2label == {0: "road", 1: "tree"}

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,9 @@ def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
         options = {key: option for key, option in value.items() if key != "id2label"}
         value = value["id2label"]
     ignore_index, reduce = options.get("ignore_index"), options.get("do_reduce_labels")
-    if unknown := [key for key in options if key not in OPTIONS]:
-        raise ValueError(
-            f"{source} has the unknown key `{unknown[0]}`: besides id2label it may have {_list(OPTIONS)}."
-        )
+    for key in options:
+        if key not in OPTIONS and (meant := get_close_matches(key, OPTIONS, 1)):  # others are the user's own notes
+            raise ValueError(f"{source} has the unknown key `{key}`: call it `{meant[0]}`, or something unlike that.")
     if type(ignore_index) not in (int, type(None)) or type(reduce) not in (bool, type(None)):
         raise ValueError(f"{source} needs a whole number as ignore_index and true or false as do_reduce_labels.")
     id2label = _numbered(value, source, 1 if reduce else 0)
