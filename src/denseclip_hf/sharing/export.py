@@ -204,7 +204,7 @@ def quantize(
     Make the ONNX program at `path` one that computes convolutions and products with weights in int8.
 
     Weights have a scale for each channel and 7 bits, whose sums no processor cuts off. Activations have 8 bits and the
-    range that they have on images of `folder`. Norms, attention and sums stay in float32.
+    range that they have on images of `folder`. The first convolution, norms, attention and sums stay in float32.
 
     Args:
         model ([`DenseCLIPModel`]): what was exported.
@@ -237,7 +237,9 @@ def quantize(
     words = {} if text_embeds is None else {"text_embeds": text_embeds.numpy()}
     inputs = ({"pixel_values": image.numpy()} | words for image in images)
     before, program = classes(), onnx.load(path)
-    weights = {weight.name for weight in program.graph.initializer}
+    weights, nodes = {weight.name for weight in program.graph.initializer}, program.graph.node
+    in_float = [node.name for node in nodes if node.op_type == "MatMul" and node.input[1] not in weights]
+    in_float += [node.name for node in nodes if node.op_type == "Conv"][:1]  # pixels lose most
     add_pre_process_metadata(program)  # or it would ask for norms to be folded, which they are
     quantization.quantize_static(
         program,
@@ -248,7 +250,7 @@ def quantize(
         reduce_range=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        nodes_to_exclude=[n.name for n in program.graph.node if n.op_type == "MatMul" and n.input[1] not in weights],
+        nodes_to_exclude=in_float,
     )
     return (before == classes()).float().mean().item()
 
