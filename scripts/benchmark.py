@@ -346,7 +346,9 @@ def plot_accuracy(rows: Rows, path: Path) -> None:
         for runtime, time_of_image in found.items():
             axes.plot(time_of_image, AUTHORS[name], "o", color=color, markerfacecolor=faces[runtime])
         axes.plot(found.values(), [AUTHORS[name]] * len(found), color=color, zorder=0)
-        axes.annotate(name, (min(found.values()), AUTHORS[name]), (0, 6), textcoords="offset points", color=color)
+        is_crowded = any(0 < AUTHORS[other] - AUTHORS[name] < 1 for other in seconds)  # by a line above
+        place = (0, -14 if is_crowded else 6)
+        axes.annotate(name, (min(found.values()), AUTHORS[name]), place, textcoords="offset points", color=color)
     for runtime, face in faces.items():
         axes.plot([], [], "o", color="black", markerfacecolor=face, label=runtime)
     axes.legend(loc="lower right")
