@@ -10,8 +10,8 @@ one by one, losses are taken at full size, and all parameters have gradients.
 Tasks: image (one of the published size, 150 classes), slide (windows over 2048 x 512 pixels), many (a folder of
 images), training (an optimizer step at batch 2 and its peak memory), classes (a training step by number of classes),
 words (on a CLIP as it is, beside a trained segmenter), text (embeddings of 10 000 words), decoders (both, by number of
-classes), data (one core), start (seconds of new processes), int8 (a trained model's program on its data; give --model
-and --data).
+classes), data (one core), start (seconds of new processes), int8 (a trained model's program on its data; only
+if asked for).
 """
 
 import argparse
@@ -724,8 +724,6 @@ def start(args: argparse.Namespace) -> Rows:
 
 def int8(args: argparse.Namespace) -> Rows:
     """The ONNX program of a trained model in float32 and in 8 bits: mIoU and seconds of its validation images."""
-    if not args.model:
-        raise ValueError("int8 needs a trained model and its data: give --model and --data.")
     model, processor = load_model(args.model, "float32")
     data, step = load_segmentation_dataset(args.data), model.config.coarsest_stride
     samples = [data.validation[index] for index in range(len(data.validation))]
@@ -813,8 +811,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--classes", nargs="+", type=int, default=[10, 150, 1000], help="numbers of the tasks classes and decoders"
     )
-    parser.add_argument("--model", help="of the task int8: a saved model")
-    parser.add_argument("--data", help="of the task int8: its data set")
+    parser.add_argument("--model", default="outputs/demo/model", help="of the task int8: a saved model")
+    parser.add_argument("--data", default="outputs/demo/data", help="of the task int8: its data set")
     parser.add_argument("--rounds", type=int, default=5, help="times every case is run, in turn")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or a device of torch")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes on a CPU)")

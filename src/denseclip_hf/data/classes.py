@@ -129,7 +129,9 @@ def parse_classes(value: Any, source: str = "the class list") -> ClassTable:
     ignore_index, reduce = options.get("ignore_index"), options.get("do_reduce_labels")
     for key in options:
         if key not in OPTIONS and (meant := get_close_matches(key, OPTIONS, 1)):  # others are the user's own notes
-            raise ValueError(f"{source} has the unknown key `{key}`: call it `{meant[0]}`, or something unlike that.")
+            raise ValueError(
+                f"{source} has the unknown key `{key}`: write `{meant[0]}` if that is meant, or rename it."
+            )
     if type(ignore_index) not in (int, type(None)) or type(reduce) not in (bool, type(None)):
         raise ValueError(f"{source} needs a whole number as ignore_index and true or false as do_reduce_labels.")
     id2label = _numbered(value, source, 1 if reduce else 0)

@@ -269,14 +269,15 @@ def over_strips(
             resized = F.interpolate(lines.flatten(0, 1), width, mode="linear").unflatten(0, logits.shape[:2])
             return summed(resized, wanted)
 
-    # Centers of the labels' rows in rows of the logits, in whole numbers of which 2 * height make one row.
-    centers = ((2 * torch.arange(height, device=logits.device) + 1) * rows - height).clamp(min=0)
-    upper, share = centers // (2 * height), (centers % (2 * height) / (2 * height))[:, None]
+    # Centers of the labels' rows in the logits: the row above each, and how far below that in parts of 2 * height.
+    centers = [divmod(max((2 * row + 1) * rows - height, 0), 2 * height) for row in range(height)]
+    upper, below = torch.tensor(centers, device=logits.device).unbind(1)
+    share = below[:, None] / (2 * height)
     total, lines = torch.zeros((), device=logits.device), logits.float().unbind(2)  # whose gradients are added up once
     for top in range(0, height, step):
-        bottom = min(top + step, height)
-        first, last = (max((2 * row + 1) * rows - height, 0) // (2 * height) for row in (top, bottom - 1))
-        inputs = labels[:, top:bottom], upper[top:bottom] - first, share[top:bottom], *lines[first : last + 2]
+        part = slice(top, min(top + step, height))
+        first, last = centers[top][0], centers[part.stop - 1][0]
+        inputs = labels[:, part], upper[part] - first, share[part], *lines[first : last + 2]
         total = total + checkpoint(strip, *inputs, use_reentrant=False, preserve_rng_state=False)
     return total
 
